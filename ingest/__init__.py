@@ -1,0 +1,1 @@
+"""How events get in: recorder, spool, gateway."""

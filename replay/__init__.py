@@ -1,0 +1,1 @@
+"""How events come back: fold, player, timeline, engines, compare."""

@@ -1,0 +1,1 @@
+"""The tests; a package, so that no installed distribution with a folder of this name gets in between."""
