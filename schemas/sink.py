@@ -1,0 +1,51 @@
+"""What every part that causes events needs: the session it speaks for and somewhere to record."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from schemas.codec import encode_session, uuid7
+from schemas.events import PLATFORM_TENANT, Payload
+
+
+@dataclass(frozen=True)
+class SessionContext:
+    """The envelope fields that all events of one session share in one process.
+
+    `salt` hides the content commitments of the session; a platform session without content may do without.
+    """
+
+    session_id: bytes
+    tenant: str
+    source: str
+    actor: str = ""
+    retention_class: str = "standard"
+    salt: bytes | None = field(default_factory=lambda: os.urandom(16), repr=False)
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """These fields as they stand in every event's bytes."""
+        return encode_session(self.session_id, self.salt, self.tenant, self.retention_class, self.actor, self.source)
+
+
+class EventSink(Protocol):
+    """Where events go: the recorder, as seen by those who may not import it."""
+
+    def record(self, session: SessionContext, payload: Payload) -> None:
+        """Record one event now; returns in microseconds and never raises for a slow or absent log."""
+        ...
+
+
+def new_id() -> bytes:
+    """A fresh random UUIDv7 as 16 bytes: for sessions, generations and replays."""
+    tail = int.from_bytes(os.urandom(10), "big")
+    return uuid7(time.time_ns() // 1_000_000, tail >> 64, tail)
+
+
+def platform_session(source: str, actor: str = "") -> SessionContext:
+    """A session of its own for events that belong to no customer, without content."""
+    return SessionContext(new_id(), PLATFORM_TENANT, source, actor, salt=None)
