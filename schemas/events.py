@@ -30,6 +30,7 @@ class Fixed:
         self.size = size
 
     def __call__(self, value: bytes) -> bytes:
+        """The value; raises ValueError for another length."""
         if len(value) != self.size:
             raise ValueError(f"{len(value)} bytes, valid is exactly {self.size}")
         return value
@@ -39,6 +40,7 @@ class Float32:
     """Marks a 32-bit float; NaN is refused and -0.0 becomes 0.0, so that equal values have equal bytes."""
 
     def __call__(self, value: float) -> float:
+        """The value as a 32-bit float holds it; raises ValueError for NaN."""
         if math.isnan(value):
             raise ValueError("NaN has no canonical bytes; leave the value out instead")
         try:
