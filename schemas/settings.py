@@ -19,23 +19,23 @@ class _Section(BaseModel):
 class LogSettings(_Section):
     """Where events are appended."""
 
-    kind: Literal["embedded", "kafka", "confluent"] = "embedded"
-    bootstrap_servers: str = "127.0.0.1:9092"
-    topic: str = "tokentape.events"
+    kind: Literal["embedded", "kafka", "confluent"] = Field(default="embedded", description="SQLite file, kafka-python or confluent-kafka.")
+    bootstrap_servers: str = Field(default="127.0.0.1:9092", description="host:port, comma-separated")
+    topic: str = Field(default="tokentape.events", description="created when missing")
     partitions: int = Field(default=4, ge=1, le=1024, description="used when the log is created; fixed after that")
     replication: int = Field(default=1, ge=1, description="Kafka replication factor when the topic is created")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
-    timeout_s: Seconds = 30.0
+    timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
 
 
 class RecorderSettings(_Section):
     """How events travel from the request path to the log."""
 
-    mode: Literal["shed", "block", "strict"] = "block"
+    mode: Literal["shed", "block", "strict"] = Field(default="block", description="what a full queue or an absent log does to requests.")
     queue_max: int = Field(default=65_536, ge=16, description="events waiting in memory before shed or block acts")
     coalesce_ms: float = Field(default=50.0, ge=0, description="longest time that a token waits for company")
     coalesce_tokens: int = Field(default=64, ge=1, description="tokens of one sequence in one event at most")
-    heartbeat_s: Seconds = 10.0
+    heartbeat_s: Seconds = Field(default=10.0, description="how often a producer says how far it is")
     spool_bytes_max: int = Field(default=8 << 30, ge=1 << 20, description="bytes the spool may hold on disk")
     sample_rate: float = Field(default=1.0, ge=0, le=1, description="share of sessions recorded")
 
@@ -43,37 +43,37 @@ class RecorderSettings(_Section):
 class GatewaySettings(_Section):
     """The HTTP entry before an OpenAI-compatible upstream."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8400, ge=0, le=65535, description="0 picks a free port")
     upstream: str = Field(default="http://127.0.0.1:8000", description="base URL without /v1")
-    upstream_kind: Literal["auto", "vllm", "openai"] = "auto"
+    upstream_kind: Literal["auto", "vllm", "openai"] = Field(default="auto", description="auto asks /version once.")
     upstream_key: SecretStr | None = Field(default=None, description="bearer token sent upstream; else the client's own")
-    connect_timeout_s: Seconds = 10.0
-    first_token_timeout_s: Seconds = 300.0
-    between_tokens_timeout_s: Seconds = 60.0
-    body_bytes_max: int = Field(default=32 << 20, ge=1024)
+    connect_timeout_s: Seconds = Field(default=10.0, description="until the upstream accepts a connection")
+    first_token_timeout_s: Seconds = Field(default=300.0, description="until the first byte of an answer")
+    between_tokens_timeout_s: Seconds = Field(default=60.0, description="longest silence within an answer")
+    body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
 
 
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
-    seal_s: Seconds = 5.0
-    batch_events_max: int = Field(default=50_000, ge=1)
+    seal_s: Seconds = Field(default=5.0, description="how long after its first row a tail shard is sealed for readers")
+    batch_events_max: int = Field(default=50_000, ge=1, description="events in one transaction")
     event_bytes_max: int = Field(default=64 << 20, ge=1024, description="a larger event is quarantined")
 
 
 class ColdSettings(_Section):
     """The object store of segments and ledger."""
 
-    kind: Literal["local", "minio"] = "local"
-    endpoint: str = "127.0.0.1:9000"
-    secure: bool = False
+    kind: Literal["local", "minio"] = Field(default="local", description="a folder under the data directory, or any S3 server.")
+    endpoint: str = Field(default="127.0.0.1:9000", description="host:port of the S3 server")
+    secure: bool = Field(default=False, description="https")
     region: str = "us-east-1"
-    bucket: str = "tokentape"
+    bucket: str = Field(default="tokentape", description="created with object lock when missing")
     access_key: str = ""
     secret_key: SecretStr = SecretStr("")
-    lock: Literal["none", "governance", "compliance"] = Field(default="governance", description="object lock of segments")
-    lock_days: int = Field(default=30, ge=1)
+    lock: Literal["none", "governance", "compliance"] = Field(default="governance", description="object lock of segments.")
+    lock_days: int = Field(default=30, ge=1, description="how long segments and ledger entries are locked")
     timeout_s: Seconds = 30.0
 
 
@@ -81,16 +81,16 @@ class LedgerSettings(_Section):
     """The signed log of segments."""
 
     origin: str = Field(default="tokentape.local/ledger", description="name in checkpoints (C2SP tlog-checkpoint origin)")
-    checkpoint_s: Seconds = 60.0
+    checkpoint_s: Seconds = Field(default=60.0, description="a signed checkpoint at least this often while events flow")
 
 
 class SqlSettings(_Section):
     """Limits of the SQL sandbox."""
 
-    memory_mb: int = Field(default=2048, ge=64)
-    threads: int = Field(default=2, ge=1)
-    rows_max: int = Field(default=1_000_000, ge=1)
-    timeout_s: Seconds = 60.0
+    memory_mb: int = Field(default=2048, ge=64, description="memory of one query")
+    threads: int = Field(default=2, ge=1, description="threads of one query")
+    rows_max: int = Field(default=1_000_000, ge=1, description="a larger answer is refused")
+    timeout_s: Seconds = Field(default=60.0, description="a longer query is stopped")
 
 
 class JobsSettings(_Section):
@@ -98,7 +98,6 @@ class JobsSettings(_Section):
 
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
-    checkpoint_s: float = Field(default=60.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
@@ -106,16 +105,16 @@ class JobsSettings(_Section):
 class LoggingSettings(_Section):
     """Structured logs on stderr."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "console", "json"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severity printed.")
+    format: Literal["auto", "console", "json"] = Field(default="auto", description="auto is console on a terminal, else json.")
 
 
 class Settings(_Section):
     """All settings of one installation."""
 
     data: Path = Field(default=Path(".tokentape"), description="the data directory")
-    tenant: str = Field(default="default", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    retention_class: str = Field(default="standard", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    tenant: str = Field(default="default", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="owner of what is recorded here")
+    retention_class: str = Field(default="standard", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="which retention rules apply")
     log: LogSettings = LogSettings()
     recorder: RecorderSettings = RecorderSettings()
     gateway: GatewaySettings = GatewaySettings()
