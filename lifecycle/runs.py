@@ -1,0 +1,116 @@
+"""The ledger of job runs: what ran, when, why and how it ended. It survives restarts and lets one scheduler of several win."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ConflictError, CorruptStore
+
+LEASE_S = 120.0
+"""How long a run counts as alive without a sign of life; its owner renews it at a third of this."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (
+  run_id TEXT PRIMARY KEY, job TEXT NOT NULL, slot INTEGER, owner TEXT NOT NULL, trigger TEXT NOT NULL,
+  started_at REAL NOT NULL, lease_until REAL NOT NULL, finished_at REAL, outcome TEXT, summary TEXT);
+CREATE UNIQUE INDEX IF NOT EXISTS runs_slot ON runs (job, slot) WHERE slot IS NOT NULL;
+CREATE INDEX IF NOT EXISTS runs_started ON runs (started_at);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run. Times are seconds since the epoch; `outcome` is running, ok, failed or abandoned."""
+
+    run_id: str
+    job: str
+    owner: str
+    trigger: str
+    started_at: float
+    finished_at: float | None
+    outcome: str
+    summary: dict[str, Any]
+
+
+class RunLedger:
+    """`jobs.sqlite`: append-only but for the end of each run."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        with self._connection() as connection:
+            connection.executescript(_SCHEMA)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """One short connection per operation: nothing to share between threads or to carry over a fork."""
+        connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            yield connection
+        except sqlite3.DatabaseError as error:
+            raise CorruptStore(str(error), operation="job runs", place=str(self._path)) from error
+        finally:
+            connection.close()
+
+    def begin(self, job: str, *, slot: int | None, trigger: str) -> str:
+        """Enter a run and return its id.
+
+        `slot` numbers the tick of a schedule: of several schedulers that see one tick, one enters it. A job that is
+        running is not entered again; a run whose lease is over is marked abandoned first.
+
+        Raises:
+            ConflictError: somebody else has this tick, or the job is running.
+        """
+        now, run_id = time.time(), uuid.uuid4().hex
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(
+                "UPDATE runs SET outcome='abandoned', finished_at=? WHERE job=? AND finished_at IS NULL AND lease_until < ?",
+                (now, job, now),
+            )
+            busy = connection.execute("SELECT owner FROM runs WHERE job=? AND finished_at IS NULL", (job,)).fetchone()
+            taken = slot is not None and connection.execute("SELECT owner FROM runs WHERE job=? AND slot=?", (job, slot)).fetchone()
+            if busy or taken:
+                connection.execute("COMMIT")
+                owner = (busy or taken)[0]
+                raise ConflictError(f"job {job} {'is running' if busy else 'has run for this tick'}", operation="run job", place=owner)
+            connection.execute(
+                "INSERT INTO runs VALUES (?,?,?,?,?,?,?,NULL,NULL,NULL)", (run_id, job, slot, self._owner, trigger, now, now + LEASE_S)
+            )
+            connection.execute("COMMIT")
+        return run_id
+
+    def renew(self, run_id: str) -> None:
+        """Say that a run is alive."""
+        with self._connection() as connection:
+            connection.execute("UPDATE runs SET lease_until=? WHERE run_id=?", (time.time() + LEASE_S, run_id))
+
+    def finish(self, run_id: str, outcome: str, summary: dict[str, Any]) -> None:
+        """Enter how a run ended."""
+        with self._connection() as connection:
+            connection.execute(
+                "UPDATE runs SET finished_at=?, outcome=?, summary=? WHERE run_id=?",
+                (time.time(), outcome, json.dumps(summary, default=str), run_id),
+            )
+
+    def history(self, job: str | None = None, *, limit: int = 50) -> list[Run]:
+        """The latest runs, newest first."""
+        query = (
+            "SELECT run_id, job, owner, trigger, started_at, finished_at, outcome, summary FROM runs "
+            "WHERE job = coalesce(?, job) ORDER BY started_at DESC LIMIT ?"
+        )
+        with self._connection() as connection:
+            rows = connection.execute(query, (job, limit)).fetchall()
+        return [Run(*row[:6], outcome=row[6] or "running", summary=json.loads(row[7] or "{}")) for row in rows]
