@@ -81,11 +81,11 @@ class RunLedger:
                 (now, job, now),
             )
             busy = connection.execute("SELECT owner FROM runs WHERE job=? AND finished_at IS NULL", (job,)).fetchone()
-            taken = slot is not None and connection.execute("SELECT owner FROM runs WHERE job=? AND slot=?", (job, slot)).fetchone()
+            taken = connection.execute("SELECT owner FROM runs WHERE job=? AND slot=?", (job, slot)).fetchone()
             if busy or taken:
                 connection.execute("COMMIT")
-                owner = (busy or taken)[0]
-                raise ConflictError(f"job {job} {'is running' if busy else 'has run for this tick'}", operation="run job", place=owner)
+                why = "is running" if busy else "has run for this tick"
+                raise ConflictError(f"job {job} {why}", operation="run job", place=(busy or taken)[0])
             connection.execute(
                 "INSERT INTO runs VALUES (?,?,?,?,?,?,?,NULL,NULL,NULL)", (run_id, job, slot, self._owner, trigger, now, now + LEASE_S)
             )
@@ -113,4 +113,4 @@ class RunLedger:
         )
         with self._connection() as connection:
             rows = connection.execute(query, (job, limit)).fetchall()
-        return [Run(*row[:6], outcome=row[6] or "running", summary=json.loads(row[7] or "{}")) for row in rows]
+        return [Run(*row[:6], row[6] or "running", json.loads(row[7] or "{}")) for row in rows]
