@@ -113,4 +113,7 @@ class RunLedger:
         )
         with self._connection() as connection:
             rows = connection.execute(query, (job, limit)).fetchall()
-        return [Run(*row[:6], row[6] or "running", json.loads(row[7] or "{}")) for row in rows]
+        return [
+            Run(run_id, name, owner, trigger, started_at, finished_at, outcome or "running", json.loads(summary or "{}"))
+            for run_id, name, owner, trigger, started_at, finished_at, outcome, summary in rows
+        ]
