@@ -1,0 +1,1 @@
+"""Kafka, MinIO and vLLM as plain processes of this machine, for people and tests without a container engine."""

