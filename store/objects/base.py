@@ -63,15 +63,15 @@ class ObjectStore(Protocol):
         ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Bytes [start, start+length) of an object. Raises `KeyError` when there is none."""
+        """Bytes [start, start+length) of an object, fewer where it ends before. Raises `KeyError` when there is none."""
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
         """Size and time of an object, or None."""
         ...
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects whose key starts with `prefix`, in key order."""
+    def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix` and sorts after `start_after`, in order of the keys' UTF-8 bytes."""
         ...
 
     def delete(self, key: str) -> None:
