@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from schemas.errors import InvalidEvent, LogChanged
+
+# The largest value that each backend takes: below Kafka's largest request (100 MiB by default), above any event
+# that the index takes.
+ENTRY_BYTES_MAX = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -63,7 +69,7 @@ class Log(Protocol):
         Raises:
             LogUnavailable: not durable within the time-out, or refused.
             StorageFull: the disk of an embedded log is full.
-            InvalidEvent: one entry is larger than the log takes.
+            InvalidEvent: one entry is larger than the log takes (`ENTRY_BYTES_MAX`); none was written.
         """
         ...
 
@@ -78,7 +84,11 @@ class Log(Protocol):
         ...
 
     def wait(self, offsets: dict[int, int], *, wait_s: float) -> set[int]:
-        """Partitions that hold a record at or beyond the given offset, waiting up to `wait_s` for one."""
+        """Partitions that hold a record at or beyond the given offset, waiting up to `wait_s` for one.
+
+        Raises:
+            LogChanged: as `read`.
+        """
         ...
 
     def bounds(self, partition: int) -> tuple[int, int]:
@@ -113,3 +123,20 @@ def murmur2(data: bytes) -> int:
         h = (h ^ int.from_bytes(data[whole:], "little")) * m & mask
     h = (h ^ (h >> 13)) * m & mask
     return h ^ (h >> 15)
+
+
+def check_entries(entries: Sequence[Entry], partitions: int, bytes_max: int = ENTRY_BYTES_MAX, *, place: str) -> None:
+    """Refuse entries that no log takes, before any of them is written.
+
+    Raises:
+        InvalidEvent: a value of more than `bytes_max` bytes.
+        LogChanged: a partition that the log does not have.
+    """
+    largest = max(len(entry.value) for entry in entries)
+    if largest > bytes_max:
+        hint = "put large bodies into the blob store"
+        raise InvalidEvent(f"an event of {largest} bytes; the log takes {bytes_max}", operation="append", place=place, hint=hint)
+    strangers = {entry.partition for entry in entries} - set(range(partitions))
+    if strangers:
+        hint = "partitions are counted from 0; compute them with partition_of"
+        raise LogChanged(f"no partition {min(strangers)}: the log has {partitions}", operation="append", place=place, hint=hint)
