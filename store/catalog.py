@@ -1,0 +1,492 @@
+"""The catalog: which immutable shards and segments hold the events, how far each partition is, and what is missing.
+
+One SQLite file that many processes share. Each change is one transaction, so a reader's snapshot has every row in
+exactly one shard or segment. A sealed tail is only taken when it continues its partitions where the catalog stands,
+so two indexers that both believe to own a partition can never both be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ConflictError, CorruptStore, Fenced, StorageFull, StoreUnavailable, TokentapeError, UsageError
+from store.catalog_tables import (
+    LAYOUT,
+    TABLES,
+    range_from_row,
+    range_to_row,
+    segment_from_row,
+    segment_to_row,
+    shard_from_row,
+    shard_to_row,
+)
+from store.log.base import partition_of
+from store.shards import Duplicate, Gap, Level, Mark, Position, Quarantined, Range, Sealed, Segment, Shard, Snapshot
+
+__all__ = [
+    "Catalog",
+    "Duplicate",
+    "Gap",
+    "Level",
+    "Mark",
+    "Position",
+    "Quarantined",
+    "Range",
+    "Sealed",
+    "Segment",
+    "Shard",
+    "Snapshot",
+    "open_catalog",
+]
+
+# How long a writer waits for another process's transaction; each of them takes milliseconds.
+_BUSY_S = 30.0
+# Seal requests older than this are forgotten: whoever asked has given up.
+_REQUEST_S = 600
+
+
+def open_catalog(data: Path) -> Catalog:
+    """The catalog of a data directory."""
+    return Catalog(data / "hot" / "catalog.sqlite")
+
+
+class Catalog:
+    """The catalog in `path` (`hot/catalog.sqlite`); the shards stand beside it in `shards/`.
+
+    Safe for many processes and threads; after a fork the child opens a connection of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the catalog.
+
+        Raises:
+            CorruptStore: the file is not a catalog of this version.
+            StoreUnavailable, StorageFull: it cannot be opened or written.
+        """
+        self._path = path
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
+        with self._mapped("open catalog"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._writing("open catalog") as connection:
+            self._create(connection)
+
+    @property
+    def path(self) -> Path:
+        """Where the catalog is."""
+        return self._path
+
+    @property
+    def shards_folder(self) -> Path:
+        """Where sealed and merged shards are."""
+        return self._path.parent / "shards"
+
+    # What holds the events
+
+    def snapshot(self, *, session: bytes | None = None, time: tuple[int, int] | None = None) -> Snapshot:
+        """Shards and segments that may hold rows of a session and of a span of `recorded_at` (µs, both inclusive)."""
+        with self._reading("snapshot") as connection:
+            where, values = _prune(session, time)
+            shards = connection.execute(f"SELECT * FROM shard WHERE state = 'live'{where} ORDER BY day, name", values).fetchall()
+            segments = connection.execute(f"SELECT * FROM segment WHERE 1{where} ORDER BY day, key", values).fetchall()
+            ranges = self._ranges(connection)
+        snapshot = Snapshot(
+            tuple(shard_from_row(row, self.shards_folder, ranges.get(row[0], ())) for row in shards),
+            tuple(segment_from_row(row, ranges.get(row[0], ())) for row in segments),
+        )
+        return self._prune_partition(snapshot, session)
+
+    def shards(self, *, retired: bool = False) -> list[tuple[Shard, int]]:
+        """Every shard with the time (µs) at which it was retired, 0 for live ones; retired ones only when asked for."""
+        with self._reading("list shards") as connection:
+            rows = connection.execute("SELECT *, retired_at FROM shard WHERE state = 'live' OR ? ORDER BY day, name", (retired,)).fetchall()
+            ranges = self._ranges(connection)
+        return [(shard_from_row(row, self.shards_folder, ranges.get(row[0], ())), row[-1]) for row in rows]
+
+    def swap(
+        self,
+        *,
+        retire: Sequence[str] = (),
+        shards: Sequence[Shard] = (),
+        segments: Sequence[Segment] = (),
+        retire_segments: Sequence[str] = (),
+        owner: str = "",
+    ) -> None:
+        """Put shards and segments in the place of others, at one moment for every reader.
+
+        Retired shards stay on disk for a grace period, for those who took a snapshot before.
+
+        Raises:
+            ConflictError: a name to retire is not there (any more), or somebody else than `owner` has claimed it.
+        """
+        now = _now_us()
+        with self._writing("swap") as connection:
+            self._check_live(connection, retire, owner)
+            for name in retire:
+                connection.execute("UPDATE shard SET state = 'retired', retired_at = ? WHERE name = ?", (now, name))
+                connection.execute("DELETE FROM claim WHERE name = ?", (name,))
+            for key in retire_segments:
+                if not connection.execute("DELETE FROM segment WHERE key = ?", (key,)).rowcount:
+                    raise ConflictError(f"segment {key} is not in the catalog", operation="swap", place=str(self._path))
+                connection.execute("DELETE FROM range WHERE name = ?", (key,))
+            for shard in shards:
+                _insert_shard(connection, shard)
+            for segment in segments:
+                _insert(connection, "segment", segment_to_row(segment))
+                _insert_ranges(connection, segment.key, segment.ranges)
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Drop retired shards from the list, after their files are gone."""
+        with self._writing("forget") as connection:
+            for name in names:
+                if connection.execute("DELETE FROM shard WHERE name = ? AND state = 'retired'", (name,)).rowcount:
+                    connection.execute("DELETE FROM range WHERE name = ?", (name,))
+
+    def knows(self, name: str) -> bool:
+        """Whether a shard of that name is listed, live or retired."""
+        with self._reading("look up") as connection:
+            return connection.execute("SELECT 1 FROM shard WHERE name = ?", (name,)).fetchone() is not None
+
+    # Claims: merge and tiering exclude one another
+
+    def claim(self, names: Sequence[str], owner: str, ttl_s: float) -> bool:
+        """Claim all of the shards for `owner` or none; claiming again renews. False when one is taken or gone."""
+        until = _now_us() + int(ttl_s * 1e6)
+        with self._writing("claim") as connection:
+            try:
+                self._check_live(connection, names, owner)
+            except ConflictError:
+                return False
+            rows = [(name, owner, until) for name in names]
+            connection.executemany("INSERT OR REPLACE INTO claim VALUES (?, ?, ?)", rows)
+        return True
+
+    def release(self, names: Sequence[str], owner: str) -> None:
+        """Give claims back."""
+        with self._writing("release") as connection:
+            connection.executemany("DELETE FROM claim WHERE name = ? AND owner = ?", [(name, owner) for name in names])
+
+    def claimed(self) -> dict[str, str]:
+        """Owner of each claimed shard."""
+        with self._reading("claims") as connection:
+            return dict(connection.execute("SELECT name, owner FROM claim WHERE until > ?", (_now_us(),)).fetchall())
+
+    def _check_live(self, connection: sqlite3.Connection, names: Sequence[str], owner: str) -> None:
+        for name in names:
+            if connection.execute("SELECT 1 FROM shard WHERE name = ? AND state = 'live'", (name,)).fetchone() is None:
+                raise ConflictError(f"shard {name} is no longer there", operation="swap", place=str(self._path), hint="take a new snapshot")
+            other = connection.execute(
+                "SELECT owner FROM claim WHERE name = ? AND owner <> ? AND until > ?", (name, owner, _now_us())
+            ).fetchone()
+            if other is not None:
+                raise ConflictError(
+                    f"shard {name} is claimed by {other[0]}", operation="swap", place=str(self._path), hint="try again later"
+                )
+
+    # How far the log is indexed
+
+    def register(self, sealed: Sealed) -> None:
+        """List a sealed tail, its positions and what it found missing. Doing so twice does nothing.
+
+        Raises:
+            Fenced: a partition of it does not continue where the catalog stands: somebody else indexed those records.
+        """
+        with self._writing("register") as connection:
+            if connection.execute("SELECT 1 FROM shard WHERE name = ?", (sealed.shard.name,)).fetchone():
+                return
+            for span in sealed.shard.ranges:
+                self._check_continues(connection, span)
+            _insert_shard(connection, sealed.shard)
+            _insert_sealed(connection, sealed)
+
+    def register_requeued(self, shard: Shard) -> None:
+        """List a shard of records that were quarantined; their offsets lie below the positions.
+
+        Raises:
+            ConflictError: a record is not in quarantine (any more).
+        """
+        with self._writing("requeue") as connection:
+            for span in shard.ranges:
+                cursor = connection.execute(
+                    "UPDATE quarantine SET requeued = 1, raw = x'' WHERE log_id = ? AND partition = ? AND offset = ? AND requeued = 0",
+                    (span.log_id, span.partition, span.offset_first),
+                )
+                if not cursor.rowcount:
+                    fault = f"partition {span.partition}, offset {span.offset_first} is not in quarantine"
+                    raise ConflictError(fault, operation="requeue", place=str(self._path), hint="list the quarantine again")
+            _insert_shard(connection, shard)
+
+    def _check_continues(self, connection: sqlite3.Connection, span: Range) -> None:
+        row = connection.execute(
+            "SELECT offset_next FROM position WHERE log_id = ? AND partition = ?", (span.log_id, span.partition)
+        ).fetchone()
+        if row is not None and row[0] != span.offset_first:
+            fault = f"partition {span.partition} stands at offset {row[0]}, the shard begins at {span.offset_first}"
+            raise Fenced(fault, operation="register", place=str(self._path), hint="another indexer took the partition over")
+
+    def positions(self) -> list[Position]:
+        """How far each partition is in catalogued shards."""
+        with self._reading("positions") as connection:
+            rows = connection.execute("SELECT * FROM position ORDER BY log_id, partition").fetchall()
+        return [Position(*row) for row in rows]
+
+    def put_position(self, position: Position) -> None:
+        """Set where a partition stands, when an index is made anew beside segments that hold its beginning."""
+        with self._writing("set position") as connection:
+            _insert(connection, "position", _position_row(position))
+
+    def caught_up(self, log_id: str, at: dict[int, tuple[int, int]]) -> None:
+        """Note, by partition, (offset_next, wall clock µs): whatever was appended before then is below that offset.
+
+        Telemetry: not flushed to disk, and ignored where the catalog does not stand at that offset.
+        """
+        rows = [(moment, log_id, partition, offset) for partition, (offset, moment) in at.items()]
+        with self._writing("note position", durable=False) as connection:
+            connection.executemany(
+                "UPDATE position SET caught_up_at = max(caught_up_at, ?) WHERE log_id = ? AND partition = ? AND offset_next <= ?", rows
+            )
+
+    def marks(self, log_id: str, partition: int) -> dict[bytes, int]:
+        """Highest `producer_seq` seen of each producer of a partition."""
+        with self._reading("marks") as connection:
+            rows = connection.execute(
+                "SELECT producer_id, seq FROM mark WHERE log_id = ? AND partition = ?", (log_id, partition)
+            ).fetchall()
+        return dict(rows)
+
+    # What is missing
+
+    def gaps(self, *, log_id: str | None = None, partition: int | None = None, time: tuple[int, int] | None = None) -> list[Gap]:
+        """What producers numbered and the log never showed; `time` bounds `appended_at` (µs, both inclusive)."""
+        with self._reading("gaps") as connection:
+            rows = connection.execute("SELECT * FROM gap").fetchall() + connection.execute(_TAILS).fetchall()
+        gaps = [Gap(*row) for row in rows]
+        kept = [gap for gap in gaps if log_id in (None, gap.log_id) and partition in (None, gap.partition)]
+        if time is not None:
+            kept = [gap for gap in kept if time[0] <= gap.appended_at <= time[1]]
+        return sorted(kept, key=lambda gap: (gap.log_id, gap.partition, gap.appended_at, gap.seq_first))
+
+    def quarantine(self, *, requeued: bool = False) -> list[Quarantined]:
+        """Records that could not be read; with `requeued` also those that meanwhile could."""
+        columns = "log_id, partition, offset, appended_at, error, size, sha256, requeued"
+        with self._reading("quarantine") as connection:
+            rows = connection.execute(
+                f"SELECT {columns} FROM quarantine WHERE requeued = 0 OR ? ORDER BY log_id, partition, offset", (requeued,)
+            ).fetchall()
+        return [Quarantined(*(*row[:-1], bool(row[-1]))) for row in rows]
+
+    def quarantined_bytes(self, log_id: str, partition: int, offset: int) -> bytes:
+        """The raw bytes of a quarantined record.
+
+        Raises:
+            UsageError: there is no such record.
+        """
+        with self._reading("quarantine") as connection:
+            row = connection.execute(
+                "SELECT raw FROM quarantine WHERE log_id = ? AND partition = ? AND offset = ? AND requeued = 0", (log_id, partition, offset)
+            ).fetchone()
+        if row is None:
+            raise UsageError(f"partition {partition}, offset {offset} is not in quarantine", operation="show quarantine")
+        return bytes(row[0])
+
+    def duplicates(self, log_id: str, partition: int, offset_first: int, offset_next: int) -> list[Duplicate]:
+        """Records that were dropped as sent twice, in offset order."""
+        with self._reading("duplicates") as connection:
+            rows = connection.execute(
+                "SELECT * FROM duplicate WHERE log_id = ? AND partition = ? AND offset >= ? AND offset < ? ORDER BY offset",
+                (log_id, partition, offset_first, offset_next),
+            ).fetchall()
+        return [Duplicate(*row) for row in rows]
+
+    # Asking the running indexers to seal
+
+    def request_seal(self, targets: dict[int, int]) -> int:
+        """Ask whoever indexes to seal as soon as it has reached these offsets; the number of the request."""
+        now = _now_us()
+        with self._writing("request seal", durable=False) as connection:
+            connection.execute("DELETE FROM seal_request WHERE at < ?", (now - _REQUEST_S * 1_000_000,))
+            cursor = connection.execute("INSERT INTO seal_request (at, targets) VALUES (?, ?)", (now, json.dumps(targets)))
+            return int(cursor.lastrowid or 0)
+
+    def seal_requests(self, after: int) -> list[tuple[int, dict[int, int]]]:
+        """Requests with a number above `after`, oldest first: number, and target offset by partition."""
+        with self._reading("seal requests") as connection:
+            rows = connection.execute("SELECT id, targets FROM seal_request WHERE id > ? ORDER BY id", (after,)).fetchall()
+        return [(number, {int(key): value for key, value in json.loads(targets).items()}) for number, targets in rows]
+
+    # Facts about the installation
+
+    def fact(self, key: str) -> str | None:
+        """One remembered fact, such as `log_id` or `partitions`."""
+        with self._reading("facts") as connection:
+            row = connection.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    def remember(self, key: str, value: str) -> str:
+        """Remember a fact unless one stands already; what then stands."""
+        with self._writing("facts") as connection:
+            connection.execute("INSERT OR IGNORE INTO fact VALUES (?, ?)", (key, value))
+            row = connection.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
+        return str(row[0])
+
+    # Connections
+
+    def close(self) -> None:
+        """Release the file; safe to call twice, and the next call opens it again."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        for table in TABLES:
+            connection.execute(table)
+        connection.execute("INSERT OR IGNORE INTO fact VALUES ('layout', ?)", (LAYOUT,))
+        found = connection.execute("SELECT value FROM fact WHERE key = 'layout'").fetchone()[0]
+        if found != LAYOUT:
+            raise CorruptStore(
+                f"the catalog has layout {found}; this version reads {LAYOUT}", operation="open catalog", place=str(self._path)
+            )
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None or self._pid != os.getpid():
+            connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode=WAL")
+            self._connection, self._pid = connection, os.getpid()
+        return self._connection
+
+    @contextlib.contextmanager
+    def _reading(self, operation: str) -> Iterator[sqlite3.Connection]:
+        """One consistent view."""
+        with self._lock, self._mapped(operation):
+            connection = self._connected()
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _writing(self, operation: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it or nothing; on disk when it ends, if `durable`."""
+        with self._lock, self._mapped(operation):
+            connection = self._connected()
+            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def _mapped(self, operation: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as problem:
+            raise _error(problem, operation, self._path) from problem
+        except OSError as problem:
+            raise StoreUnavailable(problem.strerror or str(problem), operation=operation, place=str(self._path)) from problem
+
+    def _ranges(self, connection: sqlite3.Connection) -> dict[str, tuple[Range, ...]]:
+        found: dict[str, list[Range]] = {}
+        for row in connection.execute("SELECT * FROM range ORDER BY name, log_id, partition, offset_first"):
+            found.setdefault(row[0], []).append(range_from_row(row))
+        return {name: tuple(ranges) for name, ranges in found.items()}
+
+    def _prune_partition(self, snapshot: Snapshot, session: bytes | None) -> Snapshot:
+        count = self.fact("partitions") if session is not None else None
+        if session is None or count is None:
+            return snapshot
+        partition = partition_of(session, int(count))
+        return Snapshot(
+            tuple(shard for shard in snapshot.shards if any(span.partition == partition for span in shard.ranges)),
+            tuple(segment for segment in snapshot.segments if any(span.partition == partition for span in segment.ranges)),
+        )
+
+
+# A tail is missing once its partition was read to a moment after the heartbeat that claims it.
+_TAILS = """
+    SELECT claim_seq.log_id, claim_seq.partition, claim_seq.producer_id, coalesce(mark.seq + 1, 0), claim_seq.seq,
+           'tail', position.offset_next, claim_seq.appended_at
+    FROM claim_seq JOIN position USING (log_id, partition) LEFT JOIN mark USING (log_id, partition, producer_id)
+    WHERE claim_seq.seq > coalesce(mark.seq, -1) AND position.caught_up_at > claim_seq.appended_at
+"""
+
+
+def _prune(session: bytes | None, span: tuple[int, int] | None) -> tuple[str, tuple[Any, ...]]:
+    """Further conditions of a WHERE clause, and their values."""
+    where = ""
+    values: list[Any] = []
+    if session is not None:
+        where += " AND session_min <= ? AND session_max >= ?"
+        values += [session, session]
+    if span is not None:
+        where += " AND time_min <= ? AND time_max >= ?"
+        values += [span[1], span[0]]
+    return where, tuple(values)
+
+
+def _insert(connection: sqlite3.Connection, table: str, row: Sequence[Any], verb: str = "INSERT OR REPLACE") -> None:
+    connection.execute(f"{verb} INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+
+def _insert_shard(connection: sqlite3.Connection, shard: Shard) -> None:
+    _insert(connection, "shard", (*shard_to_row(shard), "live", 0), "INSERT")
+    _insert_ranges(connection, shard.name, shard.ranges)
+
+
+def _insert_ranges(connection: sqlite3.Connection, name: str, ranges: Sequence[Range]) -> None:
+    for span in ranges:
+        _insert(connection, "range", range_to_row(name, span))
+
+
+def _insert_sealed(connection: sqlite3.Connection, sealed: Sealed) -> None:
+    for position in sealed.positions:
+        _insert(connection, "position", _position_row(position))
+    for table, marks in (("mark", sealed.marks), ("claim_seq", sealed.claims)):
+        for mark in marks:
+            row = (mark.log_id, mark.partition, mark.producer_id, mark.seq, mark.appended_at)
+            newer = "ON CONFLICT DO UPDATE SET seq = excluded.seq, appended_at = excluded.appended_at WHERE excluded.seq > seq"
+            connection.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) {newer}", row)
+    for gap in sealed.gaps:
+        row_gap = (gap.log_id, gap.partition, gap.producer_id, gap.seq_first, gap.seq_last, gap.kind, gap.offset, gap.appended_at)
+        _insert(connection, "gap", row_gap)
+    for item in sealed.duplicates:
+        _insert(connection, "duplicate", (item.log_id, item.partition, item.offset, item.sha256))
+    for record, raw in zip(sealed.quarantined, sealed.raw, strict=True):
+        head = (record.log_id, record.partition, record.offset, record.appended_at, record.error, record.size, record.sha256)
+        _insert(connection, "quarantine", (*head, 0, raw))
+
+
+def _position_row(position: Position) -> tuple[Any, ...]:
+    head = (position.log_id, position.partition, position.offset_next, position.digest, position.day)
+    return (*head, position.appended_at, position.caught_up_at, position.duplicates, position.quarantined)
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _error(problem: sqlite3.Error, operation: str, path: Path) -> TokentapeError:
+    """The tokentape error that stands for one of SQLite's."""
+    code = getattr(problem, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return StorageFull("the disk is full; nothing was written", operation=operation, place=str(path), hint="free space and try again")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreUnavailable(
+            "another process keeps the catalog locked", operation=operation, place=str(path), hint="see which process holds it"
+        )
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        return StoreUnavailable(str(problem), operation=operation, place=str(path), hint="check the disk and the rights on the folder")
+    return CorruptStore(str(problem), operation=operation, place=str(path), hint="run `tokentape rebuild` to make the index again")
