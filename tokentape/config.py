@@ -19,7 +19,7 @@ DEFAULT_FILE = Path("tokentape.toml")
 
 PREFIX = "TOKENTAPE_"
 
-RESERVED = {"TOKENTAPE_CONFIG", "TOKENTAPE_CACHE", "TOKENTAPE_SERVICES", "TOKENTAPE_CRASH_AT"}
+RESERVED = {f"{PREFIX}{name}" for name in ("CONFIG", "CACHE", "SERVICES", "CRASH_AT", "SUPERVISED")}
 """Variables that steer the program or its tests and are no settings."""
 
 

@@ -1,0 +1,382 @@
+"""The main job in front of you: real clients, real vLLM, the tape, SQL, time travel, cold tier, proof and replay.
+
+    make demo [DEPLOYMENT=embedded|distributed]
+
+Each step prints the command line that it runs; retype any of them afterwards, from the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import openai
+
+from scripts.native.processes import ServiceError
+from scripts.native.vllm import MODEL, Vllm
+from scripts.services import Services
+
+OUTPUT = Path("demo-output")
+CONFIG = OUTPUT / "demo.toml"
+TOKENTAPE = Path(".venv/bin/tokentape")
+BOLD, DIM, GREEN, RED, CYAN, OFF = (
+    ("\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[36m", "\033[0m") if sys.stdout.isatty() else ("",) * 6
+)
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+
+
+def say(text: str) -> None:
+    """One line for the person who watches."""
+    print(text, flush=True)
+
+
+def heading(number: int, text: str) -> None:
+    """The beginning of a step."""
+    say(f"\n{BOLD}{CYAN}{number:2}. {text}{OFF}")
+
+
+def tokentape(*arguments: str, expect: int = 0) -> str:
+    """Run one command of the program in front of the user and return what it printed; ends the demo on another exit code."""
+    command = [str(TOKENTAPE), "--config", str(CONFIG), *arguments]
+    say(f"\n{BOLD}$ {shlex.join(command)}{OFF}")
+    ran = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": str(shutil.get_terminal_size((118, 40)).columns)},
+    )
+    print(ran.stdout, end="", flush=True)
+    if ran.returncode != expect:
+        raise ServiceError(f"`{shlex.join(command)}` ended with exit code {ran.returncode}, expected {expect}")
+    if expect:
+        say(f"{DIM}exit code {ran.returncode}, as it should be{OFF}")
+    return ran.stdout
+
+
+def ask(*arguments: str) -> list[dict[str, Any]]:
+    """The rows of a query, for the demo's own use."""
+    command = [str(TOKENTAPE), "--config", str(CONFIG), "sql", "--format", "json", *arguments]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_config(deployment: str, upstream: str, services: dict[str, dict[str, str]]) -> None:
+    """The settings file of this demo: what differs from the defaults."""
+    lines = [f'data = "{OUTPUT}/data"', "", "[gateway]", "port = 0", f'upstream = "{upstream}"', ""]
+    if deployment == "distributed":
+        stamp = time.strftime("%Y%m%d%H%M%S")
+        lines += [
+            "[log]",
+            'kind = "kafka"',
+            f'bootstrap_servers = "{services["kafka"]["bootstrap_servers"]}"',
+            f'topic = "demo.{stamp}"',
+            "",
+        ]
+        lines += ["[cold]", 'kind = "minio"', f'endpoint = "{services["minio"]["endpoint"]}"', f'bucket = "demo-{stamp}"']
+        lines += [f'access_key = "{services["minio"]["access_key"]}"', f'secret_key = "{services["minio"]["secret_key"]}"', ""]
+    CONFIG.write_text("\n".join(lines), encoding="utf-8")
+    CONFIG.chmod(0o600)
+
+
+@contextlib.contextmanager
+def gateway() -> Iterator[str]:
+    """`tokentape up` while the block runs; yields the URL of the gateway."""
+    command = [str(TOKENTAPE), "--config", str(CONFIG), "up"]
+    say(f"\n{BOLD}$ {shlex.join(command)} &{OFF}")
+    with (OUTPUT / "up.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield _url(process)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _url(process: subprocess.Popen[bytes]) -> str:
+    """Wait until the gateway says where it listens."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for path in (OUTPUT / "data" / "run").glob("gateway-*.json"):
+            with contextlib.suppress(ValueError, KeyError):
+                return str(json.loads(path.read_text())["url"])
+        time.sleep(0.1)
+    tail = (OUTPUT / "up.log").read_text(errors="replace").splitlines()[-3:]
+    raise ServiceError(f"the gateway did not start: {' | '.join(tail)}")
+
+
+def conversations(url: str) -> str:
+    """What clients do in a day: stream, fan out, offer tools, hang up, fail. Returns the session of the first conversation."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-demo-not-a-secret", max_retries=0)
+    session = "01990000-0000-7000-8000-00000000cafe"
+    named = {"extra_headers": {"x-tokentape-session": session, "x-tokentape-user": "responder-7", "x-tokentape-tags": "demo,refund"}}
+    history: list[Any] = [{"role": "system", "content": "You are a calm assistant of a web shop."}]
+    for question in ("My order has not arrived. What happened?", "Who decided that, and when?"):
+        history.append({"role": "user", "content": question})
+        say(f"{GREEN}client:{OFF} {question}")
+        answer = ""
+        for chunk in client.chat.completions.create(
+            model=MODEL, messages=history, stream=True, max_tokens=48, temperature=0.8, seed=7, **named
+        ):
+            piece = chunk.choices[0].delta.content or "" if chunk.choices else ""
+            answer += piece
+            print(f"{DIM}{piece}{OFF}", end="", flush=True)
+        print()
+        history.append({"role": "assistant", "content": answer})
+
+    say(f"{GREEN}client:{OFF} two alternatives at once (n=2)")
+    texts = ["", ""]
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Write an apology."}],
+        n=2,
+        stream=True,
+        max_tokens=24,
+        temperature=1.0,
+        extra_headers={"x-tokentape-tags": "demo,n2"},
+    )
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    for index, text in enumerate(texts):
+        say(f"  {DIM}[{index}] {text.strip()[:90]!r}{OFF}")
+
+    say(f"{GREEN}client:{OFF} a tool schema, answered in one piece")
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Weather in Lisbon?"}],
+        tools=TOOLS,
+        max_tokens=32,
+        temperature=0.0,
+        extra_headers={"x-tokentape-tags": "demo,tools"},
+    )
+    say(
+        f"  {DIM}{whole.choices[0].finish_reason}: {(whole.choices[0].message.content or str(whole.choices[0].message.tool_calls))[:90]!r}{OFF}"
+    )
+
+    say(f"{GREEN}client:{OFF} hangs up in the middle of a long answer")
+    with client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Tell me everything."}],
+        stream=True,
+        max_tokens=1500,
+        extra_headers={"x-tokentape-tags": "demo,hangup"},
+    ) as stream:
+        for number, _ in enumerate(stream):
+            if number == 12:
+                break
+
+    say(f"{GREEN}client:{OFF} asks for a model that does not exist")
+    try:
+        client.chat.completions.create(
+            model="gpt-nonexistent", messages=[{"role": "user", "content": "Hello?"}], extra_headers={"x-tokentape-tags": "demo,failing"}
+        )
+    except openai.NotFoundError as error:
+        say(f"  {DIM}{type(error).__name__}: {str(error)[:100]}{OFF}")
+    return session
+
+
+def look(session: str) -> None:
+    """Sessions, a timeline, time travel and SQL over the hot tier."""
+    heading(3, "What is on the tape")
+    tokentape("sessions")
+    heading(4, "An incident timeline")
+    tokentape("timeline", session)
+    heading(5, "Time travel: the same session as it stood in the middle of the first answer")
+    moment = ask(
+        f"SELECT event_id FROM events WHERE session_id = uuid_blob('{session}') AND kind = 'token_chunk' ORDER BY \"offset\" LIMIT 1 OFFSET 1"
+    )[0]["event_id"]
+    tokentape("show", session, "--at", moment)
+    heading(6, "SQL over the hot tier")
+    tokentape("sql", SQL)
+
+
+SQL = (
+    "SELECT outcome, count(*) AS generations, sum(completion_tokens) AS tokens, round(avg(ttft_ms), 1) AS ttft_ms_avg "
+    "FROM generations GROUP BY outcome ORDER BY generations DESC"
+)
+
+
+def custody(deployment: str, services: dict[str, dict[str, str]]) -> None:
+    """Tier, the same SQL over cold, verify good, a flipped byte found."""
+    heading(7, "Hot becomes cold: Parquet segments, each entered in a signed ledger")
+    tokentape("tier", "--now")
+    heading(8, "The same SQL, answered from the cold tier")
+    tokentape("sql", SQL)
+    heading(9, "Proof: everything is as it was written")
+    tokentape("verify")
+    heading(10, "Somebody flips one bit in a segment")
+    with flipped_bit(deployment, services) as key:
+        say(f"{RED}flipped one bit of {key}{OFF}")
+        tokentape("verify", expect=10)
+    say("the bit is put back")
+    tokentape("verify")
+
+
+@contextlib.contextmanager
+def flipped_bit(deployment: str, services: dict[str, dict[str, str]]) -> Iterator[str]:
+    """One bit of one segment is wrong while the block runs; yields the segment's key."""
+    if deployment == "embedded":
+        path = sorted((OUTPUT / "data" / "cold" / "events").rglob("*.parquet"))[0]
+        good = path.read_bytes()
+        _overwrite(path, _flip(good))
+        try:
+            yield str(path.relative_to(OUTPUT / "data" / "cold"))
+        finally:
+            _overwrite(path, good)
+        return
+    import io
+
+    import minio
+
+    from tokentape import config
+
+    cold = config.load(file=CONFIG).cold
+    client = minio.Minio(cold.endpoint, services["minio"]["access_key"], services["minio"]["secret_key"], secure=False)
+    found = next(iter(client.list_objects(cold.bucket, prefix="events/", recursive=True)))
+    key = str(found.object_name)
+    good = client.get_object(cold.bucket, key).read()
+    # The locked version cannot be changed; whoever holds the credentials can only put another one on top of it.
+    wrong = client.put_object(cold.bucket, key, io.BytesIO(_flip(good)), len(good))
+    try:
+        yield key
+    finally:
+        client.remove_object(cold.bucket, key, version_id=wrong.version_id)
+
+
+def _flip(good: bytes) -> bytes:
+    middle = len(good) // 2
+    return good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+
+
+def _overwrite(path: Path, data: bytes) -> None:
+    path.chmod(0o600)
+    path.write_bytes(data)
+    path.chmod(0o444)
+
+
+def replay(session: str, same: str, changed: str) -> None:
+    """Compare replay against the same model and against a changed one."""
+    heading(11, "Replay: are these tokens what this model says? The same engine")
+    tokentape("replay", session, "--mode", "compare", "--engine", same)
+    heading(12, "The same question to a model whose weights were changed a little")
+    tokentape("replay", session, "--mode", "compare", "--engine", changed, "--loose")
+    tokentape("sql", "SELECT mode, engine, verdict, tokens, reason FROM replays ORDER BY started_at")
+
+
+class ChangedModel(threading.Thread):
+    """Starts a second vLLM, whose weights were perturbed, while the demo goes on."""
+
+    def __init__(self, services: Services) -> None:
+        super().__init__(daemon=True)
+        self._services = services
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Start it; what went wrong is raised by `url`."""
+        try:
+            self._services.up(["vllm"])
+        except BaseException as error:
+            self.error = error
+
+    def url(self) -> str:
+        """Its address, once it answers."""
+        began = time.monotonic()
+        while self.is_alive():
+            self.join(10)
+            if self.is_alive():
+                say(f"{DIM}the changed model is still starting … {time.monotonic() - began:.0f} s{OFF}")
+        if self.error is not None:
+            raise self.error
+        return self._services.address("vllm")["url"]
+
+
+def models() -> tuple[Path, Path]:
+    """A tiny model made on the spot, and a copy with one percent of noise on its weights."""
+    original, changed = OUTPUT / "models" / "original", OUTPUT / "models" / "changed"
+    for arguments in ([str(original)], [str(changed), "--from", str(original), "--perturb", "0.05"]):
+        subprocess.run([sys.executable, "-m", "scripts.tiny_model", *arguments], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return original.resolve(), changed.resolve()
+
+
+def run(deployment: str) -> None:
+    """All steps."""
+    began = time.monotonic()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir()
+    with contextlib.ExitStack() as stack:
+        heading(1, "A real engine: a tiny Llama made on the spot, served by vLLM on the CPU")
+        original, changed = models()
+        engines = [
+            Services(OUTPUT / name, say=say, tied=True, components=[Vllm(path)])
+            for name, path in (("engine", original), ("changed", changed))
+        ]
+        for services in engines:
+            stack.callback(services.down)
+        infrastructure = Services(OUTPUT / "services", say=say, tied=True)
+        addresses: dict[str, dict[str, str]] = {}
+        if deployment == "distributed":
+            stack.callback(infrastructure.down)
+            say("starting Apache Kafka and MinIO")
+            addresses = infrastructure.up(["kafka", "minio"])
+        say("starting vLLM (about two minutes on two cores) …")
+        upstream = engines[0].up(["vllm"])["vllm"]["url"]
+        second = ChangedModel(engines[1])
+        write_config(deployment, upstream, addresses)
+        heading(2, "Clients talk to it through the gateway")
+        with gateway() as url:
+            session = conversations(url)
+            second.start()
+            look(session)
+            custody(deployment, addresses)
+            replay(session, upstream, second.url())
+            heading(13, "How it stands")
+            tokentape("status")
+            tokentape("jobs", "history")
+    made = sum(path.stat().st_size for path in (OUTPUT / "data").rglob("*") if path.is_file())
+    say(
+        f"\n{BOLD}done in {time.monotonic() - began:.0f} s.{OFF} The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger."
+    )
+    if deployment == "embedded":
+        say(f"Nothing runs any more, and everything still answers: {TOKENTAPE} --config {CONFIG} timeline {session}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 with one line when something cannot be had."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deployment", choices=("embedded", "distributed"), default="embedded")
+    os.chdir(ROOT)
+    try:
+        run(parser.parse_args(argv).deployment)
+    except (ServiceError, subprocess.CalledProcessError) as error:
+        print(f"{RED}demo: {error}{OFF}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""The commands, one module per job; each lists its own in COMMANDS."""

@@ -1,0 +1,28 @@
+"""What the commands share: the output option and opening the installation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tokentape.installation import Installation
+from tokentape.output import FORMATS
+
+format_option = click.option(
+    "--format", "fmt", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print the answer."
+)
+
+
+def with_installation(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Pass the opened installation as first argument and close it afterwards."""
+
+    @click.pass_context
+    @functools.wraps(function)
+    def wrapper(ctx: click.Context, /, *args: Any, **kwargs: Any) -> Any:
+        with Installation(ctx.obj) as installation:
+            return function(installation, *args, **kwargs)
+
+    return wrapper

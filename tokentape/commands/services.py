@@ -1,0 +1,84 @@
+"""`up`: the long-lived parts."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+import structlog
+
+from ingest.gateway import serve
+from lifecycle.runs import RunLedger
+from lifecycle.scheduler import Scheduler
+from schemas.errors import UsageError
+from schemas.settings import Settings
+from store.indexer import Indexer
+from tokentape import logs
+from tokentape.installation import Installation
+from tokentape.jobs import all_jobs
+from tokentape.supervisor import PARTS, announced, instance_lock, stop_event, supervise
+
+log = structlog.get_logger()
+
+
+@click.command()
+@click.option("--only", metavar="PARTS", help=f"Run only these, comma-separated: {', '.join(PARTS)}.")
+@click.pass_context
+def up(ctx: click.Context, only: str | None) -> None:
+    """Run gateway, indexer and scheduler until SIGTERM or Ctrl-C; nothing acknowledged is lost by stopping."""
+    settings: Settings = ctx.obj
+    parts = [part.strip() for part in only.split(",")] if only else list(PARTS)
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"no part is called {part!r}", operation="up", hint=f"valid: {', '.join(PARTS)}")
+    stop = stop_event()
+    if len(parts) == 1:
+        logs.configure(settings.logging, part=parts[0])
+        _RUN[parts[0]](settings, stop)
+        return
+    logs.configure(settings.logging, part="up")
+    with instance_lock(settings.data):
+        supervise(parts, _options(ctx), stop)
+
+
+def _options(ctx: click.Context) -> list[str]:
+    """The program's options as they were given, for the children."""
+    params: dict[str, Any] = ctx.parent.params if ctx.parent else {}
+    options = [f"--set={text}" for text in params.get("overrides", ())]
+    for flag, value in (("--data", params.get("data")), ("--config", params.get("file"))):
+        if isinstance(value, Path):
+            options += [flag, str(value)]
+    return options
+
+
+def _gateway(settings: Settings, stop: threading.Event) -> None:
+    with Installation(settings) as installation:
+
+        def ready(url: str) -> Any:
+            log.info("gateway.ready", url=url, upstream=settings.gateway.upstream, mode=settings.recorder.mode)
+            return announced(settings.data, "gateway", url=url, upstream=settings.gateway.upstream)
+
+        serve(settings, installation.recorder, stop, ready=ready)
+
+
+def _indexer(settings: Settings, stop: threading.Event) -> None:
+    with Installation(settings) as installation, announced(settings.data, "indexer"):
+        installation.publish_schemas()
+        log.info("indexer.ready", log=settings.log.kind)
+        Indexer(settings, installation.log, installation.registry).run(stop)
+
+
+def _scheduler(settings: Settings, stop: threading.Event) -> None:
+    with Installation(settings) as installation, announced(settings.data, "scheduler"):
+        scheduler = Scheduler(all_jobs(installation), RunLedger(settings.data / "jobs.sqlite"))
+        scheduler.start()
+        log.info("scheduler.ready")
+        stop.wait()
+        scheduler.close()
+
+
+_RUN = {"gateway": _gateway, "indexer": _indexer, "scheduler": _scheduler}
+
+COMMANDS = [up]

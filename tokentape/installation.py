@@ -1,0 +1,144 @@
+"""One installation as the commands see it: its settings and its parts, each opened when first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from ingest.recorder import Recorder
+from schemas.errors import AlreadyExists, Unavailable
+from schemas.events import AccessContent, AccessLogged
+from schemas.registry import SchemaRegistry
+from schemas.settings import Settings
+from schemas.sink import SessionContext, new_id
+from store.catalog import Catalog
+from store.indexer import ensure_fresh
+from store.ledger import Ledger, keys, open_ledger
+from store.ledger.note import Signer
+from store.log import open_log
+from store.log.base import Log
+from store.objects import open_store
+from store.objects.base import ObjectStore
+from store.reader import EventReader
+
+FRESH_TIMEOUT_S = 10.0
+"""How long a command waits for the index to catch up before it answers with what is there and says so."""
+
+
+class Installation:
+    """The parts of one installation. Opening one raises what its `open_…` function raises."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @cached_property
+    def log(self) -> Log:
+        """The event log, made when it does not exist yet."""
+        log = open_log(self.settings.log, self.settings.data)
+        self._stack.callback(log.close)
+        return log
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """The object store of cold tier and ledger."""
+        return open_store(self.settings.cold, self.settings.data)
+
+    @cached_property
+    def signer(self) -> Signer:
+        """The ledger's key, made on first use."""
+        return keys.load_or_make(self.settings.data / "keys", self.settings.ledger.origin)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The signed ledger; its objects are locked where the store can lock."""
+        return open_ledger(self.settings, self.objects)
+
+    @cached_property
+    def registry(self) -> SchemaRegistry:
+        """Schemas known here; a fingerprint that is not is looked for in the object store."""
+        return SchemaRegistry(self._fetch_schema)
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """Which shards and segments there are."""
+        return Catalog(self.settings.data / "hot" / "catalog.sqlite")
+
+    @cached_property
+    def reader(self) -> EventReader:
+        """The events of a session, from hot and cold."""
+        return EventReader(self.settings, self.catalog, self.objects, self.registry)
+
+    @cached_property
+    def recorder(self) -> Recorder:
+        """A recorder of this process; closed with the installation, after everything is acknowledged."""
+        spool = None if self.settings.log.kind == "embedded" else self.settings.data / "spool"
+        recorder = Recorder(self.log, self.settings.recorder, spool=spool)
+        self._stack.callback(recorder.close)
+        return recorder
+
+    def _fetch_schema(self, fingerprint: bytes) -> dict[str, Any] | None:
+        try:
+            definition = json.loads(self.objects.get(schema_key(fingerprint)))
+        except (KeyError, ValueError):
+            return None
+        return definition if isinstance(definition, dict) else None
+
+    def publish_schemas(self) -> None:
+        """Put every schema of the history into the object store, so that the cold tier explains itself."""
+        for schema in self.registry.all():
+            with contextlib.suppress(AlreadyExists):  # the same fingerprint with other white space explains it as well
+                self.objects.create(schema_key(schema.fingerprint), schema.json().encode())
+
+    def freshen(self) -> None:
+        """Index what the log holds, or have the running indexers seal it."""
+        with contextlib.suppress(Unavailable):
+            ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S)
+
+    def session_id(self, text: str) -> bytes:
+        """The session of an id, or of the unique beginning of one.
+
+        Raises:
+            UnknownSession: none, or more than one, begins like that.
+        """
+        return self.reader.find(text)
+
+    def person(self) -> str:
+        """Who runs this command, as an opaque id."""
+        try:
+            return f"user:{getpass.getuser()}"
+        except (KeyError, OSError):
+            return "user:unknown"
+
+    @contextlib.contextmanager
+    def accessing(self, operation: str, statement: str) -> Iterator[dict[str, Any]]:
+        """Record that somebody looked: the block fills in `rows`; a failure is recorded as such and raised on."""
+        answer: dict[str, Any] = {"outcome": "ok", "rows": None}
+        began = time.perf_counter_ns()
+        try:
+            yield answer
+        except BaseException as error:
+            answer["outcome"] = type(error).__name__
+            raise
+        finally:
+            session = SessionContext(new_id(), self.settings.tenant, "api", self.person(), self.settings.retention_class)
+            content = AccessContent(statement=statement)
+            took = (time.perf_counter_ns() - began) // 1000
+            event = AccessLogged(operation=operation, outcome=answer["outcome"], rows=answer["rows"], duration_us=took, content=content)
+            self.recorder.record(session, event)
+
+
+def schema_key(fingerprint: bytes) -> str:
+    """Where the object store keeps a schema."""
+    return f"schemas/{fingerprint.hex()}.avsc"

@@ -1,0 +1,56 @@
+"""The lifecycle jobs of an installation, put together from its parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lifecycle.checkpoints import Checkpoints
+from lifecycle.scheduler import Job
+from lifecycle.tiering import Tiering
+from lifecycle.verification import Verification
+from store.merge import merge
+from tokentape.installation import Installation
+
+
+def all_jobs(installation: Installation) -> list[Job]:
+    """Merge, tier, checkpoint and verify, with the schedule of the settings."""
+    every = installation.settings.jobs
+    return [
+        Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
+        Job("tier", "move closed days into cold segments", every.tier_s, lambda dry: _tiering(installation).run(dry_run=dry)),
+        Job(
+            "checkpoint",
+            "sign the ledger's head and the partitions' digests",
+            installation.settings.ledger.checkpoint_s,
+            lambda dry: Checkpoints(installation.catalog, installation.ledger).run(dry_run=dry),
+        ),
+        Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
+    ]
+
+
+def tier_now(installation: Installation) -> Job:
+    """Tiering of every sealed shard, today's included."""
+    return Job("tier", "move all events into cold segments", 0, lambda dry: _tiering(installation).run(all_days=True, dry_run=dry))
+
+
+def _tiering(installation: Installation) -> Tiering:
+    return Tiering(
+        installation.settings, installation.catalog, installation.objects, installation.ledger, installation.registry, installation.recorder
+    )
+
+
+def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    """A tiering run that was killed after its commit has to be finished first: its shards must not be merged with others."""
+    finished = 0 if dry_run else _tiering(installation).reconcile()
+    return {**merge(installation.settings, installation.catalog, dry_run=dry_run), "tiering_finished": finished}
+
+
+def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    if dry_run:
+        return {"would_verify_entries": installation.ledger.head()}
+    return verification(installation).run(sink=installation.recorder)
+
+
+def verification(installation: Installation) -> Verification:
+    """Verification with the installation's own store and public key."""
+    return Verification(installation.objects, installation.verifier, installation.registry)

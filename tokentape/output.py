@@ -1,0 +1,102 @@
+"""Answers as a person or a program wants them: table, JSON, CSV, Arrow or Parquet."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import sys
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.ipc
+import pyarrow.parquet
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+FORMATS = ("table", "json", "csv", "arrow", "parquet")
+
+CELL_WIDTH_MAX = 60
+"""Characters of one cell in a table on a terminal; machine-readable formats are never cut."""
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def write_table(table: pa.Table, fmt: str, *, stream: BinaryIO | None = None) -> None:
+    """Write an Arrow table to standard output (or `stream`) in one of `FORMATS`."""
+    stream = stream or sys.stdout.buffer
+    if fmt == "table":
+        _print_rich(table)
+    elif fmt == "json":
+        for row in table.to_pylist():
+            stream.write(orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NAIVE_UTC))
+    elif fmt == "csv":
+        pa.csv.write_csv(_flat(table), stream)
+    elif fmt == "arrow":
+        with pa.ipc.new_stream(stream, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pa.parquet.write_table(table, stream)
+    stream.flush()
+
+
+def write_rows(rows: Sequence[dict[str, Any]], fmt: str, columns: Sequence[str]) -> None:
+    """Write dicts with the given columns in one of `FORMATS`."""
+    table = pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]) if rows else None
+    write_table(table if table is not None else pa.table({name: pa.array([], pa.string()) for name in columns}), fmt)
+
+
+def _print_rich(table: pa.Table) -> None:
+    view = Table(box=None, header_style="bold", pad_edge=False, show_edge=False)
+    for field in table.schema:
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        view.add_column(field.name, justify="right" if numeric else "left", overflow="fold")
+    for row in table.to_pylist():
+        view.add_row(*(_cell(value) for value in row.values()))
+    console = Console(highlight=False)
+    console.print(view if table.num_columns else Text("(no columns)"))
+    console.print(f"[dim]{table.num_rows:,} row{'' if table.num_rows == 1 else 's'}[/dim]")
+
+
+def _cell(value: Any) -> Text:
+    """One value in a table: newlines made visible, long texts cut."""
+    if value is None:
+        return Text("∅", style="dim")
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+    elif isinstance(value, dt.datetime):
+        text = value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    else:
+        text = str(_plain(value)) if isinstance(value, bytes) else str(value)
+    text = text.replace("\n", "⏎")
+    return Text(text if len(text) <= CELL_WIDTH_MAX else text[: CELL_WIDTH_MAX - 1] + "…")
+
+
+def _plain(value: Any) -> Any:
+    """Bytes for machine-readable texts: 16 bytes are an id and become UUID text, others hex up to 32 bytes, then base64."""
+    if isinstance(value, bytes):
+        if len(value) == 16:
+            text = value.hex()
+            return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        return value.hex() if len(value) <= 32 else base64.b64encode(value).decode()
+    if isinstance(value, dt.timedelta):
+        return value.total_seconds()
+    return str(value)
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """The table with nested and binary columns as JSON or hex text, which is all that CSV can hold."""
+    columns = []
+    for column in table.columns:
+        if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+            column = pa.array([None if v is None else _text(v) for v in column.to_pylist()], pa.string())
+        columns.append(column)
+    return pa.table(dict(zip(table.column_names, columns, strict=True)))
+
+
+def _text(value: Any) -> str:
+    return str(_plain(value)) if isinstance(value, bytes) else orjson.dumps(value, default=_plain).decode()

@@ -1,0 +1,147 @@
+"""How an installation stands: what runs, how fresh the index is, what is missing, storage by tier, locks, proof."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import orjson
+from rich.table import Table
+
+from schemas.errors import TokentapeError
+from store.catalog import Catalog
+from tokentape.installation import Installation
+from tokentape.output import out
+from tokentape.supervisor import running
+
+
+def collect(installation: Installation) -> dict[str, Any]:
+    """The status as a dict that `--format json` prints; a part that does not answer says so in its place."""
+    return {
+        "running": running(installation.settings.data),
+        "log": _tried(_log, installation),
+        "storage": _tried(_storage, installation),
+        "missing": _missing(installation.catalog),
+        "object_store": _tried(_store, installation),
+        "checkpoint": _tried(_checkpoint, installation),
+    }
+
+
+def _tried(part: Any, installation: Installation) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = part(installation)
+    except TokentapeError as error:
+        return {"error": str(error), "hint": error.hint}
+    return result
+
+
+def _log(installation: Installation) -> dict[str, Any]:
+    log, partitions = installation.log, []
+    known = {at.partition: at for at in installation.catalog.positions() if at.log_id == log.log_id}
+    for partition in range(log.partitions):
+        first, end = log.bounds(partition)
+        at = known.get(partition)
+        next_offset = at.offset_next if at else 0
+        partitions.append(
+            {"partition": partition, "first": first, "end": end, "indexed": next_offset, "lag": end - max(next_offset, first)}
+        )
+    fresh = [at.fresh_to for at in known.values()] if len(known) == log.partitions else []
+    return {
+        "kind": installation.settings.log.kind,
+        "log_id": log.log_id,
+        "lag": sum(row["lag"] for row in partitions),
+        "fresh_to": _utc(min(fresh)) if fresh else None,
+        "partitions": partitions,
+    }
+
+
+def _storage(installation: Installation) -> dict[str, Any]:
+    snapshot = installation.catalog.snapshot()
+    return {
+        "hot": {
+            "files": len(snapshot.shards),
+            "events": sum(shard.rows for shard in snapshot.shards),
+            "bytes": sum(shard.bytes for shard in snapshot.shards),
+        },
+        "cold": {
+            "files": len(snapshot.segments),
+            "events": sum(segment.rows for segment in snapshot.segments),
+            "bytes": sum(segment.bytes for segment in snapshot.segments),
+        },
+    }
+
+
+def _missing(catalog: Catalog) -> dict[str, int]:
+    return {
+        "lost_in_gaps": sum(gap.count for gap in catalog.gaps()),
+        "quarantined": len(catalog.quarantine()),
+        "duplicates_dropped": sum(at.duplicates for at in catalog.positions()),
+    }
+
+
+def _store(installation: Installation) -> dict[str, Any]:
+    probe = installation.objects.probe()
+    return {"conditional_create": probe.conditional_create, "locks_enforced": probe.locks_enforced, "detail": probe.detail}
+
+
+def _checkpoint(installation: Installation) -> dict[str, Any]:
+    last = installation.ledger.latest_checkpoint()
+    return {"ledger_entries": installation.ledger.head(), "last": None if last is None else {"size": last.size, "root": last.root.hex()}}
+
+
+def _utc(microseconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(microseconds / 1e6))
+
+
+def render(status: dict[str, Any], fmt: str) -> None:
+    """Print a status for a person or as JSON."""
+    if fmt == "json":
+        sys.stdout.buffer.write(orjson.dumps(status, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2))
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _lines(status):
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = [f"{item['part']} (process {item['pid']}{', ' + item['url'] if 'url' in item else ''})" for item in status["running"]]
+    missing, storage = status["missing"], status["storage"]
+    lines = [("running", "\n".join(parts) or "nothing; commands index by themselves")]
+    lines += [("log", _log_line(status["log"]))]
+    for tier in ("hot", "cold"):
+        held = storage.get(tier)
+        lines.append(
+            (tier, f"{held['events']:,} events in {held['files']} files, {held['bytes'] / 1e6:,.1f} MB" if held else _error(storage))
+        )
+    lines.append(
+        (
+            "missing",
+            f"{missing['lost_in_gaps']:,} lost in gaps, {missing['quarantined']:,} quarantined, "
+            f"{missing['duplicates_dropped']:,} duplicates dropped",
+        )
+    )
+    lines.append(("object store", status["object_store"].get("detail") or _error(status["object_store"])))
+    return [*lines, ("ledger", _ledger_line(status["checkpoint"]))]
+
+
+def _log_line(log: dict[str, Any]) -> str:
+    if "error" in log:
+        return _error(log)
+    fresh = f"fresh to {log['fresh_to']}" if log["fresh_to"] else "not indexed yet"
+    return f"{log['kind']}, {len(log['partitions'])} partitions, {log['lag']:,} events behind, {fresh}"
+
+
+def _ledger_line(checkpoint: dict[str, Any]) -> str:
+    if "error" in checkpoint:
+        return _error(checkpoint)
+    last = checkpoint["last"]
+    signed = f"signed up to {last['size']}, root {last['root'][:16]}…" if last else "no checkpoint yet"
+    return f"{checkpoint['ledger_entries']:,} entries, {signed}"
+
+
+def _error(part: dict[str, Any]) -> str:
+    return f"{part.get('error', 'unknown')}" + (f" ({part['hint']})" if part.get("hint") else "")
