@@ -87,7 +87,8 @@ def _store(installation: Installation) -> dict[str, Any]:
 
 def _checkpoint(installation: Installation) -> dict[str, Any]:
     last = installation.ledger.latest_checkpoint()
-    return {"ledger_entries": installation.ledger.head(), "last": None if last is None else {"size": last.size, "root": last.root.hex()}}
+    signed = None if last is None else {"size": last.size, "root": last.head.root.hex(), "at": _utc(last.at_us)}
+    return {"ledger_entries": installation.ledger.head(), "last": signed}
 
 
 def _utc(microseconds: int) -> str:
@@ -139,7 +140,7 @@ def _ledger_line(checkpoint: dict[str, Any]) -> str:
     if "error" in checkpoint:
         return _error(checkpoint)
     last = checkpoint["last"]
-    signed = f"signed up to {last['size']}, root {last['root'][:16]}…" if last else "no checkpoint yet"
+    signed = f"signed up to {last['size']} at {last['at']}, root {last['root'][:16]}…" if last else "no checkpoint yet"
     return f"{checkpoint['ledger_entries']:,} entries, {signed}"
 
 
