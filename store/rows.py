@@ -14,9 +14,7 @@ import pyarrow.compute as pc
 from schemas.codec import encode_datum
 from schemas.events import Event
 from schemas.registry import SchemaRegistry
-
-LOG_COLUMNS = ("kind", "log_id", "partition", "offset", "appended_at", "schema")
-"""What the index keeps beside the event, the first columns of each table; all after them are the event's own fields."""
+from store.columns import LOG_COLUMNS
 
 _CHUNK = 4096  # Rows turned into Python objects at once: enough to be columnar, few enough to be cheap for the garbage collector.
 
