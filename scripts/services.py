@@ -198,7 +198,9 @@ class Services:
         if entry is None:
             return
         if entry.get("compose"):
-            compose.call(self.state, _addresses(entries), "rm", "--stop", "--force", "--volumes", name)
+            others = any(other.get("compose") for each, other in entries.items() if each != name)
+            arguments = ("rm", "--stop", "--force", name) if others else ("down", "--volumes")  # the last one takes the volumes along
+            compose.call(self.state, _addresses(entries), *arguments)
         elif entry.get("process"):
             stop(Process(**entry["process"]), grace_s=self._components[name].grace_s)
         shutil.rmtree(self.state / name / "data", ignore_errors=True)
@@ -286,13 +288,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="SERVICE", help=f"of {', '.join(NAMES)}; default: {' '.join(DEFAULT)}")
     parser.add_argument("--state", type=Path, default=Path(".tokentape-services"), help="state directory (default: %(default)s)")
     parser.add_argument("--port", action="append", default=[], metavar="SERVICE=PORT", help="listen there instead of on a free port")
+    parser.add_argument("--native", action="store_true", help="plain processes even where a Docker engine answers")
     parser.add_argument("--model", type=Path, help="model folder for vLLM instead of the tiny one")
     arguments = parser.parse_intermixed_args(argv)
     commands: dict[str, Callable[[Services, argparse.Namespace], int]] = {"up": _up, "down": _down, "status": _status}
     try:
         _check_names(arguments.names)
         components = [Vllm(arguments.model.resolve())] if arguments.model else []
-        return commands[arguments.command](Services(arguments.state, components=components), arguments)
+        return commands[arguments.command](
+            Services(arguments.state, components=components, docker=False if arguments.native else None), arguments
+        )
     except ServiceError as error:
         say_on_stderr(f"services: {error}")
         return 1

@@ -135,7 +135,7 @@ class _Background(threading.Thread):
 
 def _say(line: str) -> None:
     """Progress of the services goes past pytest's capture, since a silent wait looks like a hang."""
-    print(f"[services] {line}", file=sys.__stderr__, flush=True)  # noqa: T201 - a person waits for this
+    print(f"[services] {line}", file=sys.__stderr__, flush=True)
 
 
 def _shared(name: str) -> Address | None:

@@ -18,7 +18,7 @@ SERVICES = ("kafka", "minio")
 
 def available() -> bool:
     """Whether a Docker engine answers and the compose plugin is there."""
-    if os.environ.get("TOKENTAPE_NO_DOCKER") or not shutil.which("docker"):
+    if not shutil.which("docker"):
         return False
     probes = (["docker", "info"], ["docker", "compose", "version"])
     return all(subprocess.run(probe, capture_output=True, check=False).returncode == 0 for probe in probes)
@@ -41,10 +41,10 @@ def variables(addresses: Mapping[str, Address]) -> dict[str, str]:
     kafka = addresses.get("kafka", {}).get("bootstrap_servers", "127.0.0.1:9092")
     minio = addresses.get("minio", {"endpoint": "127.0.0.1:9000", "access_key": "unused", "secret_key": "unused-unused"})
     return {
-        "TOKENTAPE_KAFKA_PORT": kafka.rpartition(":")[2],
-        "TOKENTAPE_S3_PORT": minio["endpoint"].rpartition(":")[2],
-        "TOKENTAPE_S3_ACCESS_KEY": minio["access_key"],
-        "TOKENTAPE_S3_SECRET_KEY": minio["secret_key"],
+        "KAFKA_PORT": kafka.rpartition(":")[2],
+        "S3_PORT": minio["endpoint"].rpartition(":")[2],
+        "S3_ACCESS_KEY": minio["access_key"],
+        "S3_SECRET_KEY": minio["secret_key"],
     }
 
 
