@@ -21,13 +21,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 768
-"""256 bytes, the special tokens, and merges enough that words are made of a few tokens."""
+"""At most: 256 bytes, the special tokens, and merges enough that words are made of one or two tokens."""
 WEIGHT_STD = 0.04
-LOSS_ENOUGH = 2.0
-"""Nats per token at which training stops: words stand, sentences are not yet learnt by heart."""
+LOSS_ENOUGH = 1.0
+"""Nats per token at which training stops: words stand, sentences are not quite learnt by heart."""
 STEPS_MAX = 400
-WINDOW = 48
+WINDOW = 64
 """Tokens in a training example, longer than a sentence of the text."""
+IGNORED = -100
+"""Label of a token that the model is not asked to foretell."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -72,12 +74,14 @@ def make(folder: Path, *, seed: int = 0) -> None:
 
 
 def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Teach the model TEXT, its sentences in ever new order, until LOSS_ENOUGH."""
+    """Teach the model to answer any line of TEXT with other lines, in ever new order, until LOSS_ENOUGH."""
     lines = [tokenizer.encode(line, add_special_tokens=False) for line in TEXT.splitlines(keepends=True)]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    chats = [[{"role": "user", "content": line.strip()}] for line in TEXT.splitlines()]
+    prompts = [tokenizer.encode(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(STEPS_MAX):
-        batch = torch.stack([_example(lines) for _ in range(16)])
-        loss = model(input_ids=batch, labels=batch).loss
+        tokens, labels = (torch.tensor(each) for each in zip(*(_example(prompts, lines) for _ in range(16)), strict=True))
+        loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -85,12 +89,13 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
             return
 
 
-def _example(lines: list[list[int]]) -> torch.Tensor:
-    """WINDOW tokens of shuffled sentences, from a random place on."""
-    order = torch.randperm(len(lines)).tolist()
-    stream = [token for number in order for token in lines[number]]
-    start = int(torch.randint(len(stream) - WINDOW, (1,)))
-    return torch.tensor(stream[start : start + WINDOW])
+def _example(prompts: list[list[int]], lines: list[list[int]]) -> tuple[list[int], list[int]]:
+    """WINDOW tokens and their labels: a prompt, unlabelled, and shuffled sentences; no end, so that none is learnt."""
+    prompt = prompts[int(torch.randint(len(prompts), (1,)))]
+    answer = [token for number in torch.randperm(len(lines)).tolist() for token in lines[number]]
+    labels = [IGNORED] * len(prompt) + answer
+    start = int(torch.randint(len(labels) - WINDOW, (1,))) if torch.rand(1) < 0.5 else 0
+    return (prompt + answer)[start : start + WINDOW], labels[start : start + WINDOW]
 
 
 def perturb(source: Path, folder: Path, *, noise: float, seed: int = 1) -> None:
@@ -108,7 +113,7 @@ def perturb(source: Path, folder: Path, *, noise: float, seed: int = 1) -> None:
 def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """Two layers, 128 wide: 0.5 M weights, and still every operation that a large Llama has."""
     return LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
