@@ -1,0 +1,171 @@
+"""Tokens of one sequence that come close together become one event: a pure state machine, time is passed in."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from ingest.encoding import encode_chunk
+from schemas.events import clean_text
+from schemas.sink import SessionContext
+
+Delta = tuple[bytes, int, int, int, str, tuple[int, ...], str, tuple[float, ...]]
+"""One delta of a stream: generation id, index, position, offset in µs, channel, token ids, text, logprobs."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive entries of one sequence and channel, see `schemas.events.TokenChunk`.
+
+    `recorded_at` is the time of the last delta in µs since the epoch; `deadline_s` is on the clock that the caller of
+    `Coalescer.add` uses.
+    """
+
+    session: SessionContext
+    generation_id: bytes
+    index: int
+    position: int
+    channel: str
+    deadline_s: float
+    recorded_at: int = 0
+    offsets_us: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    lengths: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    open: bool = True
+
+    def encode(self) -> bytes:
+        """Payload bytes; raises InvalidEvent for a number that does not fit."""
+        return encode_chunk(
+            self.generation_id,
+            self.index,
+            self.position,
+            self.channel,
+            self.offsets_us,
+            self.token_ids,
+            self.text,
+            self.lengths,
+            self.logprobs,
+        )
+
+
+class Coalescer:
+    """Open chunks by session and sequence.
+
+    A chunk ends when it holds `tokens_max` entries or `span_s` have passed since it was opened, when the sequence
+    changes its channel, skips a position, or begins or ceases to give token ids or logprobs, and when anything else of
+    its session is recorded. Within a session, chunks that end together leave in the order in which they were opened.
+    """
+
+    def __init__(self, *, span_s: float, tokens_max: int) -> None:
+        self._span_s = span_s
+        self._span_us = span_s * 1e6
+        self._tokens_max = tokens_max
+        self._sessions: dict[bytes, dict[tuple[bytes, int], Chunk]] = {}
+        # Every chunk lives for the same span, so that they expire in the order of opening.
+        self._by_age: deque[Chunk] = deque()
+
+    def add(self, session: SessionContext, delta: Delta, recorded_at: int, now_s: float) -> list[Chunk]:
+        """Take one delta; the chunks that are complete now, oldest first."""
+        generation_id, index, _, offset_us, _, token_ids, text, logprobs = delta
+        done: list[Chunk] = []
+        chunks = self._sessions.get(session.session_id)
+        chunk = chunks.get((generation_id, index)) if chunks is not None else None
+        if chunk is None or not self._fits(chunk, session, delta):
+            if chunk is not None:
+                done.append(self._close(chunk))
+            chunk = self._open(session, delta, now_s)
+        if not text.isascii():
+            text = clean_text(text)
+        entries = len(token_ids) or 1
+        if entries > 1:
+            chunk.offsets_us += [offset_us] * (entries - 1)
+            chunk.lengths += [0] * (entries - 1)
+        chunk.offsets_us.append(offset_us)
+        chunk.lengths.append(len(text))
+        chunk.text += text
+        chunk.token_ids += token_ids
+        chunk.logprobs += logprobs
+        chunk.recorded_at = recorded_at
+        if len(chunk.offsets_us) >= self._tokens_max or self._span_s <= 0:
+            done.append(self._close(chunk))
+        return done
+
+    def _open(self, session: SessionContext, delta: Delta, now_s: float) -> Chunk:
+        generation_id, index, position, _, channel, _, _, _ = delta
+        chunk = Chunk(session, generation_id, index, position, clean_text(channel), now_s + self._span_s)
+        self._sessions.setdefault(session.session_id, {})[(generation_id, index)] = chunk
+        if self._tokens_max > 1 and self._span_s > 0:
+            self._by_age.append(chunk)
+        return chunk
+
+    def end(self, session_id: bytes) -> list[Chunk]:
+        """End all chunks of a session, in the order of opening."""
+        chunks = self._sessions.pop(session_id, None)
+        if chunks is None:
+            return []
+        for chunk in chunks.values():
+            chunk.open = False
+        return list(chunks.values())
+
+    def end_all(self) -> list[Chunk]:
+        """End every chunk, in the order of opening."""
+        done = [chunk for chunk in self._by_age if chunk.open]
+        for chunk in done:
+            self._close(chunk)
+        self._by_age.clear()
+        return done
+
+    def due(self, now_s: float) -> list[Chunk]:
+        """End the chunks whose time is over."""
+        done = []
+        while self._by_age and (self._by_age[0].deadline_s <= now_s or not self._by_age[0].open):
+            chunk = self._by_age.popleft()
+            if chunk.open:
+                done.append(self._close(chunk))
+        return done
+
+    @property
+    def deadline_s(self) -> float:
+        """When `due` has something to do next; infinite when no chunk is open."""
+        return self._by_age[0].deadline_s if self._by_age else math.inf
+
+    def _close(self, chunk: Chunk) -> Chunk:
+        chunk.open = False
+        chunks = self._sessions[chunk.session.session_id]
+        del chunks[(chunk.generation_id, chunk.index)]
+        if not chunks:
+            del self._sessions[chunk.session.session_id]
+        return chunk
+
+    def _fits(self, chunk: Chunk, session: SessionContext, delta: Delta) -> bool:
+        """Whether a delta may join a chunk: `lengths`, ids and logprobs of one chunk are all known or all unknown."""
+        _, _, position, offset_us, channel, token_ids, _, logprobs = delta
+        entries = len(chunk.offsets_us)
+        return (
+            position == chunk.position + entries
+            and channel == chunk.channel
+            and entries + (len(token_ids) or 1) <= self._tokens_max
+            and offset_us - chunk.offsets_us[0] <= self._span_us
+            and (not token_ids) == (not chunk.token_ids)
+            and (not logprobs) == (not chunk.logprobs)
+            and (session is chunk.session or session.encoded == chunk.session.encoded)
+        )
+
+
+def delta_of(
+    generation_id: bytes,
+    index: int,
+    position: int,
+    offset_us: int,
+    channel: str,
+    token_ids: tuple[int, ...],
+    text: str,
+    logprobs: tuple[float, ...],
+) -> Delta:
+    """A delta whose logprobs belong to its entries; others, and those with a NaN, count as unknown."""
+    if logprobs and (len(logprobs) != (len(token_ids) or 1) or (math.isnan(sum(logprobs)) and any(map(math.isnan, logprobs)))):
+        logprobs = ()
+    return generation_id, index, position, offset_us, channel, token_ids, text, logprobs
