@@ -1,0 +1,238 @@
+"""The gateway as an ASGI application and as a server: routes, start, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import aiohttp
+import structlog
+import uvicorn
+import uvloop
+
+from ingest.gateway import errors
+from ingest.gateway.chat import PATH as CHAT
+from ingest.gateway.chat import chat_completions
+from ingest.gateway.errors import Failure, error_body
+from ingest.gateway.exchange import Exchange, Receive, Scope, Send
+from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.parts import Parts
+from ingest.gateway.sessions import Sessions
+from ingest.gateway.tape import Recording
+from ingest.gateway.upstream import Upstream, failure_of
+from ingest.redaction import Redactor
+from schemas.errors import ConflictError, SettingsError
+from schemas.requests import dump
+from schemas.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+GRACE_S = 15.0
+"""How long open streams may go on once the gateway is to stop; then they fail as `shutdown`, recorded and told."""
+
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+
+Endpoint = Callable[[Parts, Exchange], Awaitable[None]]
+
+
+class Gateway:
+    """The application. Serves from one event loop."""
+
+    def __init__(self, settings: Settings, recorder: Recording) -> None:
+        """Raises `StorageFull` if the data directory cannot be written."""
+        upstream = Upstream(settings.gateway)
+        self.parts = Parts(settings, recorder, upstream, Sessions(settings), Redactor.of(settings))
+        self.active: set[Exchange] = set()
+        self._endpoints: dict[str, tuple[str, Endpoint]] = {
+            CHAT: ("POST", chat_completions),
+            "/v1/models": ("GET", _models),
+            "/health": ("GET", self._health),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection of ASGI's."""
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close", "code": 1003})
+        exchange = Exchange(scope, receive, send, self.parts.settings.gateway.body_bytes_max)
+        self.active.add(exchange)
+        try:
+            await self._route(exchange)
+        finally:
+            self.active.discard(exchange)
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait for open exchanges, then end those that are left."""
+        if tasks := {exchange.task for exchange in self.active}:
+            await asyncio.wait(tasks, timeout=grace_s)
+        for exchange in list(self.active):
+            exchange.abort(Failure(errors.SHUTDOWN, "The gateway is stopping."))
+
+    async def _route(self, exchange: Exchange) -> None:
+        path, method = exchange.scope["path"], exchange.scope["method"]
+        wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None:
+            served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
+            body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
+            return await exchange.respond(404, body, [errors.JSON])
+        if method != wanted:
+            body = error_body(f"{path} takes {wanted}, not {method}.", "invalid_request_error", "method_not_allowed")
+            return await exchange.respond(405, body, [errors.JSON, (b"allow", wanted.encode())])
+        return await endpoint(self.parts, exchange)
+
+    async def _health(self, parts: Parts, exchange: Exchange) -> None:
+        """That this process serves; the upstream has a health of its own."""
+        answer = {"status": "ok", "upstream": parts.upstream.name, "upstream_kind": parts.upstream.kind, "active": len(self.active) - 1}
+        await exchange.respond(200, dump(answer), [errors.JSON])
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.parts.upstream.open()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self.parts.upstream.close()
+                return await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _models(parts: Parts, exchange: Exchange) -> None:
+    """The upstream's models, as it tells them; not recorded."""
+    url = parts.upstream.url_of("/v1/models", exchange.scope["query_string"])
+    headers = upstream_headers(exchange, parts.upstream.authorization(exchange.header("authorization")))
+    try:
+        async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
+            async with parts.upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
+                body = await answer.read()
+    except TimeoutError:
+        return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
+    except (aiohttp.ClientError, OSError) as error:
+        return await exchange.fail(failure_of(error), [])
+    return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def create_app(settings: Settings, recorder: Recording) -> Gateway:
+    """The gateway as an ASGI application; it needs the lifespan protocol. The recorder stays the caller's to close."""
+    return Gateway(settings, recorder)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that ends when an event is set, and lets the gateway end its streams itself."""
+
+    def __init__(
+        self, config: uvicorn.Config, gateway: Gateway, stop: threading.Event, grace_s: float, started: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._stop = stop
+        self._grace_s = grace_s
+        self._started = started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the caller's: they set the event."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then say so."""
+        await super().startup(sockets)
+        self._started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end, ten times a second."""
+        return await super().on_tick(counter) or self._stop.is_set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing more, let streams end or end them, then close."""
+        draining = asyncio.create_task(self._gateway.drain(self._grace_s))
+        await super().shutdown(sockets)
+        draining.cancel()
+
+
+def serve(
+    settings: Settings,
+    recorder: Recording,
+    stop: threading.Event,
+    *,
+    ready: Callable[[str], AbstractContextManager[Any] | None] | None = None,
+    grace_s: float = GRACE_S,
+) -> None:
+    """Serve until `stop` is set; returns when every exchange has ended and was recorded.
+
+    `ready` is called with the base URL once connections are taken; a context manager that it returns is left at the end.
+    The recorder stays the caller's to flush and close.
+
+    Raises:
+        ConflictError: the port is in use.
+        SettingsError: there is no such address.
+        StorageFull: the data directory cannot be written.
+    """
+    gateway = create_app(settings, recorder)
+    listener = listen(settings.gateway.host, settings.gateway.port)
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+
+        def started() -> None:
+            context = ready(url_of(listener)) if ready else None
+            if context is not None:
+                stack.enter_context(context)
+
+        config = uvicorn.Config(
+            gateway,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            date_header=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(grace_s + 2 * errors.LAST_WORDS_S),
+        )
+        server = _Server(config, gateway, stop, grace_s, started)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        ConflictError: the port is in use.
+        SettingsError: there is no such address.
+    """
+    place = f"{host}:{port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SettingsError(error.strerror or str(error), operation="listen", place=place, hint="set gateway.host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if isinstance(error, PermissionError) or "assign" in str(error).lower():
+            raise SettingsError(
+                error.strerror or str(error), operation="listen", place=place, hint="set gateway.host and gateway.port"
+            ) from error
+        hint = "stop what uses it, or set gateway.port (0 picks a free one)"
+        raise ConflictError("the port is in use", operation="listen", place=place, hint=hint) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The base URL of a listening socket; the loopback address stands for all addresses."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

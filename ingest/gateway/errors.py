@@ -1,0 +1,69 @@
+"""How a generation can fail at the gateway, and the words in which each kind of client is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import orjson
+
+DONE = b"data: [DONE]\n\n"
+
+JSON = (b"content-type", b"application/json")
+
+LAST_WORDS_S = 5.0
+"""How long a client that does not read may delay the end of a failed exchange."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to fail: `error_type` and `origin` as `generation_failed` has them, `status` as the client sees it."""
+
+    error_type: str
+    origin: str
+    status: int
+    retryable: bool
+    api_type: str
+
+
+CLIENT_DISCONNECTED = Fault("client_disconnected", "client", 499, True, "client_error")
+INVALID_REQUEST = Fault("invalid_request", "client", 400, False, "invalid_request_error")
+TOO_LARGE = Fault("invalid_request", "client", 413, False, "invalid_request_error")
+UNREACHABLE = Fault("upstream_unreachable", "upstream", 502, True, "upstream_error")
+TIMEOUT = Fault("upstream_timeout", "upstream", 504, True, "upstream_error")
+DISCONNECTED = Fault("upstream_disconnected", "upstream", 502, True, "upstream_error")
+MALFORMED = Fault("upstream_malformed", "upstream", 502, True, "upstream_error")
+UPSTREAM_ERROR = Fault("upstream_error", "upstream", 502, False, "upstream_error")
+SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
+NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
+"""Only in `strict` mode: what cannot be recorded is not served."""
+INTERNAL = Fault("gateway_error", "gateway", 500, True, "server_error")
+
+
+@dataclass(eq=False)
+class Failure(Exception):
+    """A fault that happened. `message` is for the client; `status` overrides the fault's; `param` names a request field."""
+
+    fault: Fault
+    message: str
+    status: int = 0
+    param: str | None = None
+    detail: str | None = field(default=None, repr=False)  # what is recorded where it is more than the client is told
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        self.status = self.status or self.fault.status
+
+    @property
+    def body(self) -> bytes:
+        """The error as OpenAI's API words it."""
+        return error_body(self.message, self.fault.api_type, self.fault.error_type, self.param)
+
+    @property
+    def event(self) -> bytes:
+        """The error as the last chunk of a stream: OpenAI's clients raise on it, and the stream ends as they expect."""
+        return b"data: " + self.body + b"\n\n" + DONE
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
+    """`{"error": {message, type, param, code}}`."""
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})

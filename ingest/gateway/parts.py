@@ -1,0 +1,22 @@
+"""What every endpoint of the gateway works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ingest.gateway.sessions import Sessions
+from ingest.gateway.tape import Recording
+from ingest.gateway.upstream import Upstream
+from ingest.redaction import Redactor
+from schemas.settings import Settings
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one gateway process."""
+
+    settings: Settings
+    recorder: Recording
+    upstream: Upstream
+    sessions: Sessions
+    redactor: Redactor

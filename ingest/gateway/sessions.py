@@ -1,0 +1,132 @@
+"""Which session a request belongs to, and what this process already recorded in each: bounded, least recently used go."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import uuid
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ingest.gateway import errors
+from ingest.gateway.errors import Failure
+from schemas.errors import StorageFull
+from schemas.settings import Settings
+from schemas.sink import SessionContext, new_id
+
+SESSION_HEADER = "x-tokentape-session"
+GENERATION_HEADER = "x-tokentape-generation"
+
+SESSIONS_MAX = 10_000
+"""Sessions remembered; one that comes back after being forgotten is opened again and stores its messages again."""
+
+MESSAGES_MAX = 4096
+"""Message ids remembered per session."""
+
+
+@dataclass(slots=True)
+class Session:
+    """A session as this process knows it: which messages and environments it holds already."""
+
+    context: SessionContext
+    opened: bool = False
+    environments: set[bytes] = field(default_factory=set)
+    _messages: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+
+    @property
+    def name(self) -> str:
+        """The session id as people write it."""
+        return str(uuid.UUID(bytes=self.context.session_id))
+
+    def digest(self, body: bytes) -> bytes:
+        """HMAC-SHA256 of a body under the session's salt."""
+        assert self.context.salt is not None
+        return hmac.digest(self.context.salt, body, "sha256")
+
+    def message_id(self, canonical: bytes) -> bytes:
+        """The keyed digest of a message's canonical JSON, 16 bytes: the same text has another id in another session."""
+        return self.digest(canonical)[:16]
+
+    def first_seen(self, message_id: bytes) -> bool:
+        """Whether the session does not hold this message yet; from now on it does."""
+        if message_id in self._messages:
+            self._messages.move_to_end(message_id)
+            return False
+        self._messages[message_id] = None
+        if len(self._messages) > MESSAGES_MAX:
+            self._messages.popitem(last=False)
+        return True
+
+
+class Sessions:
+    """The sessions of one gateway process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._tenant = settings.tenant
+        self._retention_class = settings.retention_class
+        self._key = installation_key(settings.data / "keys" / "gateway.key")
+        self._sessions: OrderedDict[bytes, Session] = OrderedDict()
+
+    def find(self, name: str | None, actor: str) -> Session:
+        """The session of this name (a UUID), or a new one.
+
+        Raises:
+            Failure: the name is no UUID.
+        """
+        session_id = parse_session(name) if name else new_id()
+        session = self._sessions.get(session_id)
+        if session is not None:
+            self._sessions.move_to_end(session_id)
+            return session
+        session = Session(SessionContext(session_id, self._tenant, "gateway", actor, self._retention_class))
+        if name:  # a session without a name cannot come back
+            self._sessions[session_id] = session
+            if len(self._sessions) > SESSIONS_MAX:
+                self._sessions.popitem(last=False)
+        return session
+
+    def key_id(self, authorization: str | None) -> str | None:
+        """A stable name for a bearer token that says nothing about it: HMAC under a key of this installation."""
+        token = (authorization or "").rpartition(" ")[2]
+        return "key-" + hmac.new(self._key, token.encode(), hashlib.sha256).hexdigest()[:16] if token else None
+
+
+def parse_session(name: str) -> bytes:
+    """The session id of a header's value.
+
+    Raises:
+        Failure: no UUID.
+    """
+    try:
+        return uuid.UUID(name.strip()).bytes
+    except ValueError as error:
+        raise Failure(errors.INVALID_REQUEST, f"{SESSION_HEADER} must be a UUID.", param=SESSION_HEADER) from error
+
+
+def installation_key(path: Path) -> bytes:
+    """32 random bytes, made at the first start and kept; readable by their owner alone.
+
+    Raises:
+        StorageFull: they cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+        if not path.exists():
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(os.urandom(32))
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(draft, path)  # fails where another process was first: then its key is the key
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        return path.read_bytes()
+    except OSError as error:
+        hint = "make the data directory writable"
+        raise StorageFull(error.strerror or str(error), operation="read gateway key", place=str(path), hint=hint) from error

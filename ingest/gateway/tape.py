@@ -1,0 +1,345 @@
+"""What happens in one generation, as events: each method is one fact, and the first ending counts.
+
+Reads what an upstream sends once, in its own words: `choices`, `delta`, `token_ids`. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
+from ingest.gateway.errors import Failure
+from ingest.gateway.sessions import Session
+from ingest.redaction import Redactor
+from schemas.events import (
+    Count,
+    EnvironmentCaptured,
+    FailureContent,
+    GenerationContent,
+    GenerationFailed,
+    GenerationFinished,
+    GenerationStarted,
+    Message,
+    Payload,
+    RequestContent,
+    RequestSubmitted,
+    SequenceFinished,
+    SequenceStarted,
+    SessionOpened,
+    ToolCall,
+    ToolCallContent,
+)
+from schemas.requests import ChatRequest, double_of, dump, long_of, text_of
+from schemas.sink import SessionContext, new_id
+
+UNREADABLE_BYTES_MAX = 32 << 10
+"""Of a body that is no request this much is recorded; the digest is over all of it."""
+
+ERROR_CHARACTERS_MAX = 4096
+"""Of an error message this much is recorded."""
+
+
+class Recording(Protocol):
+    """The recorder, as the gateway uses it."""
+
+    def record(self, session: SessionContext, payload: Payload) -> None:
+        """Record one event."""
+
+    def tokens(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        *,
+        channel: str = "content",
+        token_ids: Sequence[int] = (),
+        text: str = "",
+        logprobs: Sequence[float] = (),
+    ) -> int:
+        """Record one delta of a sequence and return the position of the next."""
+
+    async def durable(self) -> None:
+        """Return when all that was recorded is durable."""
+
+
+class Tape:
+    """One generation on its way to the recorder."""
+
+    def __init__(self, recorder: Recording, session: Session, redactor: Redactor, endpoint: str) -> None:
+        self.generation_id = new_id()
+        self.session = session
+        self.ended = False
+        self.fingerprint: str | None = None
+        self._recorder = recorder
+        self._context = session.context
+        self._redactor = redactor
+        self._endpoint = endpoint
+        self._attempt = 1
+        self._status = 200
+        self._begun_ns = time.monotonic_ns()
+        self._started = False
+        self._keep_prompt = True
+        self._choices: dict[int, Choice] = {}
+        self._usage: dict[str, Any] = {}
+        self._first_token_us: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The generation id as people write it."""
+        return str(uuid.UUID(bytes=self.generation_id))
+
+    def clean(self, text: str | None) -> str | None:
+        """A text without secrets."""
+        return self._redactor.clean(text)
+
+    def now_us(self) -> int:
+        """Microseconds since the request was forwarded, or since it came if it never was."""
+        return (time.monotonic_ns() - self._begun_ns) // 1000
+
+    def opened(self, facts: dict[str, Any]) -> None:
+        """The session is about to get its first event, if it has none yet; `facts` are fields of `session_opened`."""
+        if not self.session.opened:
+            self.session.opened = True
+            self._record(SessionOpened(**facts))
+
+    def environment(self, event: EnvironmentCaptured | None) -> None:
+        """The environment that will answer, once per session."""
+        if event is not None and event.environment_id not in self.session.environments:
+            self.session.environments.add(event.environment_id)
+            self._record(event)
+
+    def submitted(self, request: ChatRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
+        """A readable request came; `extra` is what the gateway adds to it, `facts` what else is known about it."""
+        parameters, taken = self._redactor(request.parameters)
+        messages = []
+        for message in request.messages:
+            read, redacted = self._message(message)
+            messages.append(read)
+            taken += redacted
+        new = [message for message in messages if self.session.first_seen(message.message_id)]
+        self._keep_prompt = taken == 0  # the prompt's tokens would spell out what was taken from its text
+        fields = request.fields
+        self._record(
+            RequestSubmitted(
+                generation_id=self.generation_id,
+                endpoint=self._endpoint,
+                model=self._redactor.clean(request.model),
+                stream=request.stream,
+                n=request.n,
+                seed=long_of(extra.get("seed", fields.get("seed"))),
+                temperature=double_of(fields.get("temperature")),
+                max_tokens=request.max_tokens,
+                message_ids=[message.message_id for message in messages],
+                tools=request.tools,
+                injected=sorted(extra),
+                redactions=[Count(key="secret", count=taken)] if taken else [],
+                content=RequestContent(messages=new, parameters=parameters),
+                **facts,
+            )
+        )
+
+    def unreadable(self, body: bytes, facts: dict[str, Any]) -> None:
+        """A body came that is no request; its beginning is kept as it is."""
+        text, taken = self._redactor(body[:UNREADABLE_BYTES_MAX].decode(errors="replace"))
+        redactions = [Count(key="secret", count=taken)] if taken else []
+        content = RequestContent(parameters=text)
+        self._record(
+            RequestSubmitted(generation_id=self.generation_id, endpoint=self._endpoint, redactions=redactions, content=content, **facts)
+        )
+
+    def forwarded(self, attempt: int) -> None:
+        """The request goes upstream now: offsets count from here."""
+        self._attempt = attempt
+        self._begun_ns = time.monotonic_ns()
+
+    def answered(self, status: int) -> None:
+        """The upstream answered with this status."""
+        self._status = status
+
+    def chunk(self, chunk: dict[str, Any], offset_us: int) -> None:
+        """A chunk of a stream.
+
+        Raises:
+            TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
+        """
+        if not self._started:
+            self._start(chunk, offset_us)
+        if usage := chunk.get("usage"):
+            self._usage = dict(usage)
+        if fingerprint := chunk.get("system_fingerprint"):
+            self.fingerprint = str(fingerprint)
+        for entry in chunk.get("choices") or ():
+            delta = entry.get("delta") or {}
+            choice = self._choice(entry, delta, offset_us)
+            self._tokens(choice, segments_of_delta(choice, delta), entry, offset_us)
+            if entry.get("finish_reason") is not None:
+                self._finish(choice, entry, offset_us)
+
+    def whole(self, answer: dict[str, Any], offset_us: int) -> None:
+        """A whole answer: the same events, all at the time of its arrival.
+
+        Raises:
+            TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
+        """
+        self._start(answer, offset_us)
+        self._usage = dict(answer.get("usage") or {})
+        self.fingerprint = text_of(answer.get("system_fingerprint"))
+        for entry in answer["choices"]:
+            message = entry.get("message") or {}
+            choice = self._choice(entry, message, offset_us)
+            self._tokens(choice, segments_of_message(choice, message), entry, offset_us)
+            self._finish(choice, entry, offset_us)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sequence that began has ended."""
+        return bool(self._choices) and all(choice.finished for choice in self._choices.values())
+
+    def finished(self) -> None:
+        """The generation ended well."""
+        if self.ended:
+            return
+        offset_us = self.now_us()
+        for choice in self._choices.values():
+            self._finish(choice, {}, offset_us)
+        self.ended = True
+        details = self._usage.get("prompt_tokens_details")
+        self._record(
+            GenerationFinished(
+                generation_id=self.generation_id,
+                sequences=len(self._choices),
+                tokens_recorded=self._position,
+                prompt_tokens=long_of(self._usage.get("prompt_tokens")),
+                completion_tokens=long_of(self._usage.get("completion_tokens")),
+                cached_tokens=long_of(details.get("cached_tokens")) if isinstance(details, dict) else None,
+                first_token_us=self._first_token_us,
+                offset_us=offset_us,
+                system_fingerprint=self.fingerprint,
+            )
+        )
+
+    def failed(self, failure: Failure) -> None:
+        """The generation ended badly; tool calls that were under way are recorded as far as they had come."""
+        if self.ended:
+            return
+        self.ended = True
+        offset_us = self.now_us()
+        for choice in self._choices.values():
+            if not choice.finished:
+                self._tool_calls(choice, offset_us)
+        message = (failure.detail or failure.message)[:ERROR_CHARACTERS_MAX]
+        fault = failure.fault
+        self._record(
+            GenerationFailed(
+                generation_id=self.generation_id,
+                error_type=fault.error_type,
+                origin=fault.origin,
+                status=failure.status,
+                position=self._position,
+                retryable=fault.retryable,
+                offset_us=offset_us,
+                content=FailureContent(message=self._redactor(message)[0]),
+            )
+        )
+
+    @property
+    def _position(self) -> int:
+        return sum(choice.position for choice in self._choices.values())
+
+    def _record(self, payload: Payload) -> None:
+        self._recorder.record(self._context, payload)
+
+    def _message(self, message: Any) -> tuple[Message, int]:
+        """A message as it is stored. Bodies stand inline; a blob store takes the large ones from here."""
+        body, taken = self._redactor(dump(message).decode())
+        canonical = dump(message, sort_keys=True) if not taken else body.encode()
+        role = text_of(message.get("role")) if isinstance(message, dict) else None
+        return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
+
+    def _start(self, answer: dict[str, Any], offset_us: int) -> None:
+        self._started = True
+        ids = answer.get("prompt_token_ids")
+        self._record(
+            GenerationStarted(
+                generation_id=self.generation_id,
+                authoritative="gateway",
+                attempt=self._attempt,
+                upstream_id=text_of(answer.get("id")),
+                model=text_of(answer.get("model")),
+                status=self._status,
+                prompt_tokens=len(ids) if ids else None,
+                offset_us=offset_us,
+                content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
+            )
+        )
+
+    def _choice(self, entry: dict[str, Any], delta: dict[str, Any], offset_us: int) -> Choice:
+        index = entry.get("index") or 0
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = Choice(index)
+            role = text_of(delta.get("role"))
+            self._record(SequenceStarted(generation_id=self.generation_id, index=index, role=role, offset_us=offset_us))
+        return choice
+
+    def _tokens(self, choice: Choice, segments: list[Segment], entry: dict[str, Any], offset_us: int) -> None:
+        """Record the tokens and texts of one entry of `choices`."""
+        ids = entry.get("token_ids") or ()
+        logprobs = entry.get("logprobs")
+        scores = (logprobs.get("content") or logprobs.get("refusal") or ()) if logprobs else ()
+        if not segments:
+            if not ids:
+                return
+            segments = [(choice.channel, "")]
+        if self._first_token_us is None:
+            self._first_token_us = offset_us
+        if len(segments) == 1 and len(ids) == 1 and len(scores) < 2:  # by far the most frequent
+            channel, text = segments[0]
+            logprob = scores[0].get("logprob") if scores else None
+            self._delta(choice, offset_us, channel, ids, text, () if logprob is None else (logprob,))
+            return
+        for channel, piece_ids, text, values in spread(segments, ids, align(ids, scores)):
+            self._delta(choice, offset_us, channel, piece_ids, text, values)
+
+    def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
+        choice.channel = channel
+        choice.position = self._recorder.tokens(
+            self._context,
+            self.generation_id,
+            choice.index,
+            choice.position,
+            offset_us,
+            channel=channel,
+            token_ids=ids,
+            text=text,
+            logprobs=logprobs,
+        )
+
+    def _finish(self, choice: Choice, entry: dict[str, Any], offset_us: int) -> None:
+        if choice.finished:
+            return
+        choice.finished = True
+        self._tool_calls(choice, offset_us)
+        stop = entry.get("stop_reason")
+        self._record(
+            SequenceFinished(
+                generation_id=self.generation_id,
+                index=choice.index,
+                tokens=choice.position,
+                finish_reason=text_of(entry.get("finish_reason")),
+                stop_reason=None if stop is None else str(stop),
+                offset_us=offset_us,
+            )
+        )
+
+    def _tool_calls(self, choice: Choice, offset_us: int) -> None:
+        for call_index, call in sorted(choice.tools.items()):
+            content = ToolCallContent(call_id=call.call_id, name=call.name, arguments="".join(call.arguments))
+            self._record(
+                ToolCall(generation_id=self.generation_id, index=choice.index, call_index=call_index, offset_us=offset_us, content=content)
+            )

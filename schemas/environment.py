@@ -1,0 +1,74 @@
+"""What an environment's items mean: three digests over them, and the differences between two captures. Pure.
+
+semantic: what the model is (weights, tokenizer, template, dtype); another value may mean another answer.
+numeric: what computes it (versions, hardware, kernels); another value may move logprobs a little.
+scheduling: how work is packed (batch sizes, caches); it moves numbers only through the composition of batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Literal
+
+import rfc8785
+
+from schemas.events import Difference, EnvironmentCaptured, Pair
+
+Class = Literal["semantic", "numeric", "scheduling"]
+
+CLASSES: tuple[Class, ...] = ("semantic", "numeric", "scheduling")
+
+_PREFIXES: tuple[tuple[str, Class], ...] = (
+    ("cache.cache_dtype", "semantic"),
+    ("cache.calculate_kv_scales", "semantic"),
+    ("cache.", "scheduling"),
+    ("config.cache_config.cache_dtype", "semantic"),
+    ("config.cache_config.calculate_kv_scales", "semantic"),
+    ("config.cache_config.", "scheduling"),
+    ("config.compilation_config.", "numeric"),
+    ("config.device_config.", "numeric"),
+    ("config.kv_events_config", "scheduling"),
+    ("config.kv_transfer_config", "scheduling"),
+    ("config.lora_config.", "semantic"),
+    ("config.model_config.enforce_eager", "numeric"),
+    ("config.model_config.seed", "numeric"),
+    ("config.model_config.", "semantic"),
+    ("config.scheduler_config.", "scheduling"),
+    ("config.", "numeric"),
+    ("limits.", "scheduling"),
+    ("models", "semantic"),
+    ("probe.logprobs", "numeric"),
+    ("probe.", "semantic"),
+    ("system_fingerprint", "scheduling"),  # a compile-cache key: it also changes with max_num_seqs
+    ("tokenizer_info", "semantic"),
+)
+"""The first prefix that fits decides; what none fits is numeric."""
+
+
+def classify(key: str) -> Class:
+    """The digest that an item belongs to."""
+    return next((kind for prefix, kind in _PREFIXES if key.startswith(prefix)), "numeric")
+
+
+def capture(items: Iterable[tuple[str, str]], *, origin: str, unknown: Iterable[str] = ()) -> EnvironmentCaptured:
+    """The event of these items: key to JSON text, in any order, keys unique."""
+    pairs = [Pair(key=key, value=value) for key, value in sorted(items)]
+    parts = {kind: digest([pair for pair in pairs if classify(pair.key) == kind]) for kind in CLASSES}
+    return EnvironmentCaptured(environment_id=digest(pairs), origin=origin, items=pairs, unknown=sorted(unknown), **parts)
+
+
+def digest(pairs: Iterable[Pair]) -> bytes:
+    """SHA-256 over the RFC 8785 JSON of one object, key to JSON text."""
+    return hashlib.sha256(rfc8785.dumps({pair.key: pair.value for pair in pairs})).digest()
+
+
+def compare(recorded: EnvironmentCaptured, present: EnvironmentCaptured) -> list[Difference]:
+    """What differs, ordered by key; an item that only one side could ask is a difference with None on the other."""
+    before = {pair.key: pair.value for pair in recorded.items}
+    after = {pair.key: pair.value for pair in present.items}
+    return [
+        Difference(key=key, recorded=before.get(key), present=after.get(key), digest=classify(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
