@@ -24,6 +24,7 @@ from store.objects import open_store
 from store.objects.base import Lock, ObjectStore
 from store.objects.local import LocalStore
 from store.objects.minio import MinioStore
+from tests.flaky_proxy import Proxy
 
 WRITERS = 32
 UNSAFE_KEYS = ["", "/etc/passwd", "../x", "a/../../x", "a/./b", "a//b", "a/", ".tmp/x", "a/.hidden"]
@@ -470,57 +471,3 @@ class TestMinio(ObjectStoreCase):
         store.create("y", b"y")
 
         assert [info.key for info in store.list("")] == ["x", "y"]
-
-
-class Proxy:
-    """A TCP proxy on localhost that can swallow the reply to one request and hang up instead."""
-
-    def __init__(self, upstream: str) -> None:
-        host, port = upstream.rsplit(":", 1)
-        self._upstream = (host, int(port))
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
-        self.drop_next_reply_to = b""
-        self.dropped = 0
-        self._swallow = False
-
-    def __enter__(self) -> Proxy:
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._upstream) as server:
-            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
-            while data := _receive(server):
-                if self._swallow:
-                    self._swallow, self.dropped = False, self.dropped + 1
-                    client.shutdown(socket.SHUT_RDWR)
-                    return
-                client.sendall(data)
-
-    def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        while data := _receive(client):
-            if self.drop_next_reply_to and data.startswith(self.drop_next_reply_to):
-                self.drop_next_reply_to, self._swallow = b"", True
-            try:
-                server.sendall(data)
-            except OSError:
-                return
-
-
-def _receive(connection: socket.socket) -> bytes:
-    try:
-        return connection.recv(65_536)
-    except OSError:
-        return b""

@@ -1,0 +1,291 @@
+"""The ledger: a chain of signed entries in an object store, each created once, under signed Merkle checkpoints.
+
+Creating entry N is possible for one writer only, so the store itself decides the order and fences out a writer that
+fell behind. Nothing else is shared between writers. A writer keeps in memory how many entries there are, the last
+one, and the right edge of the tree; what others appended is read, and held against the key, before it is built upon.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+from schemas.errors import AlreadyExists, ConflictError, ProofError, StoreUnavailable, UsageError
+from store.ledger.entry import (
+    CHECKPOINTS,
+    Checkpoint,
+    Entry,
+    canonical,
+    check_extensions,
+    decode_entry,
+    entry_key,
+    is_checkpoint,
+    make_checkpoint,
+    make_entry,
+    read_checkpoint,
+)
+from store.ledger.merkle import HASH_BYTES, CompactRange, Tree, leaf_hash
+from store.ledger.note import Signer, TreeHead, Verifier
+from store.objects.base import NO_LOCK, Lock, ObjectStore
+
+ATTEMPTS_MAX = 10_000  # lost races for a number before giving up; each means that somebody else appended
+READERS = 8  # entries fetched at the same time
+BATCH = 256  # entries fetched ahead of the caller at most
+_LOOK_BACK_US = (300_000_000, 3_600_000_000, 86_400_000_000)  # how far back the newest checkpoint is sought: 5 min, 1 h, 1 day
+
+
+class Ledger:
+    """A ledger in `store`. With a `Verifier` instead of a `Signer` it can only be read.
+
+    `lock_days` locks entries and checkpoints in COMPLIANCE mode for so long: they hold no content, and nobody shall be
+    able to remove them. 0 sends no lock. Methods may be called from several threads.
+
+    Every method raises `StoreUnavailable` when the store does not answer, and `ProofError` when what it reads is
+    not what the key signed.
+    """
+
+    def __init__(self, store: ObjectStore, key: Signer | Verifier, origin: str, *, lock_days: int = 0) -> None:
+        self.store = store
+        self.origin = origin
+        self.verifier = key.verifier
+        self._signer = key if isinstance(key, Signer) else None
+        self._lock_days = lock_days
+        self._mutex = threading.RLock()
+        self._size = 0  # entries known to exist
+        self._tip: Entry | None = None  # entry `_size - 1`, once it was needed
+        self._edge: CompactRange | None = None  # right edge of the tree, at most `_size` leaves
+        self._tree = Tree()  # for proofs: filled on demand
+        self._newest: Checkpoint | None = None
+        self._unsure: Entry | None = None  # sent, and no answer came: it may or may not stand
+
+    def append(self, type: str, body: Mapping[str, Any]) -> Entry:
+        """Sign and append an entry; when this returns it is durable and has its number for ever.
+
+        After `StoreUnavailable` the entry may stand all the same: calling again with the same arguments on the same
+        instance finds out and never enters it twice.
+
+        Raises:
+            UsageError: no private key, or the body is no canonical JSON.
+            StorageFull: no room.
+        """
+        signer = self._required_signer()
+        with self._mutex:
+            settled = self._settle(type, body)
+            if settled is not None:
+                return settled
+            for _ in range(ATTEMPTS_MAX):
+                previous = self._previous()
+                entry = make_entry(signer, self.origin, sequence=self._size, previous=previous, type=type, body=body)
+                if self._create(entry):
+                    return entry
+                self._refresh()
+            raise ConflictError(f"lost {ATTEMPTS_MAX} races for a number", operation="append", place="ledger")
+
+    def head(self) -> int:
+        """Number of entries that stand now."""
+        with self._mutex:
+            self._refresh()
+            return self._size
+
+    def entry(self, sequence: int) -> Entry:
+        """One entry, its signature checked. Raises `KeyError` when there is none."""
+        entry = decode_entry(sequence, self.store.get(entry_key(sequence)))
+        entry.check(self.verifier, self.origin)
+        return entry
+
+    def entries(self, start: int = 0) -> Iterator[Entry]:
+        """Entries from number `start` on, in order, signatures and chain checked; those that stand when this is called."""
+        return self._read(start, self.head())
+
+    def checkpoint(self, extensions: Sequence[str] = ()) -> Checkpoint:
+        """Write a signed checkpoint over all entries; `extensions` are further lines, such as `digest_line(…)` gives.
+
+        Raises:
+            UsageError: no private key, or a line that cannot be.
+            ProofError: the entries do not continue what the last checkpoint covered.
+        """
+        signer, lines = self._required_signer(), check_extensions(extensions)
+        with self._mutex:
+            last = self.latest_checkpoint()
+            self._refresh()
+            edge = self._advance_edge(last)
+            at_us = max(time.time_ns() // 1000, last.at_us + 1 if last and last.size == edge.size else 0)
+            own = [f"at {at_us}"]
+            if edge.size:
+                own.append("frontier " + base64.b64encode(b"".join(edge.hashes)).decode())
+            if last:
+                own.append(f"previous {base64.b64encode(sha256(last.data).digest()).decode()} {last.key.removeprefix(CHECKPOINTS)}")
+            made = make_checkpoint(signer, TreeHead(self.origin, edge.size, edge.root(), (*lines, *own)), at_us=at_us)
+            self.store.create(made.key, made.data, lock=self._lock())
+            self._newest = made
+            return made
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint (largest size, then time), or None while there is none."""
+        with self._mutex:
+            if self._newest is None:
+                self._refresh()
+            key = self._newest_key(self._newest.key if self._newest else None)
+            if key is not None and (self._newest is None or key > self._newest.key):
+                self._newest = read_checkpoint(key, self.store.get(key), self.verifier, self.origin)
+            return self._newest
+
+    def inclusion_proof(self, sequence: int, size: int) -> list[bytes]:
+        """Proof that entry `sequence` is in the tree of `size` entries. Raises `ValueError` for numbers that cannot be."""
+        return self._grown_tree(size).inclusion_proof(sequence, size)
+
+    def consistency_proof(self, size1: int, size2: int) -> list[bytes]:
+        """Proof that the tree of `size2` entries begins with that of `size1`. Raises `ValueError` for numbers that cannot be."""
+        return self._grown_tree(size2).consistency_proof(size1, size2)
+
+    def root(self, size: int) -> bytes:
+        """Root of the first `size` entries."""
+        return self._grown_tree(size).root(size)
+
+    # How it is done.
+
+    def _required_signer(self) -> Signer:
+        if self._signer is None:
+            raise UsageError("this ledger was opened with the public key alone", operation="append", place=self.origin)
+        return self._signer
+
+    def _lock(self) -> Lock:
+        return Lock("compliance", datetime.now(UTC) + timedelta(days=self._lock_days)) if self._lock_days else NO_LOCK
+
+    def _settle(self, type: str, body: Mapping[str, Any]) -> Entry | None:
+        """Finish an append whose answer was lost, when this is the same one again: sending equal bytes is safe."""
+        entry = self._unsure
+        if entry is None or entry.type != type or canonical(entry.body) != canonical(body):
+            return None
+        return entry if self._create(entry) else None
+
+    def _create(self, entry: Entry) -> bool:
+        """Create an entry's object; False when the number is taken."""
+        self._unsure = entry
+        try:
+            self.store.create(entry.key, entry.data, lock=self._lock())
+        except AlreadyExists:
+            self._unsure = None
+            return False
+        except StoreUnavailable:
+            raise
+        except BaseException:
+            self._unsure = None
+            raise
+        self._unsure = None
+        self._accept(entry)
+        return True
+
+    def _accept(self, entry: Entry) -> None:
+        if entry.sequence < self._size:
+            return
+        self._size, self._tip = entry.sequence + 1, entry
+        if self._edge is not None and self._edge.size == entry.sequence:
+            self._edge.append(leaf_hash(entry.data))
+
+    def _previous(self) -> str | None:
+        """SHA-256 of the last entry, read and checked when this instance did not write it."""
+        if self._size == 0:
+            self._refresh()
+        if self._size and (self._tip is None or self._tip.sequence != self._size - 1):
+            self._tip = self._entry_or_missing(self._size - 1)
+        return self._tip.sha256 if self._size and self._tip else None
+
+    def _refresh(self) -> None:
+        """Find how many entries there are: one HEAD when nobody appended, else about two for each doubling."""
+        if not self._exists(self._size):
+            return
+        low, step = self._size, 1
+        while self._exists(low + step):
+            low, step = low + step, step * 2
+        high = low + step  # does not exist; `low` does
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._exists(middle) else (low, middle)
+        self._size = high
+
+    def _exists(self, sequence: int) -> bool:
+        return self.store.head(entry_key(sequence)) is not None
+
+    def _read(self, start: int, end: int) -> Iterator[Entry]:
+        before: Entry | None = None
+        with ThreadPoolExecutor(READERS) as pool:
+            for first in range(start, end, BATCH):
+                for entry in pool.map(self._entry_or_missing, range(first, min(first + BATCH, end))):
+                    follows = entry.previous == before.sha256 if before else (entry.previous is None) == (entry.sequence == 0)
+                    if not follows:
+                        raise _broken(f"entry {entry.sequence} does not follow the one before it")
+                    yield entry
+                    before = entry
+
+    def _entry_or_missing(self, sequence: int) -> Entry:
+        try:
+            return self.entry(sequence)
+        except KeyError:
+            raise _broken(f"entry {sequence} is missing") from None
+
+    def _advance_edge(self, last: Checkpoint | None) -> CompactRange:
+        """The tree's right edge over all entries, which must continue the last checkpoint."""
+        if last and last.size > self._size:
+            raise _broken(f"the last checkpoint covers {last.size} entries and only {self._size} stand")
+        if self._edge is None:
+            self._edge = _edge_of(last) if last else CompactRange()
+        for entry in self._read(self._edge.size, self._size):
+            self._match(last)
+            self._edge.append(leaf_hash(entry.data))
+        self._match(last)
+        return self._edge
+
+    def _match(self, last: Checkpoint | None) -> None:
+        if last and self._edge and self._edge.size == last.size and self._edge.root() != last.head.root:
+            raise _broken(f"the entries are not those that the checkpoint over {last.size} covered")
+
+    def _grown_tree(self, size: int) -> Tree:
+        with self._mutex:
+            if size > self._size:
+                self._refresh()
+            for entry in self._read(len(self._tree), min(size, self._size)):
+                self._tree.append(leaf_hash(entry.data))
+            return self._tree
+
+    def _newest_key(self, known: str | None) -> str | None:
+        """Key of the newest checkpoint after `known`. Looks back in growing steps, since a listing only runs forwards."""
+        for start in [known] if known else self._look_back():
+            newest = None
+            for info in self.store.list(CHECKPOINTS, start_after=start):
+                newest = info.key if is_checkpoint(info.key) else newest
+            if newest is not None:
+                return newest
+        return None
+
+    def _look_back(self) -> Iterator[str]:
+        now = time.time_ns() // 1000
+        for window in _LOOK_BACK_US:
+            yield f"{CHECKPOINTS}{self._size:012d}-{now - window:016d}"
+        step = 0
+        while step < self._size:
+            yield f"{CHECKPOINTS}{self._size - step:012d}"
+            step = step * 2 or 1
+        yield ""
+
+
+def _edge_of(checkpoint: Checkpoint) -> CompactRange:
+    """The right edge that a checkpoint carries, held against its root."""
+    try:
+        packed = base64.b64decode(checkpoint.line("frontier") or "", validate=True)
+        edge = CompactRange(checkpoint.size, [packed[i : i + HASH_BYTES] for i in range(0, len(packed), HASH_BYTES)])
+    except ValueError as error:
+        raise _broken(f"the checkpoint {checkpoint.key} carries no usable frontier") from error
+    if edge.root() != checkpoint.head.root:
+        raise _broken(f"frontier and root of the checkpoint {checkpoint.key} differ")
+    return edge
+
+
+def _broken(fault: str) -> ProofError:
+    return ProofError(fault, operation="read ledger", place="ledger", hint="run `tokentape verify` to see what was changed")

@@ -1,0 +1,316 @@
+"""Proof that nothing was changed: everything the ledger vouches for is held against it, with the public key alone.
+
+Works on the live store and on a copy (`LocalStore` over a folder), offline. What it can and cannot find:
+
+- any change to an entry, a checkpoint, or an object that an entry names;
+- any entry, checkpoint or named object that was removed, but for the *end* of the ledger: entries after the last
+  checkpoint, and the last checkpoint itself, can be cut off unnoticed unless a checkpoint that was kept elsewhere is
+  passed as an anchor;
+- nothing against who holds the private key and rewrites all of it, again unless there is an anchor.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Literal
+
+from schemas.errors import CorruptStore, UsageError
+from store.ledger.entry import CHECKPOINTS, Checkpoint, Digest, Entry, decode_entry, entry_key, entry_number, is_checkpoint, read_checkpoint
+from store.ledger.merkle import CompactRange, leaf_hash
+from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
+from store.objects.base import ObjectStore
+
+LEDGER = "ledger/"
+NAMED = ("events/", "schemas/")  # where every object should be named by an entry
+CHUNK = 8 << 20  # bytes of an object hashed at a time
+
+Kind = Literal["modified", "missing", "unsigned", "erased-with-proof", "orphan"]
+# From worst to harmless; a report's exit code is that of its worst finding. An orphan is an object that no entry
+# names: a writer that died between object and entry leaves one, and nothing reads it.
+EXIT_CODES: Mapping[Kind, int] = {"modified": 10, "missing": 11, "unsigned": 12, "erased-with-proof": 0, "orphan": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found: what kind, at which object, and one line of detail."""
+
+    kind: Kind
+    key: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The outcome. `covered` is the size of the largest good checkpoint: entries after it are signed and chained only."""
+
+    entries: int
+    checkpoints: int
+    objects: int
+    bytes: int
+    covered: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when nothing is wrong; else 10 modified, 11 missing, 12 unsigned: the first of these that was found."""
+        kinds = {finding.kind for finding in self.findings}
+        return next((code for kind, code in EXIT_CODES.items() if kind in kinds and code), 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        counts = {name: getattr(self, name) for name in ("entries", "checkpoints", "objects", "bytes", "covered", "exit_code")}
+        return counts | {"findings": [{"kind": f.kind, "key": f.key, "detail": f.detail} for f in self.findings]}
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What an entry says of an object: its size and SHA-256 (hex)."""
+
+    entry: Entry
+    key: str
+    bytes: int
+    sha256: str
+
+
+def verify_ledger(
+    store: ObjectStore,
+    verifier: Verifier | str,
+    *,
+    origin: str | None = None,
+    check_segment: Callable[[Entry], list[Finding]] | None = None,
+    anchors: Sequence[bytes] = (),
+) -> Report:
+    """Check the whole ledger and every object that it names.
+
+    `verifier` is the public key (or its text), `origin` the ledger's name (default: the key's). `check_segment` is
+    called for each `segment` entry whose object has the right bytes. `anchors` are checkpoints kept elsewhere: the
+    ledger must continue them and still hold them.
+
+    Raises:
+        StoreUnavailable: the store does not answer.
+        UsageError: the public key is none.
+    """
+    key = Verifier.parse(verifier) if isinstance(verifier, str) else verifier
+    return _Run(store, key, origin or key.name, check_segment, anchors).report()
+
+
+@dataclass
+class _Run:
+    """One verification: what was found so far."""
+
+    store: ObjectStore
+    verifier: Verifier
+    origin: str
+    check_segment: Callable[[Entry], list[Finding]] | None
+    anchors: Sequence[bytes]
+    findings: list[Finding] = field(default_factory=list)
+    entries: dict[int, Entry] = field(default_factory=dict)  # good ones
+    bytes_read: int = 0
+    objects: int = 0
+    covered: int = 0
+    length: int = 0  # one more than the largest entry number that stands
+    heads: dict[int, bytes] = field(default_factory=dict)  # roots at the sizes that somebody asks for
+
+    def report(self) -> Report:
+        """Run all checks. The ledger is listed once, and checkpoints sort before entries: a writer meanwhile does no harm."""
+        keys = [info.key for info in self.store.list(LEDGER)]
+        numbers = [number for number in map(entry_number, keys) if number is not None]
+        checkpoint_keys = [key for key in keys if is_checkpoint(key)]
+        for key in keys:
+            if entry_number(key) is None and not is_checkpoint(key):
+                self._add("unsigned", key, "nothing in the ledger has such a key")
+        anchors = [found for data in self.anchors if (found := self._read_anchor(data))]
+        checkpoints = {key: found for key in checkpoint_keys if (found := self._read_checkpoint(key))}
+        self._check_entries(numbers, {c.size for c in (*checkpoints.values(), *anchors)})
+        self._check_checkpoints(checkpoints, set(checkpoint_keys))
+        self._check_anchors(anchors, checkpoints)
+        self._check_objects()
+        return Report(len(numbers), len(checkpoint_keys), self.objects, self.bytes_read, self.covered, tuple(self.findings))
+
+    def _add(self, kind: Kind, key: str, detail: str) -> None:
+        self.findings.append(Finding(kind, key, detail))
+
+    def _get(self, key: str) -> bytes | None:
+        """An object's bytes; None, with a finding, when it cannot be had."""
+        try:
+            return self.store.get(key)
+        except KeyError:
+            self._add("missing", key, "removed while it was being read")
+        except (CorruptStore, UsageError) as error:
+            self._add("modified", key, str(error))
+        return None
+
+    # Entries.
+
+    def _check_entries(self, numbers: Sequence[int], sizes: set[int]) -> None:
+        """Each entry by itself and after the one before; roots at `sizes` as long as there is no fault."""
+        edge, before, expected = CompactRange(), None, 0
+        self.heads[0] = edge.root()
+        for number in sorted(numbers):
+            if number > expected:
+                self._add("missing", entry_key(expected), f"entries {expected} to {number - 1} are missing")
+            entry = self._check_entry(number, before)
+            if entry is not None and edge.size == number:
+                edge.append(leaf_hash(entry.data))
+                if edge.size in sizes:
+                    self.heads[edge.size] = edge.root()
+            before, expected = entry, number + 1
+        self.length = expected
+
+    def _check_entry(self, number: int, before: Entry | None) -> Entry | None:
+        key = entry_key(number)
+        data = self._get(key)
+        if data is None:
+            return None
+        try:
+            entry = decode_entry(number, data)
+            entry.check(self.verifier, self.origin)
+        except (ModifiedNote, UnsignedNote) as error:
+            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", key, error.fault)
+            return None
+        # Where the one before is at fault itself, its successor is not accused as well.
+        known = before is not None and before.sequence == number - 1
+        if (known and before and entry.previous != before.sha256) or (number == 0 and entry.previous is not None):
+            self._add("modified", key, "does not follow the entry before it")
+            return None
+        self.bytes_read += len(data)
+        self.entries[number] = entry
+        return entry
+
+    # Checkpoints.
+
+    def _read_checkpoint(self, key: str) -> Checkpoint | None:
+        data = self._get(key)
+        try:
+            return read_checkpoint(key, data, self.verifier, self.origin) if data is not None else None
+        except (ModifiedNote, UnsignedNote) as error:
+            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", key, error.fault)
+        return None
+
+    def _check_checkpoints(self, checkpoints: Mapping[str, Checkpoint], present: set[str]) -> None:
+        seen: dict[tuple[str, int, int], Digest] = {}
+        for found in checkpoints.values():
+            self.bytes_read += len(found.data)
+            if self._check_root(found, found.key):
+                self.covered = max(self.covered, found.size)
+            self._check_previous(found, checkpoints, present)
+            for digest in found.digests:
+                if seen.setdefault((digest.log_id, digest.partition, digest.offset_next), digest) != digest:
+                    where = f"partition {digest.partition} up to {digest.offset_next}"
+                    self._add("modified", found.key, f"two checkpoints give different digests of {where}")
+
+    def _check_root(self, found: Checkpoint, key: str) -> bool:
+        """Whether the entries are those that the checkpoint covered. Where one of them is at fault, that stands in the report."""
+        known = self.heads.get(found.size)
+        if known == found.head.root:
+            return True
+        if known is not None:
+            self._add("modified", key, f"its root is not that of the first {found.size} entries")
+        elif found.size > self.length:
+            gone = entry_key(self.length)
+            if not any(finding.key == gone for finding in self.findings):
+                self._add("missing", gone, f"{key} covers {found.size} entries")
+        return False
+
+    def _check_previous(self, found: Checkpoint, checkpoints: Mapping[str, Checkpoint], present: set[str]) -> None:
+        """The checkpoint that this one names as the one before must be there with its bytes."""
+        line = found.line("previous")
+        if line is None:
+            return
+        digest, _, name = line.partition(" ")
+        key = CHECKPOINTS + name
+        if key not in present:
+            self._add("missing", key, f"the checkpoint {found.key} names it as the one before")
+        elif key in checkpoints and base64.b64encode(sha256(checkpoints[key].data).digest()).decode() != digest:
+            self._add("modified", key, f"not the bytes that {found.key} names")
+
+    def _read_anchor(self, data: bytes) -> Checkpoint | None:
+        try:
+            return read_checkpoint(None, data, self.verifier, self.origin)
+        except (ModifiedNote, UnsignedNote) as error:
+            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", "anchor", error.fault)
+        return None
+
+    def _check_anchors(self, anchors: Sequence[Checkpoint], checkpoints: Mapping[str, Checkpoint]) -> None:
+        for anchor in anchors:
+            self._check_root(anchor, "anchor")
+            stored = checkpoints.get(anchor.key)
+            if stored is None and not any(finding.key == anchor.key for finding in self.findings):
+                self._add("missing", anchor.key, "the anchor is a copy of it")
+            elif stored is not None and stored.data != anchor.data:
+                self._add("modified", anchor.key, "differs from the anchor")
+
+    # Objects.
+
+    def _check_objects(self) -> None:
+        erased = self._erased()
+        named: set[str] = set()
+        for entry in self.entries.values():
+            for claim in self._claims(entry):
+                named.add(claim.key)
+                by = erased.get(claim.key)
+                if self._check_object(claim, by) and entry.type == "segment" and self.check_segment:
+                    self.findings += self.check_segment(entry)
+        for prefix in NAMED:
+            for info in self.store.list(prefix):
+                if info.key not in named:
+                    self._add("orphan", info.key, "no entry names it; nothing reads it")
+
+    def _erased(self) -> dict[str, Entry]:
+        """Objects that a signed entry says were erased: its body lists their keys under `erased`."""
+        found: dict[str, Entry] = {}
+        for entry in self.entries.values():
+            keys = entry.body.get("erased")
+            if isinstance(keys, list):
+                found.update({key: entry for key in keys if isinstance(key, str)})
+        return found
+
+    def _claims(self, entry: Entry) -> Iterator[Claim]:
+        """What the entry says of objects: `key`, `bytes`, `sha256` of its body, and of each item of the body's `objects`."""
+        items: list[Any] = [entry.body] if entry.type == "segment" or {"key", "bytes", "sha256"} <= entry.body.keys() else []
+        listed = entry.body.get("objects")
+        for item in [*items, *(listed if isinstance(listed, list) else [])]:
+            values = [item.get(name) for name in ("key", "bytes", "sha256")] if isinstance(item, dict) else []
+            match values:
+                case [str(key), int(size), str(digest)]:
+                    yield Claim(entry, key, size, digest)
+                case _:
+                    self._add("modified", entry.key, "names an object without key, bytes and sha256")
+
+    def _check_object(self, claim: Claim, erased_by: Entry | None) -> bool:
+        """Whether the object stands as it was entered."""
+        try:
+            info = self.store.head(claim.key)
+            if info is None:
+                self._add_absent(claim, erased_by)
+                return False
+            if info.size != claim.bytes:
+                self._add("modified", claim.key, f"has {info.size} bytes, entry {claim.entry.sequence} says {claim.bytes}")
+                return False
+            if self._digest(claim) != claim.sha256:
+                self._add("modified", claim.key, f"its SHA-256 is not that of entry {claim.entry.sequence}")
+                return False
+        except KeyError:
+            self._add_absent(claim, erased_by)
+            return False
+        except (CorruptStore, UsageError) as error:
+            self._add("modified", claim.key, str(error))
+            return False
+        self.objects += 1
+        self.bytes_read += claim.bytes
+        return True
+
+    def _add_absent(self, claim: Claim, erased_by: Entry | None) -> None:
+        if erased_by is not None and erased_by.sequence > claim.entry.sequence:
+            self._add("erased-with-proof", claim.key, f"entered by {claim.entry.sequence}, erased by {erased_by.sequence}")
+        else:
+            self._add("missing", claim.key, f"entry {claim.entry.sequence} names it")
+
+    def _digest(self, claim: Claim) -> str:
+        digest = sha256()
+        for start in range(0, claim.bytes, CHUNK):
+            digest.update(self.store.get_range(claim.key, start, CHUNK))
+        return digest.hexdigest()
