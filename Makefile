@@ -46,7 +46,7 @@ services-up: setup ## start Kafka, MinIO and vLLM, and leave them running (state
 	@$(PYTHON) scripts/services.py up --state $(STATE) kafka minio vllm
 
 services-down: ## stop what services-up started, and only that
-	@python3 scripts/services.py down --state $(STATE)
+	@$(or $(wildcard $(PYTHON)),python3) scripts/services.py down --state $(STATE)
 
 # Names, versions and hashes only: a registry's address belongs to the machine, not to the lock.
 # The largest lock comes first and binds the others, so that all agree on every version.
