@@ -9,12 +9,14 @@ import hashlib
 import hmac
 import io
 import time
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import fastavro
 
-from schemas.errors import InvalidEvent
-from schemas.events import SOURCES, Event, Payload
+from schemas.errors import InvalidEvent, NewerSchema
+from schemas.events import ENVELOPE, PAYLOADS, SOURCES, Event, Payload, Record
 from schemas.registry import CURRENT, HEADER_BYTES, MAGIC, Schema, SchemaRegistry
 
 ID_SLICE = slice(HEADER_BYTES, HEADER_BYTES + 16)
@@ -161,9 +163,50 @@ def decode(framed: bytes, registry: SchemaRegistry) -> Event:
     """The event of framed bytes, upcast to the current schema.
 
     Raises:
-        UnknownSchema, InvalidEvent: as `decode_datum`; a kind that this version does not know is an InvalidEvent.
+        UnknownSchema, InvalidEvent: as `decode_datum`.
+        NewerSchema: it says something that this version has no field for.
     """
-    return Event.from_datum(decode_datum(framed, registry)[0])
+    return event_of(decode_datum(framed, registry)[0])
+
+
+def event_of(datum: dict[str, Any]) -> Event:
+    """The event of a datum of any version: what an older one lacks is None, and what a newer one adds must be null.
+
+    Raises:
+        InvalidEvent: not exactly one payload, or a value out of its range.
+        NewerSchema: a field or kind that this version does not know is not null.
+    """
+    try:
+        return Event.from_datum(datum)
+    except InvalidEvent:
+        fitted = _fitted(datum, "event", dict.fromkeys(ENVELOPE) | PAYLOADS)
+        if fitted == datum:
+            raise
+        return Event.from_datum(fitted)
+
+
+def _fitted(value: dict[str, Any], path: str, known: Mapping[str, type[Record] | None]) -> dict[str, Any]:
+    """A record without the null fields that are not known; `known` names each field's record model, if it has one."""
+    lost = sorted(name for name, item in value.items() if name not in known and item is not None)
+    if lost:
+        fault = f"{path} has a field that this version does not know: {lost[0]}"
+        raise NewerSchema(fault, operation="decode", hint="upgrade this installation; nothing is dropped")
+    return {name: _fitted_item(item, f"{path}.{name}", known[name]) for name, item in value.items() if name in known}
+
+
+def _fitted_item(item: Any, path: str, model: type[Record] | None) -> Any:
+    if model is None or item is None:
+        return item
+    if isinstance(item, list):
+        return [_fitted_item(part, path, model) for part in item]
+    return _fitted(item, path, {name: _model_of(info.annotation) for name, info in model.model_fields.items()})
+
+
+def _model_of(annotation: Any) -> type[Record] | None:
+    """The record model inside an annotation such as `list[Message]` or `BlobRef | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Record):
+        return annotation
+    return next((found for part in typing.get_args(annotation) if (found := _model_of(part))), None)
 
 
 def leaf_hash(datum: dict[str, Any], schema: Schema) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.codec import encode_datum
+from schemas.codec import encode_datum, event_of
 from schemas.events import Event
 from schemas.registry import SchemaRegistry
 from store.columns import LOG_COLUMNS
@@ -52,10 +52,11 @@ def stored_events(rows: pa.Table | pa.RecordBatch) -> Iterator[StoredEvent]:
     """The rows as events of the current version (older ones upcast).
 
     Raises:
-        InvalidEvent: a kind or value that this version does not know.
+        InvalidEvent: a value out of its range.
+        NewerSchema: a field or kind that this version does not know.
     """
     for row in rows_to_datums(rows):
-        yield StoredEvent(Event.from_datum(row.datum), row.log_id, row.partition, row.offset, row.appended_at)
+        yield StoredEvent(event_of(row.datum), row.log_id, row.partition, row.offset, row.appended_at)
 
 
 def framed(datum: dict[str, Any], fingerprint: bytes, registry: SchemaRegistry) -> bytes:

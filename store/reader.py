@@ -1,0 +1,195 @@
+"""Sessions read back as events, hot and cold as one: the trusted path of timelines, folds and replays."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from schemas.errors import StoreUnavailable, UnknownSession, UsageError
+from schemas.settings import Settings
+from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
+from store.duck import connect, mapped
+from store.objects import open_store
+from store.objects.base import ObjectStore
+from store.rows import StoredEvent, stored_events
+from store.views import events_sql
+
+_ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for longest are detached
+_URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
+_ATTEMPTS = 3  # a shard can be merged away between snapshot and attach
+_MATCHES_SHOWN = 5  # sessions named when a prefix is not unique
+
+# A log that was made anew counts its offsets from 0 again: its records come after those of the log before it.
+_ORDER = 'ORDER BY min(appended_at) OVER (PARTITION BY log_id), log_id, "partition", "offset"'
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """One line about a session; times are `recorded_at` in µs since the epoch, both inclusive."""
+
+    session_id: bytes
+    tenant: str
+    started_at: int
+    last_event_at: int
+    events: int
+    requests: int
+    failures: int
+    title: str | None
+
+
+class EventReader:
+    """Reads sessions through one connection that keeps shards attached and footers cached. Safe for threads."""
+
+    def __init__(self, settings: Settings, catalog: Catalog | None = None, objects: ObjectStore | None = None) -> None:
+        self._settings = settings
+        self._catalog = catalog or open_catalog(settings.data)
+        self._objects = objects
+        self._lock = threading.Lock()
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._attached: OrderedDict[Path, str] = OrderedDict()
+        self._count = 0
+        self._urls: dict[str, tuple[str, float]] = {}
+
+    def session(self, session_id: bytes) -> Iterator[StoredEvent]:
+        """The events of a session in the order of the log, by partition and offset; nothing when it is not known.
+
+        Raises:
+            CorruptStore: a shard or segment cannot be read.
+            StoreUnavailable: the object store does not answer.
+        """
+        return stored_events(self.table(session_id))
+
+    def table(self, session_id: bytes) -> pa.Table:
+        """The rows of a session as an Arrow table with the columns of `events`."""
+        # BETWEEN, because equality on a BLOB can lose rows of Parquet files with bloom filters.
+        where = f"session_id BETWEEN {blob(session_id)} AND {blob(session_id)}"
+        return self._read(lambda: self._catalog.snapshot(session=session_id), f"SELECT * FROM events {_ORDER}", where)
+
+    def find(self, text: str) -> bytes:
+        """The session that a UUID, 32 hex digits or a unique beginning of them names.
+
+        Raises:
+            UnknownSession: none is so named.
+            UsageError: not hexadecimal, or more than one.
+        """
+        digits = text.strip().lower().replace("-", "")
+        if not re.fullmatch(r"[0-9a-f]{1,32}", digits):
+            raise UsageError(f"{text!r} is no session id", operation="find session", hint="a UUID or its first digits")
+        low, high = bytes.fromhex(digits.ljust(32, "0")), bytes.fromhex(digits.ljust(32, "f"))
+        where = f"session_id BETWEEN {blob(low)} AND {blob(high)}"
+        sql = f"SELECT DISTINCT session_id FROM events ORDER BY session_id LIMIT {_MATCHES_SHOWN}"
+        found = self._read(lambda: _overlapping(self._catalog.snapshot(), low, high), sql, where).column(0).to_pylist()
+        if not found:
+            raise UnknownSession(f"no session {text}", operation="find session", hint="`tokentape sessions` lists them")
+        if len(found) > 1:
+            raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
+        return bytes(found[0])
+
+    def recent(self, limit: int = 50, *, tenant: str | None = None) -> list[SessionSummary]:
+        """The sessions with the latest events, newest first; those of the platform itself only when asked for by tenant."""
+        condition = "tenant <> '_platform'" if tenant is None else "tenant = '{}'".format(tenant.replace("'", "''"))
+        found = self._summaries(self._hot_only, condition, limit)
+        # A session of the cold tier is only of interest when hot has too few.
+        return found if len(found) == limit else self._summaries(self._catalog.snapshot, condition, limit)
+
+    def close(self) -> None:
+        """Release files and connections; safe to call twice, and the next call opens them again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+            self._attached.clear()
+
+    def _hot_only(self) -> Snapshot:
+        return Snapshot(self._catalog.snapshot().shards, ())
+
+    def _summaries(self, take: Any, condition: str, limit: int) -> list[SessionSummary]:
+        sql = (
+            "SELECT session_id, any_value(tenant), epoch_us(min(recorded_at)), epoch_us(max(recorded_at)) AS last, count(*), "
+            "count(request_submitted), count(generation_failed), any_value(session_opened.content.title) "
+            f"FROM events GROUP BY session_id ORDER BY last DESC, session_id LIMIT {int(limit)}"
+        )
+        table = self._read(take, sql, condition)
+        columns = [column.to_pylist() for column in table.columns]
+        return [SessionSummary(*row) for row in zip(*columns, strict=True)]
+
+    def _read(self, take: Any, sql: str, where: str) -> pa.Table:
+        """Run `sql` over `events` of a fresh snapshot; again with another one when a shard vanished meanwhile."""
+        with self._lock:
+            for attempt in range(_ATTEMPTS):
+                snapshot: Snapshot = take()
+                try:
+                    return self._query(snapshot, sql, where)
+                except duckdb.Error as error:
+                    vanished = any(not shard.path.exists() for shard in snapshot.shards)
+                    if not vanished or attempt == _ATTEMPTS - 1:
+                        raise self._mapped(error) from error
+        raise AssertionError("unreachable")
+
+    def _query(self, snapshot: Snapshot, sql: str, where: str) -> pa.Table:
+        connection = self._connect()
+        shards = self._attach(connection, [shard for shard in snapshot.shards if shard.rows])
+        events = events_sql(shards, [self._url(segment) for segment in snapshot.segments], where=where)
+        return connection.execute(f"WITH events AS ({events}) {sql}").to_arrow_table()
+
+    def _connect(self) -> duckdb.DuckDBPyConnection:
+        if self._connection is None:
+            remote = self._settings.cold.kind != "local"
+            self._connection = connect(extensions=("httpfs",) if remote else ())
+            self._connection.execute("SET parquet_metadata_cache = true")
+            if remote:
+                self._connection.execute("SET http_keep_alive = true; SET enable_http_metadata_cache = true")
+        return self._connection
+
+    def _attach(self, connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> list[str]:
+        """Attach what is not attached yet; the names in order."""
+        for shard in shards:
+            if shard.path not in self._attached:
+                self._count += 1
+                name = f"shard_{self._count}"
+                connection.execute(f"ATTACH '{str(shard.path.absolute()).replace(chr(39), chr(39) * 2)}' AS {name} (READ_ONLY)")
+                self._attached[shard.path] = name
+            self._attached.move_to_end(shard.path)
+        names = [self._attached[shard.path] for shard in shards]
+        while len(self._attached) > max(_ATTACHED_MAX, len(shards)):
+            connection.execute(f"DETACH {self._attached.popitem(last=False)[1]}")
+        return names
+
+    def _url(self, segment: Segment) -> str:
+        url, until = self._urls.get(segment.key, ("", 0.0))
+        if until < time.monotonic():
+            if self._objects is None:
+                self._objects = open_store(self._settings.cold, self._settings.data)
+            url = self._objects.read_url(segment.key, expires_s=_URL_S)
+            self._urls[segment.key] = (url, time.monotonic() + _URL_S / 2)
+        return url
+
+    def _mapped(self, error: duckdb.Error) -> Exception:
+        text = str(error).splitlines()[0]
+        for key, (url, _) in self._urls.items():
+            text = text.replace(url, key)
+        if isinstance(error, duckdb.HTTPException) or "Could not establish connection" in text or "HTTP" in text:
+            return StoreUnavailable(text, operation="read session", place="cold store", hint="see whether the object store answers")
+        return mapped(type(error)(text), operation="read session", place=str(self._settings.data))
+
+
+def blob(value: bytes) -> str:
+    """A BLOB as a SQL constant, which DuckDB uses to skip row groups."""
+    return "'" + "".join(f"\\x{byte:02X}" for byte in value) + "'::BLOB"
+
+
+def _overlapping(snapshot: Snapshot, low: bytes, high: bytes) -> Snapshot:
+    """What may hold sessions between two ids."""
+    return Snapshot(
+        tuple(shard for shard in snapshot.shards if shard.session_min <= high and low <= shard.session_max),
+        tuple(segment for segment in snapshot.segments if segment.session_min <= high and low <= segment.session_max),
+    )
