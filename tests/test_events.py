@@ -25,7 +25,7 @@ from schemas.errors import InvalidEvent, NewerSchema, UnknownSchema
 from schemas.events import PAYLOADS, ChunkContent, Event, ProducerHeartbeat, TokenChunk
 from schemas.registry import CURRENT, HEADER_BYTES, Schema, SchemaRegistry
 from store import container, tables
-from store.columns import columns
+from store.columns import LOG_COLUMNS, columns
 from store.duck import connect
 from store.rows import framed, rows_to_datums, stored_events
 from tests.golden_write import ROOT, jsonable
@@ -272,12 +272,15 @@ def test_slices_of_rows_are_the_same_rows(duck: duckdb.DuckDBPyConnection, tmp_p
     assert _log_bytes(table.slice(0, 0)) == []
 
 
-def test_columns_are_those_that_duckdb_reads() -> None:
-    """The columns derived from the schema alone are those that DuckDB's Avro reader gives."""
-    with connect() as duck:
-        assert [(name, _type_of(duck, kind)) for name, kind in columns(CURRENT.definition).items()] == [
-            (name, _type_of(duck, kind)) for name, kind in tables.columns()
-        ]
+def test_columns_are_those_that_duckdb_reads(tmp_path: Path) -> None:
+    """The columns derived from the schema alone are those that DuckDB's Avro reader gives, but for the enum."""
+    path = tmp_path / "one.avro"
+    container.write(path, CURRENT, container.Records(0, [0], [0], [encode(_token_event())]), bytes(container.MARK_BYTES))
+    with connect(extensions=("avro",)) as duck:
+        read = duck.execute("DESCRIBE SELECT * FROM read_avro(?)", [str(path)]).fetchall()
+        typed = {name: _type_of(duck, kind) for name, kind in columns(CURRENT.definition).items() if name not in LOG_COLUMNS}
+
+    assert typed == {name: "VARCHAR" if name == "source" else kind for name, kind, *_ in read if name[0] != "_"}
 
 
 def _type_of(duck: duckdb.DuckDBPyConnection, text: str) -> str:
