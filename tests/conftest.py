@@ -19,6 +19,7 @@ from pydantic import SecretStr
 
 from schemas.settings import ColdSettings, LogSettings, Settings
 from scripts.native.component import Address
+from scripts.native.processes import ServiceError
 from scripts.services import Services, load
 
 for _name in [name for name in os.environ if name.startswith("TOKENTAPE_") and name not in ("TOKENTAPE_SERVICES", "TOKENTAPE_CACHE")]:
@@ -104,7 +105,7 @@ class _Background(threading.Thread):
 
     def __init__(self, state: Path) -> None:
         super().__init__(name="vllm-start", daemon=True)
-        self.services = Services(state, say=_say, tied=True)
+        self.services = Services(state, say=self._say_while_wanted, tied=True)
         self.failure: BaseException | None = None
         self._settled = threading.Event()
         self._over = threading.Event()
@@ -128,9 +129,15 @@ class _Background(threading.Thread):
         return self.services.address("vllm")
 
     def finish(self) -> None:
-        """Stop the service and wait until it is gone."""
+        """Stop the service, also one that is still starting, and wait until it is gone."""
         self._over.set()
         self.join()
+
+    def _say_while_wanted(self, line: str) -> None:
+        """Pass progress on; an interrupted run leaves a start that takes minutes at its next progress line."""
+        if self._over.is_set():
+            raise ServiceError("no longer wanted")
+        _say(line)
 
 
 def _say(line: str) -> None:
