@@ -1,0 +1,328 @@
+"""Compare replay: an engine of today scores what was said then, and every sequence, generation and the session get a verdict.
+
+Texts are never compared: recorded tokens are forced, so that one early difference cannot hide the rest. The replay is
+recorded in a session of its own; the session that it replays is only read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from replay.drift import Judgement, Verdict, floor_of, judge, worst
+from replay.engines.base import Engine, Refused, Request, Scored
+from replay.fold import Until, fold
+from replay.state import Generation, Sequence, SessionState
+from replay.taped import taped
+from replay.words import count, uuid
+from schemas import events as e
+from schemas.environment import compare as compare_environments
+from schemas.errors import EngineUnavailable, UnknownSession
+from schemas.sink import EventSink, SessionContext, new_id
+from store.rows import StoredEvent
+
+NOT_BENDING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
+    "repetition_penalty": (None, 1),
+    **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "logits_processors"), (None, {}, [])),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
+}
+"""Parameters under which greedy decoding may take another token than the bare model's likeliest, and the values that do not."""
+TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning"})
+"""Parts of a message that token ids carry; of an image or a sound they carry a placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutcome:
+    """One sequence's verdict, with the engine's own view of its tokens."""
+
+    index: int
+    judgement: Judgement
+    scored: Scored | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutcome:
+    """One generation's verdict: the worst of its sequences."""
+
+    generation_id: bytes
+    verdict: Verdict
+    sequences: tuple[SequenceOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a compare replay found. `session_id` is where it is recorded; `refused` says that strict did not let it begin."""
+
+    replay_id: bytes
+    session_id: bytes
+    subject_session: bytes
+    engine: str
+    verdict: Verdict
+    reason: str
+    strict: bool
+    refused: bool
+    environment_known: bool
+    differences: tuple[e.Difference, ...]
+    generations: tuple[GenerationOutcome, ...]
+    skipped: int
+    duration_us: int
+
+    @property
+    def sequences(self) -> list[SequenceOutcome]:
+        """All sequences that were judged."""
+        return [sequence for generation in self.generations for sequence in generation.sequences]
+
+    def document(self) -> dict[str, Any]:
+        """The outcome as JSON types, without the logprobs: those are in the replay's own events."""
+        ids = {"replay": uuid(self.replay_id), "recorded_in": uuid(self.session_id), "session": uuid(self.subject_session)}
+        return {
+            **ids,
+            "engine": self.engine,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "strict": self.strict,
+            "refused": self.refused,
+            "environment_known": self.environment_known,
+            "differences": [difference.model_dump() for difference in self.differences],
+            "generations": [_generation_document(generation) for generation in self.generations],
+            "generations_without_tokens": self.skipped,
+            "duration_us": self.duration_us,
+        }
+
+
+def _generation_document(generation: GenerationOutcome) -> dict[str, Any]:
+    sequences = [{"index": s.index, **_judgement_document(s.judgement)} for s in generation.sequences]
+    return {"generation": uuid(generation.generation_id), "verdict": generation.verdict, "sequences": sequences}
+
+
+def _judgement_document(judgement: Judgement) -> dict[str, Any]:
+    names = ("verdict", "reason", "tokens", "scored", "first_telling", "drift_mean", "drift_p99", "drift_max")
+    return {**{name: getattr(judgement, name) for name in names}, "noise_floor": judgement.floor and judgement.floor.nats}
+
+
+def run_compare(
+    events: Iterable[StoredEvent],
+    engine: Engine,
+    sink: EventSink,
+    *,
+    strict: bool = False,
+    actor: str = "",
+    until: Until | None = None,
+    on_sequence: Callable[[bytes, SequenceOutcome], None] | None = None,
+) -> Outcome:
+    """Compare one session with an engine and record the replay in a session of its own.
+
+    `on_sequence` is told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive.
+
+    Raises:
+        UnknownSession: no events.
+        EngineUnavailable: the engine does not answer at all; then nothing is recorded.
+    """
+    state = fold(events, until=until)
+    if state.session_id is None or state.last is None:
+        raise UnknownSession("no event of this session is known", operation="replay", hint="list sessions with: tokentape sessions")
+    begun = time.monotonic_ns()
+    subjects = [g for g in state.generations.values() if g.recording and g.recording.tokens]
+    recorded = _recorded_environments(state, subjects)
+    present = engine.fingerprint(recorded[-1] if recorded else None)
+    run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor))
+    run.start(state.last.event_id)
+    outcomes = [] if run.refused else [run.generation(generation, on_sequence) for generation in subjects]
+    return run.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
+
+
+def _context(state: SessionState, actor: str) -> SessionContext:
+    return SessionContext(new_id(), state.tenant, "replay", actor, state.retention_class or "standard")
+
+
+def _recorded_environments(state: SessionState, subjects: list[Generation]) -> list[e.EnvironmentCaptured]:
+    """The distinct environments that produced these generations, in order."""
+    found: dict[bytes, e.EnvironmentCaptured] = {}
+    for generation in subjects:
+        environment = state.environment_of(generation)
+        if environment:
+            found[environment.event.environment_id] = environment.event
+    return list(found.values())
+
+
+class _Run:
+    """One replay on its way: what all its sequences share."""
+
+    def __init__(
+        self,
+        state: SessionState,
+        engine: Engine,
+        sink: EventSink,
+        strict: bool,
+        present: e.EnvironmentCaptured | None,
+        recorded: list[e.EnvironmentCaptured],
+        context: SessionContext,
+    ) -> None:
+        self.state, self.engine, self.sink, self.strict, self.context = state, engine, sink, strict, context
+        self.present, self.recorded = present, recorded
+        self.replay_id = new_id()
+        self.known = present is not None and bool(recorded)
+        self.differences = _differences(recorded, present)
+        self.refused = strict and (bool(self.differences) or not self.known)
+        self.floor = floor_of([*recorded, present])
+        self._down: str | None = None
+
+    def start(self, until: bytes) -> None:
+        """Record that the replay began, and against what."""
+        subject = self.state.session_id or b""
+        self._record(e.SessionOpened(purpose="replay", parent_session=subject, parent_event=until))
+        if self.present is not None:
+            self._record(self.present)
+        self._record(
+            e.ReplayStarted(
+                replay_id=self.replay_id,
+                subject_session=subject,
+                subject_until=until,
+                mode="compare",
+                engine=self.engine.name,
+                strict=self.strict,
+                environment_recorded=self.recorded[-1].environment_id if self.recorded else None,
+                environment_present=self.present.environment_id if self.present else None,
+                differences=list(self.differences),
+            )
+        )
+
+    def generation(self, generation: Generation, on_sequence: Callable[[bytes, SequenceOutcome], None] | None) -> GenerationOutcome:
+        """Compare and record each sequence of a generation."""
+        outcomes = []
+        for sequence in generation.sequences:
+            if not sequence.tokens:
+                continue
+            outcome = self._sequence(generation, sequence)
+            self._record(_compared(self.replay_id, generation.generation_id, outcome))
+            if on_sequence:
+                on_sequence(generation.generation_id, outcome)
+            outcomes.append(outcome)
+        return GenerationOutcome(generation.generation_id, worst(o.judgement.verdict for o in outcomes), tuple(outcomes))
+
+    def _sequence(self, generation: Generation, sequence: Sequence) -> SequenceOutcome:
+        tape = taped(sequence)
+        document = self.state.edited(generation)
+        prompt = generation.recording.prompt_token_ids if generation.recording else ()
+        hindrance = self._down or _hindrance(document, prompt, tape.token_ids, tape.missing)
+        if hindrance:
+            return _inconclusive(sequence, hindrance)
+        request = Request(generation.request.model if generation.request else None, document or {})
+        try:
+            scored = self.engine.force(request, prompt, tape.token_ids)
+        except EngineUnavailable as error:
+            self._down = str(error)
+            return _inconclusive(sequence, self._down)
+        if isinstance(scored, Refused):
+            return _inconclusive(sequence, scored.reason)
+        greedy = is_greedy(document)
+        judgement = judge(tape.logprobs, scored, floor=self.floor, greedy=greedy)
+        return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing, greedy), scored)
+
+    def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
+        """Record the verdict on the whole and close the replay's session."""
+        verdict = worst(g.verdict for g in generations)
+        reason = self._reason(generations, verdict)
+        sequences = [s for g in generations for s in g.sequences]
+        tokens = sum(s.judgement.scored for s in sequences)
+        counts = {"generations": len(generations), "sequences": len(sequences), "tokens": tokens, "duration_us": duration_us}
+        self._record(e.ReplayFinished(replay_id=self.replay_id, verdict=verdict, reason=reason, **counts))
+        self._record(e.SessionClosed(reason="replay finished"))
+        subject = self.state.session_id or b""
+        head = (self.replay_id, self.context.session_id, subject, self.engine.name, verdict, reason, self.strict, self.refused)
+        return Outcome(*head, self.known, self.differences, tuple(generations), skipped, duration_us)
+
+    def _reason(self, generations: list[GenerationOutcome], verdict: Verdict) -> str:
+        if self.refused:
+            keys = ", ".join(difference.key for difference in self.differences[:5])
+            what = f"{count(len(self.differences), 'difference')}: {keys}" if self.differences else "it is not known on both sides"
+            return f"strict: the environment is not the recorded one ({what})"
+        sequences = [s for g in generations for s in g.sequences]
+        if not sequences:
+            return "no recorded tokens"
+        those = [s for s in sequences if s.judgement.verdict == verdict]
+        return f"{len(those)} of {count(len(sequences), 'sequence')}: {those[0].judgement.reason}"
+
+    def _record(self, payload: e.Payload) -> None:
+        self.sink.record(self.context, payload)
+
+
+def _differences(recorded: list[e.EnvironmentCaptured], present: e.EnvironmentCaptured | None) -> tuple[e.Difference, ...]:
+    """What differs between any recorded environment and the present one; nothing where one side is unknown."""
+    if present is None:
+        return ()
+    found = {(d.key, d.recorded): d for environment in recorded for d in compare_environments(environment, present)}
+    return tuple(found.values())
+
+
+def _hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tuple[int, ...], missing: str | None) -> str | None:
+    """Why a sequence cannot be forced, if it cannot."""
+    if not ids:
+        return missing or "it has no tokens"
+    if not prompt:
+        return "the recording has no prompt token ids"
+    parts = sorted(_media(document or {}))
+    return f"its prompt holds {', '.join(parts)}, which token ids do not carry" if parts else None
+
+
+def _media(document: dict[str, Any]) -> set[str]:
+    """Types of message parts that are no text."""
+    messages = document.get("messages")
+    contents = [message.get("content") for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return {str(part.get("type")) for part in parts} - TEXT_PARTS - {"None"}
+
+
+def is_greedy(document: dict[str, Any] | None) -> bool:
+    """Whether each token was to be the bare model's likeliest: temperature 0 and nothing that bends the distribution."""
+    if document is None or document.get("temperature") not in (0, 0.0) or isinstance(document.get("temperature"), bool):
+        return False
+    if any(document.get(name) not in plain for name, plain in NOT_BENDING.items()) or document.get("tool_choice") not in (
+        None,
+        "auto",
+        "none",
+    ):
+        return False
+    form = document.get("response_format")
+    return form is None or (isinstance(form, dict) and form.get("type") == "text")
+
+
+def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:
+    return SequenceOutcome(sequence.index, Judgement("inconclusive", reason, tokens=sequence.tokens))
+
+
+def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None, greedy: bool) -> Judgement:
+    """The judgement with what it does not cover said in its reason."""
+    notes = [judgement.reason]
+    if judgement.scored < sequence.tokens:
+        notes.append(f"{judgement.scored} of {sequence.tokens} tokens scored" + (f", as {missing}" if missing else ""))
+    if not greedy and judgement.verdict in ("identical", "numeric_drift"):
+        notes.append("the choice of sampled tokens is not recomputed")
+    return replace(judgement, tokens=sequence.tokens, reason="; ".join(notes))
+
+
+def _compared(replay_id: bytes, generation_id: bytes, outcome: SequenceOutcome) -> e.SequenceCompared:
+    judgement, scored = outcome.judgement, outcome.scored
+    content = None
+    if scored is not None:
+        logprobs = [value for value in scored.logprobs if value is not None]
+        ranks = [value for value in scored.ranks if value is not None]
+        content = e.ComparedContent(logprobs=logprobs, ranks=ranks if len(ranks) == len(logprobs) else [])
+    return e.SequenceCompared(
+        replay_id=replay_id,
+        generation_id=generation_id,
+        index=outcome.index,
+        verdict=judgement.verdict,
+        reason=judgement.reason,
+        tokens=judgement.tokens,
+        tokens_scored=judgement.scored,
+        first_telling=judgement.first_telling,
+        drift_mean=judgement.drift_mean,
+        drift_p99=judgement.drift_p99,
+        drift_max=judgement.drift_max,
+        noise_floor=judgement.floor.nats if judgement.floor else None,
+        content=content,
+    )

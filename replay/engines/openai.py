@@ -1,0 +1,253 @@
+"""An engine over HTTP: any OpenAI-compatible server says requests again; vLLM also scores recorded tokens.
+
+Tokens are forced by sending them as the end of a prompt to `/v1/completions` with `prompt_logprobs`: the engine then reports
+what it thinks of each token of the prompt, without sampling any. That takes one prefill and disables the prefix cache for
+it. The logprobs are those before penalties, masks and temperature.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from replay.engines.base import Generated, Refused, Request, Scored, Spoken
+from replay.words import printable, shorten
+from schemas.errors import EngineUnavailable, UsageError
+from schemas.events import EnvironmentCaptured
+
+Capture = Callable[[EnvironmentCaptured | None], EnvironmentCaptured]
+"""Asks the server for its environment as the gateway does; handed in, because both must ask the very same questions."""
+
+CONNECT_TIMEOUT_S = 10.0
+"""An address that takes longer to connect is no engine that could be replayed against."""
+ANSWER_BYTES_MAX = 1 << 30
+"""A longer answer is not read: scores of a million tokens take about 150 MB."""
+REASON_CHARACTERS = 300
+"""Of a server's own words, what goes into a reason."""
+NOT_SCORING = "it answers, but without prompt_logprobs: recorded tokens are scored by vLLM's /v1/completions only"
+MINUS_INFINITY = -9999.0
+"""What vLLM writes into JSON where a logprob is -inf."""
+
+
+class Answer(NamedTuple):
+    """A server's answer: status and JSON value, None where the body is not JSON."""
+
+    status: int
+    value: Any
+
+
+class OpenAIEngine:
+    """A server at `url` (with or without /v1). `model` stands in for the recorded model's name where it is served under another."""
+
+    def __init__(
+        self, url: str, *, model: str | None = None, api_key: str | None = None, capture: Capture | None = None, timeout_s: float = 300.0
+    ) -> None:
+        self._url = _base(url)
+        self._model, self._key, self._capture, self._timeout_s = model, api_key, capture, timeout_s
+        self._connection: http.client.HTTPConnection | None = None
+
+    @property
+    def name(self) -> str:
+        """`openai` and the address, without credentials."""
+        return f"openai {self.place}" + (f" model {self._model}" if self._model else "")
+
+    @property
+    def place(self) -> str:
+        """The address without credentials."""
+        port = f":{self._url.port}" if self._url.port else ""
+        return f"{self._url.scheme}://{self._url.hostname}{port}{self._url.path}"
+
+    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured | None:
+        """The environment as asked over HTTP; None without a `capture`.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        return self._capture(recorded) if self._capture else None
+
+    def generate(self, request: Request) -> Generated | Refused:
+        """The answer to a chat request, not streamed, with ids and logprobs where the server tells them.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        document = {**request.document, "model": self._model or request.model, "stream": False, "logprobs": True, "return_token_ids": True}
+        document.pop("stream_options", None)
+        answer = self._post("/v1/chat/completions", document)
+        if answer.status != 200:
+            return self._refused(answer, request)
+        return _generated(answer.value) or Refused("its answer is no chat completion")
+
+    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
+        """Logprob, rank and top logprob of each token, by prefill.
+
+        A sequence that fills the context to its end is scored without its last token, as one must be left to sample.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        scored = self._score(request, prompt_token_ids, token_ids)
+        if isinstance(scored, Refused) and _no_room(scored) and len(token_ids) > 1:
+            shorter = self._score(request, prompt_token_ids, token_ids[:-1])
+            if isinstance(shorter, Scored):
+                return Scored((*shorter.logprobs, None), (*shorter.ranks, None), (*shorter.top_logprobs, None))
+        return scored
+
+    def _score(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
+        ids = [*prompt_token_ids, *token_ids]
+        model = self._model or request.model
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        answer = self._post("/v1/completions", body)
+        if answer.status != 200:
+            return self._refused(answer, request)
+        return _scored(answer.value, ids, len(prompt_token_ids))
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _refused(self, answer: Answer, request: Request) -> Refused:
+        """Why the server will not, in its own words.
+
+        Raises:
+            EngineUnavailable: it may do so later, or with another key.
+        """
+        words = _words(answer.value)
+        if answer.status in (401, 403):
+            hint = "give the server's API key; recorded requests hold none"
+            raise EngineUnavailable(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
+        if answer.status in (408, 429) or answer.status >= 500:
+            hint = "wait until the server has settled and replay again"
+            raise EngineUnavailable(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
+        if answer.status in (404, 405, 501) and "model" not in words.lower():
+            return Refused("it has no /v1/completions: recorded tokens are scored by vLLM only")
+        cure = "" if self._model or answer.status != 404 else "; name the model to use instead"
+        return Refused(f"it refused model {request.model!r} (status {answer.status}): {words}{cure}")
+
+    def _post(self, path: str, document: dict[str, Any]) -> Answer:
+        body = json.dumps(document).encode()
+        while True:
+            kept = self._connection is not None
+            try:
+                return self._once(path, body)
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                # A kept connection may have been closed meanwhile; a fresh one tells the truth.
+                if not (kept and isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)):
+                    raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> EngineUnavailable:
+        if isinstance(error, TimeoutError):
+            hint = f"it had {self._timeout_s:g} s; a long sequence on a busy engine may need more"
+            return EngineUnavailable("no answer in time", operation="ask engine", place=self.place, hint=hint)
+        what = printable(str(error)) or type(error).__name__
+        hint = "start the engine, or name another with --engine"
+        return EngineUnavailable(f"does not answer: {what}", operation="ask engine", place=self.place, hint=hint)
+
+    def _once(self, path: str, body: bytes) -> Answer:
+        connection = self._connection or self._connect()
+        connection.request("POST", self._url.path + path, body, self._headers())
+        answer = connection.getresponse()
+        content = answer.read(ANSWER_BYTES_MAX)
+        try:
+            return Answer(answer.status, json.loads(content))
+        except ValueError:
+            return Answer(answer.status, None)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = self._url.hostname or "", self._url.port
+        if self._url.scheme == "https":
+            secure = ssl.create_default_context()
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=secure)
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+        connection.connect()
+        connection.sock.settimeout(self._timeout_s)
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection = connection
+        return connection
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json", "accept": "application/json"}
+        return {**headers, "authorization": f"Bearer {self._key}"} if self._key else headers
+
+
+def _base(url: str) -> SplitResult:
+    """The address without /v1, query and credentials.
+
+    Raises:
+        UsageError: not an HTTP address.
+    """
+    hint = "give an address such as http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(f"{url!r} is no address: {error}", operation="read --engine", hint=hint) from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url!r} is no HTTP address", operation="read --engine", hint=hint)
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    path = parts.path.rstrip("/").removesuffix("/v1")
+    return SplitResult(parts.scheme, host if port is None else f"{host}:{port}", path, "", "")
+
+
+def _words(value: Any) -> str:
+    """A server's own explanation on one line."""
+    if isinstance(value, dict):
+        error = value.get("error", value)
+        message = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+        if message:
+            return shorten(str(message), REASON_CHARACTERS)
+    return "no explanation"
+
+
+def _no_room(refused: Refused) -> bool:
+    return any(words in refused.reason for words in ("max_tokens", "context length", "max_model_len", "maximum model length"))
+
+
+def _scored(value: Any, ids: list[int], start: int) -> Scored | Refused:
+    """The scores of `ids[start:]` out of a completion's `prompt_logprobs`."""
+    try:
+        entries = value["choices"][0].get("prompt_logprobs") or value.get("prompt_logprobs")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return Refused("its answer is no completion")
+    if not isinstance(entries, list):
+        return Refused(NOT_SCORING)
+    if len(entries) != len(ids):
+        return Refused(f"it scored {len(entries)} tokens of {len(ids)}")
+    logprobs: list[float | None] = []
+    ranks: list[int | None] = []
+    tops: list[float | None] = []
+    for token_id, entry in zip(ids[start:], entries[start:], strict=True):
+        own = entry.get(str(token_id)) if isinstance(entry, dict) else None
+        logprobs.append(_number(own.get("logprob")) if own else None)
+        ranks.append(own.get("rank") if own else None)
+        tops.append(max((_number(other["logprob"]) for other in entry.values()), default=None) if own else None)
+    return Scored(tuple(logprobs), tuple(ranks), tuple(tops))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    return float("-inf") if number <= MINUS_INFINITY else number
+
+
+def _generated(value: Any) -> Generated | None:
+    try:
+        spoken = [_spoken(choice) for choice in value["choices"]]
+        return Generated(tuple(spoken), tuple(value.get("prompt_token_ids") or ()))
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _spoken(choice: dict[str, Any]) -> Spoken:
+    entries = (choice.get("logprobs") or {}).get("content") or []
+    logprobs = tuple(_number(entry["logprob"]) for entry in entries)
+    text = choice["message"].get("content") or ""
+    return Spoken(choice.get("index", 0), text, tuple(choice.get("token_ids") or ()), logprobs, choice.get("finish_reason"))
