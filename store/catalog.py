@@ -247,12 +247,12 @@ class Catalog:
     def caught_up(self, log_id: str, at: dict[int, tuple[int, int]]) -> None:
         """Note, by partition, (offset_next, wall clock µs): whatever was appended before then is below that offset.
 
-        Telemetry: not flushed to disk, and ignored where the catalog does not stand at that offset.
+        Telemetry: not flushed to disk, and ignored where the catalog does not stand at that offset yet.
         """
         rows = [(moment, log_id, partition, offset) for partition, (offset, moment) in at.items()]
         with self._writing("note position", durable=False) as connection:
             connection.executemany(
-                "UPDATE position SET caught_up_at = max(caught_up_at, ?) WHERE log_id = ? AND partition = ? AND offset_next <= ?", rows
+                "UPDATE position SET caught_up_at = max(caught_up_at, ?) WHERE log_id = ? AND partition = ? AND offset_next >= ?", rows
             )
 
     def marks(self, log_id: str, partition: int) -> dict[bytes, int]:
