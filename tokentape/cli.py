@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import click
 
 from schemas.errors import TokentapeError
 from tokentape import __version__, config
-from tokentape.commands import custody, pipeline, query, replay, services
 
 EPILOG = """\b
 Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown session · 4 query refused
@@ -18,8 +18,30 @@ Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown ses
 7 somebody else was first or holds it · 8 a part does not answer · 9 the log is another one than before"""
 
 
+COMMANDS = {
+    "services": ("up",),
+    "query": ("sql", "sessions", "show", "timeline", "tail"),
+    "replay": ("replay",),
+    "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "custody": ("verify",),
+}
+"""Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
+
+
 class Program(click.Group):
-    """A group that prints each error as one line and its hint, and exits with its code."""
+    """A group that imports a command when it is asked for, prints each error as one line and its hint, and exits with its code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of their jobs."""
+        return [name for names in COMMANDS.values() for name in names]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """One command."""
+        for module, names in COMMANDS.items():
+            if cmd_name in names:
+                found = importlib.import_module(f"tokentape.commands.{module}").COMMANDS
+                return next(command for command in found if command.name == cmd_name)
+        return None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -50,11 +72,6 @@ def main(ctx: click.Context, data: Path | None, file: Path | None, overrides: tu
     Nothing else needs to run: embedded, each command indexes what the log holds first.
     """
     ctx.obj = config.load(file=file, data=data, overrides=overrides)
-
-
-for module in (services, query, replay, pipeline, custody):
-    for command in module.COMMANDS:
-        main.add_command(command)
 
 
 if __name__ == "__main__":

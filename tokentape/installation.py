@@ -16,15 +16,16 @@ from schemas.events import AccessContent, AccessLogged
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
-from store.catalog import Catalog
+from store.catalog import Catalog, open_catalog
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, keys, open_ledger
-from store.ledger.note import Signer
+from store.ledger.note import Signer, Verifier
 from store.log import open_log
 from store.log.base import Log
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.reader import EventReader
+from store.sql import SqlService
 
 FRESH_TIMEOUT_S = 10.0
 """How long a command waits for the index to catch up before it answers with what is there and says so."""
@@ -33,8 +34,10 @@ FRESH_TIMEOUT_S = 10.0
 class Installation:
     """The parts of one installation. Opening one raises what its `open_…` function raises."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, source: str = "api") -> None:
+        """`source` names the part that runs here in the heartbeats of its recorder."""
         self.settings = settings
+        self.source = source
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Installation:
@@ -61,6 +64,12 @@ class Installation:
         return keys.load_or_make(self.settings.data / "keys", self.settings.ledger.origin)
 
     @cached_property
+    def verifier(self) -> Verifier:
+        """The public half of the key: all that verification reads."""
+        public = self.settings.data / "keys" / keys.PUBLIC
+        return keys.load_public(public) if public.exists() else self.signer.verifier
+
+    @cached_property
     def ledger(self) -> Ledger:
         """The signed ledger; its objects are locked where the store can lock."""
         return open_ledger(self.settings, self.objects)
@@ -73,18 +82,27 @@ class Installation:
     @cached_property
     def catalog(self) -> Catalog:
         """Which shards and segments there are."""
-        return Catalog(self.settings.data / "hot" / "catalog.sqlite")
+        return open_catalog(self.settings.data)
 
     @cached_property
     def reader(self) -> EventReader:
         """The events of a session, from hot and cold."""
-        return EventReader(self.settings, self.catalog, self.objects, self.registry)
+        reader = EventReader(self.settings, self.catalog)
+        self._stack.callback(reader.close)
+        return reader
+
+    @cached_property
+    def sql(self) -> SqlService:
+        """The sandbox for callers' SQL."""
+        service = SqlService(self.settings, catalog=self.catalog)
+        self._stack.callback(service.close)
+        return service
 
     @cached_property
     def recorder(self) -> Recorder:
         """A recorder of this process; closed with the installation, after everything is acknowledged."""
         spool = None if self.settings.log.kind == "embedded" else self.settings.data / "spool"
-        recorder = Recorder(self.log, self.settings.recorder, spool=spool)
+        recorder = Recorder(self.log, self.settings.recorder, spool=spool, source=self.source)
         self._stack.callback(recorder.close)
         return recorder
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import datetime as dt
+import decimal
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -13,6 +15,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +25,18 @@ FORMATS = ("table", "json", "csv", "arrow", "parquet")
 CELL_WIDTH_MAX = 60
 """Characters of one cell in a table on a terminal; machine-readable formats are never cut."""
 
-out = Console(highlight=False, soft_wrap=True)
+WIDE = 10_000
+"""Width of a table that goes to a file or a pipe."""
+
+PAGE_WIDTH = 118
+"""Width of a page that goes to a file or a pipe."""
+
+
+def _page_width() -> int | None:
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else PAGE_WIDTH
+
+
+out = Console(highlight=False, width=_page_width())
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -51,23 +65,48 @@ def write_rows(rows: Sequence[dict[str, Any]], fmt: str, columns: Sequence[str])
 
 
 def _print_rich(table: pa.Table) -> None:
-    view = Table(box=None, header_style="bold", pad_edge=False, show_edge=False)
-    for field in table.schema:
-        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        view.add_column(field.name, justify="right" if numeric else "left", overflow="fold")
-    for row in table.to_pylist():
-        view.add_row(*(_cell(value) for value in row.values()))
+    """Rows beside one another where they fit, else one field a line. Without a terminal nothing is too wide."""
     console = Console(highlight=False)
-    console.print(view if table.num_columns else Text("(no columns)"))
+    width = console.width if console.is_terminal or "COLUMNS" in os.environ else WIDE
+    console = Console(highlight=False, width=width)
+    rows = [[_cell(value) for value in row.values()] for row in table.to_pylist()]
+    widths = [max([cell_len(name), *(row[i].cell_len for row in rows)]) for i, name in enumerate(table.column_names)]
+    if sum(widths) + 2 * len(widths) <= width:
+        console.print(_grid(table.schema, rows))
+    else:
+        for row in rows:
+            console.print(_record(table.column_names, row))
     console.print(f"[dim]{table.num_rows:,} row{'' if table.num_rows == 1 else 's'}[/dim]")
+
+
+def _grid(schema: pa.Schema, rows: Sequence[Sequence[Text]]) -> Table:
+    view = Table(box=None, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+    for field in schema:
+        numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
+        view.add_column(field.name, justify="right" if numeric else "left", no_wrap=True)
+    for row in rows:
+        view.add_row(*row)
+    return view
+
+
+def _record(names: Sequence[str], row: Sequence[Text]) -> Table:
+    view = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    view.add_column(style="bold", no_wrap=True)
+    view.add_column(overflow="fold")
+    for name, cell in zip(names, row, strict=True):
+        view.add_row(name, cell)
+    view.add_row("", "")
+    return view
 
 
 def _cell(value: Any) -> Text:
     """One value in a table: newlines made visible, long texts cut."""
     if value is None:
         return Text("∅", style="dim")
-    if isinstance(value, float):
-        text = f"{value:.6g}"
+    if isinstance(value, float | decimal.Decimal):
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    elif isinstance(value, list):
+        text = ", ".join(_cell(item).plain for item in value)
     elif isinstance(value, dt.datetime):
         text = value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     else:

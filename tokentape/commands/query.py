@@ -11,28 +11,37 @@ from typing import Any
 import click
 import orjson
 
-from replay.fold import fold
-from replay.render import render_state
-from replay.timeline import render_timeline, timeline_rows
+from replay.fold import Until, fold
+from replay.render import SessionPage
+from replay.snapshot import dump
+from replay.timeline import timeline as make_timeline
+from replay.timeline_view import TimelineView
 from schemas.codec import decode
 from schemas.errors import DataError, UsageError
-from store import sql as store_sql
 from store import views
+from store.sql import Completeness
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, out, write_table
+from tokentape.output import err, out, write_rows, write_table
 
-SESSIONS = "SELECT * FROM sessions ORDER BY started_at DESC LIMIT {limit}"
+SESSIONS = """
+    SELECT started_at, session_id, coalesce("user", actor) AS who, duration_ms, requests, tokens, failures, tags
+    FROM sessions WHERE requests > 0 OR replays > 0 ORDER BY started_at DESC LIMIT {limit}"""
 
 
-@click.command(epilog="\b\n" + views.describe())
+@click.command()
 @click.argument("query", required=False)
 @click.option("--file", "source", type=click.Path(exists=True, path_type=Path), help="Read the statement from a file.")
 @click.option("--tenant", help="Answer as this tenant may: its rows, the documented views, nothing else.")
+@click.option("--views", "list_views", is_flag=True, help="List the views and their columns instead.")
 @format_option
 @with_installation
-def sql(installation: Installation, query: str | None, source: Path | None, tenant: str | None, fmt: str) -> None:
+def sql(installation: Installation, query: str | None, source: Path | None, tenant: str | None, list_views: bool, fmt: str) -> None:
     """One SQL statement over all events, hot and cold, in a sandbox that can only read."""
+    if list_views:
+        rows = [{"view": v.name, "holds": v.purpose, "columns": ", ".join(name for name, _ in v.columns)} for v in views.describe()]
+        write_rows(rows, fmt, ["view", "holds", "columns"])
+        return
     statement = source.read_text(encoding="utf-8") if source else query or ("" if sys.stdin.isatty() else sys.stdin.read())
     if not statement.strip():
         raise UsageError("no statement", operation="sql", hint="tokentape sql 'SELECT * FROM sessions'")
@@ -51,45 +60,60 @@ def sessions(installation: Installation, limit: int, fmt: str) -> None:
 def _answer(installation: Installation, statement: str, fmt: str, *, tenant: str | None, operation: str) -> None:
     installation.freshen()
     with installation.accessing(operation, statement) as access:
-        answer = store_sql.query(installation.settings, statement, tenant=tenant)
+        answer = installation.sql.query(statement, tenant=tenant)
         access["rows"] = answer.table.num_rows
         write_table(answer.table, fmt)
-    err.print(f"[dim]{answer.completeness}[/dim]")
+    err.print(f"[dim]{_said(answer.completeness)}[/dim]")
+
+
+def _said(completeness: Completeness) -> str:
+    """How complete an answer is, in one line."""
+    fresh = completeness.fresh_to.strftime("fresh to %H:%M:%S.%f")[:-3] + " UTC" if completeness.fresh_to else "nothing indexed yet"
+    missing = {
+        "lost in gaps": completeness.lost,
+        "quarantined": completeness.quarantined,
+        "duplicates dropped": completeness.duplicates,
+        "erased": completeness.erased or 0,
+    }
+    said = ", ".join(f"{count:,} {what}" for what, count in missing.items() if count)
+    return f"{fresh}; missing: {said or 'nothing'}"
 
 
 @click.command()
 @click.argument("session")
-@click.option("--at", "moment", metavar="EVENT|TIME", help="Time travel: an event's id, or a UTC time such as 2026-11-23T14:03:05.5.")
+@click.option("--at", "moment", metavar="EVENT|TIME", help="Time travel: an event's id, #POSITION, @OFFSET or a UTC time.")
+@click.option("--full", is_flag=True, help="Show long texts whole.")
 @click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
 @with_installation
-def show(installation: Installation, session: str, moment: str | None, fmt: str) -> None:
+def show(installation: Installation, session: str, moment: str | None, full: bool, fmt: str) -> None:
     """A session as it stands, or as it stood at an event or a time."""
     installation.freshen()
     with installation.accessing("show", f"show {session} --at {moment}") as access:
         events = list(installation.reader.session(installation.session_id(session)))
         access["rows"] = len(events)
-        state = fold(events, until=moment)
+        state = fold(events, until=Until.parse(moment) if moment else None)
         if fmt == "json":
-            sys.stdout.buffer.write(orjson.dumps(state.to_dict(), option=orjson.OPT_APPEND_NEWLINE))
+            sys.stdout.buffer.write(dump(state) + b"\n")
         else:
-            render_state(state, out)
+            out.print(SessionPage(state, total=len(events), full=full))
 
 
 @click.command()
 @click.argument("session")
+@click.option("--every", is_flag=True, help="Every row, however many there are.")
 @click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
 @with_installation
-def timeline(installation: Installation, session: str, fmt: str) -> None:
+def timeline(installation: Installation, session: str, every: bool, fmt: str) -> None:
     """What happened in a session: who, what, when, silences between tokens, failures."""
     installation.freshen()
     with installation.accessing("timeline", f"timeline {session}") as access:
         events = list(installation.reader.session(installation.session_id(session)))
         access["rows"] = len(events)
+        made = make_timeline(events, rows_max=None) if every else make_timeline(events)
         if fmt == "json":
-            for row in timeline_rows(events):
-                sys.stdout.buffer.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
+            sys.stdout.buffer.write(orjson.dumps(made.document(), option=orjson.OPT_APPEND_NEWLINE))
         else:
-            render_timeline(events, out)
+            out.print(TimelineView(made))
 
 
 @click.command()

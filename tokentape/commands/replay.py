@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 
+import aiohttp
 import click
+import orjson
 
+from ingest.environment import capture_http
 from replay.compare import run_compare
 from replay.engines.openai import OpenAIEngine
-from replay.player import Player
-from replay.render import render_outcome, render_state, render_step
+from replay.fold import Until
+from replay.player import Player, at_breakpoint, at_trouble
+from replay.render import OutcomeView, SessionPage
+from schemas.errors import UsageError
+from schemas.events import EnvironmentCaptured
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out
@@ -18,52 +25,108 @@ from tokentape.output import err, out
 @click.command()
 @click.argument("session")
 @click.option("--mode", type=click.Choice(["step", "fast", "compare"]), default="compare", show_default=True, help="How to replay.")
-@click.option("--engine", metavar="URL", help="Base URL of the vLLM that scores the tokens.  [default: gateway.upstream]")
-@click.option("--to", "target", metavar="EVENT|POSITION|breakpoint|end", default="end", show_default=True, help="fast: where to stop.")
+@click.option("--engine", metavar="URL", help="compare: the vLLM that scores the tokens.  [default: gateway.upstream]")
+@click.option("--model", help="compare: the name under which that engine serves the model, if it is another than recorded.")
+@click.option(
+    "--to", metavar="MOMENT|breakpoint|failure", help="fast: where to stop: an event id, #POSITION, a UTC time.  [default: the end]"
+)
 @click.option("--strict/--loose", default=False, help="compare: refuse an environment that differs, or record the difference and go on.")
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="compare: how to print it.")
 @with_installation
-def replay(installation: Installation, session: str, mode: str, engine: str | None, target: str, strict: bool) -> None:
+def replay(
+    installation: Installation,
+    session: str,
+    mode: str,
+    engine: str | None,
+    model: str | None,
+    to: str | None,
+    strict: bool,
+    fmt: str,
+) -> None:
     """Play a recorded session back.
 
     \b
-    step     walk through the events: Enter or n forwards, b backwards, g N to an event, q to stop
-    fast     go to a position and show the session there
-    compare  have a running vLLM score the recorded tokens, and give a verdict; recorded as events of its own
+    step     walk through the events: n forwards, b backwards, g N to event N, q to stop
+    fast     go to a moment and show the session there
+    compare  have a running vLLM score the recorded tokens and give a verdict, recorded as events of its own
     """
     installation.freshen()
     with installation.accessing(f"replay {mode}", f"replay {session}") as access:
         events = list(installation.reader.session(installation.session_id(session)))
         access["rows"] = len(events)
-        if mode == "compare":
-            url = engine or installation.settings.gateway.upstream
-            key = installation.settings.gateway.upstream_key
-            with OpenAIEngine(url, key=key.get_secret_value() if key else None) as scorer:
-                outcome = run_compare(events, scorer, installation.recorder, actor=installation.person(), strict=strict)
-            render_outcome(outcome, out)
-        elif mode == "fast":
-            render_state(Player(events).fast(target), out)
-        else:
+        if mode == "step":
             _walk(Player(events))
+        elif mode == "fast":
+            _fast(Player(events), to)
+        else:
+            scorer = _engine(installation, engine or installation.settings.gateway.upstream, model)
+            outcome = run_compare(events, scorer, installation.recorder, strict=strict, actor=installation.person())
+            if fmt == "json":
+                sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
+            else:
+                out.print(OutcomeView(outcome))
+
+
+def _engine(installation: Installation, url: str, model: str | None) -> OpenAIEngine:
+    secret = installation.settings.gateway.upstream_key
+    key = secret.get_secret_value() if secret else None
+
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    base = url.rstrip("/").removesuffix("/v1")
+
+    async def ask(recorded: EnvironmentCaptured | None) -> EnvironmentCaptured:
+        async with aiohttp.ClientSession() as client:
+            return await capture_http(client, base, headers=headers, previous=recorded)
+
+    def capture(recorded: EnvironmentCaptured | None) -> EnvironmentCaptured:
+        return asyncio.run(ask(recorded))
+
+    return OpenAIEngine(url, model=model, api_key=key, capture=capture)
+
+
+def _fast(player: Player, to: str | None) -> None:
+    stops = {"breakpoint": at_breakpoint, "failure": at_trouble}
+    stop = player.fast(stops[to]) if to in stops else player.fast(until=Until.parse(to) if to else None)
+    if to in stops and stop.reason != "condition":
+        raise UsageError(f"the session has no {to} from here on", operation="replay fast")
+    out.print(SessionPage(stop.state, total=len(player)))
 
 
 def _walk(player: Player) -> None:
     """Step through the events as the keys say; without a terminal, print each step once."""
-    render_step(player, out)
     if not sys.stdin.isatty():
-        while player.forward():
-            render_step(player, out)
+        while not player.at_end:
+            player.step()
+            _print_step(player)
         return
+    player.step()
+    _print_step(player)
     while (key := click.prompt("", default="n", show_default=False, prompt_suffix="[n/b/g N/q] ")) != "q":
         word, _, number = key.partition(" ")
-        if word == "g" and number.isdecimal():
-            player.seek(int(number))
-        elif word not in ("n", "b"):
-            err.print("n forwards, b backwards, g N to event N, q to stop")
+        try:
+            _move(player, word, number)
+        except UsageError as error:
+            err.print(f"[dim]{error}[/dim]")
             continue
-        elif not (player.forward() if word == "n" else player.back()):
-            err.print("[dim]there is nothing further that way[/dim]")
-            continue
-        render_step(player, out)
+        _print_step(player)
+
+
+def _move(player: Player, word: str, number: str) -> None:
+    if word == "n":
+        player.step()
+    elif word == "b":
+        player.back()
+    elif word == "g" and number.isdecimal():
+        player.seek(int(number))
+    else:
+        raise UsageError("n forwards, b backwards, g N to event N, q to stop")
+
+
+def _print_step(player: Player) -> None:
+    """One line for the event just played, then what the sequences say so far."""
+    stored = player.event
+    out.rule(f"{player.position} of {len(player)} · {stored.event.kind if stored else 'before the first event'}", align="left")
+    out.print(SessionPage(player.state, total=len(player)))
 
 
 COMMANDS = [replay]

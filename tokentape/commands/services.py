@@ -54,7 +54,7 @@ def _options(ctx: click.Context) -> list[str]:
 
 
 def _gateway(settings: Settings, stop: threading.Event) -> None:
-    with Installation(settings) as installation:
+    with Installation(settings, source="gateway") as installation:
 
         def ready(url: str) -> Any:
             log.info("gateway.ready", url=url, upstream=settings.gateway.upstream, mode=settings.recorder.mode)
@@ -71,7 +71,7 @@ def _indexer(settings: Settings, stop: threading.Event) -> None:
 
 
 def _scheduler(settings: Settings, stop: threading.Event) -> None:
-    with Installation(settings) as installation, announced(settings.data, "scheduler"):
+    with Installation(settings, source="lifecycle") as installation, announced(settings.data, "scheduler"):
         scheduler = Scheduler(all_jobs(installation), RunLedger(settings.data / "jobs.sqlite"))
         scheduler.start()
         log.info("scheduler.ready")
