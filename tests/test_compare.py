@@ -142,13 +142,13 @@ def test_a_greedy_token_that_is_not_the_likeliest_is_another_sampling() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 64, 512])
 def test_noise_hardly_ever_raises_an_alarm(tokens: int) -> None:
-    """Of 4,000 sequences whose drift has its 99th percentile at the floor, no more than three are called another model."""
+    """Of 1,500 sequences whose drift has its 99th percentile at the floor, no more than two are called another model."""
     rng = np.random.default_rng(tokens)
-    drift = rng.exponential(FLOOR.nats / math.log(100), (4000, tokens))
+    drift = rng.exponential(FLOOR.nats / math.log(100), (1500, tokens))
     recorded = [-2.0] * tokens
     alarms = sum(judge(recorded, scored((-2.0 - row).tolist()), floor=FLOOR, greedy=False).verdict == "model_differs" for row in drift)
 
-    assert alarms <= 3
+    assert alarms <= 2
 
 
 def _binomial(n: int, k: int) -> float:

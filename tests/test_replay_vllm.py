@@ -40,12 +40,8 @@ def spoken(vllm: VllmService) -> dict[str, Generated]:
 
 @pytest.fixture
 def engine(vllm: VllmService) -> Iterator[OpenAIEngine]:
-    """The engine as replay uses it, with the environment asked as the gateway asks it."""
-
-    def capture(recorded: e.EnvironmentCaptured | None) -> e.EnvironmentCaptured:
-        return asyncio.run(_capture(vllm.url, recorded))
-
-    made = OpenAIEngine(vllm.url, capture=capture)
+    """The engine as replay uses it."""
+    made = OpenAIEngine(vllm.url)
     yield made
     made.close()
 
@@ -97,7 +93,7 @@ def test_what_the_engine_said_itself_is_recognised(vllm: VllmService, spoken: di
 
 
 def test_the_environment_is_the_same_and_strict_goes_on(vllm: VllmService, spoken: dict[str, Generated], engine: OpenAIEngine) -> None:
-    """Recorded a moment ago from the same engine, it has no difference; with another version strict refuses."""
+    """What the gateway captured a moment ago from the same engine has no difference; with another version strict refuses."""
     recorded = asyncio.run(_capture(vllm.url, None))
     outcome = compared(tape_of(spoken["greedy"], vllm.model, environment=recorded), engine, strict=True)
 
@@ -195,12 +191,9 @@ def test_another_name_may_stand_in_for_the_model(vllm: VllmService, spoken: dict
 def test_an_engine_that_is_down_is_one_line_and_records_nothing(spoken: dict[str, Generated], vllm: VllmService) -> None:
     """Where the environment cannot even be asked the replay does not begin."""
 
-    def capture(recorded: e.EnvironmentCaptured | None) -> e.EnvironmentCaptured:
-        return asyncio.run(_capture("http://127.0.0.1:9", recorded))
-
     sink = Sink()
     with pytest.raises(EngineUnavailable):
-        run_compare(tape_of(spoken["greedy"], vllm.model).events, OpenAIEngine("http://127.0.0.1:9", capture=capture), sink)
+        run_compare(tape_of(spoken["greedy"], vllm.model).events, OpenAIEngine("http://127.0.0.1:9"), sink)
 
     assert [] == sink.recorded
 

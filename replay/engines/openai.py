@@ -11,7 +11,6 @@ import http.client
 import json
 import socket
 import ssl
-from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -19,9 +18,7 @@ from replay.engines.base import Generated, Refused, Request, Scored, Spoken
 from replay.words import printable, shorten
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
-
-Capture = Callable[[EnvironmentCaptured | None], EnvironmentCaptured]
-"""Asks the server for its environment as the gateway does; handed in, because both must ask the very same questions."""
+from schemas.probe import questions
 
 CONNECT_TIMEOUT_S = 10.0
 """An address that takes longer to connect is no engine that could be replayed against."""
@@ -44,11 +41,9 @@ class Answer(NamedTuple):
 class OpenAIEngine:
     """A server at `url` (with or without /v1). `model` stands in for the recorded model's name where it is served under another."""
 
-    def __init__(
-        self, url: str, *, model: str | None = None, api_key: str | None = None, capture: Capture | None = None, timeout_s: float = 300.0
-    ) -> None:
+    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 300.0) -> None:
         self._url = _base(url)
-        self._model, self._key, self._capture, self._timeout_s = model, api_key, capture, timeout_s
+        self._model, self._key, self._timeout_s = model, api_key, timeout_s
         self._connection: http.client.HTTPConnection | None = None
 
     @property
@@ -62,13 +57,22 @@ class OpenAIEngine:
         port = f":{self._url.port}" if self._url.port else ""
         return f"{self._url.scheme}://{self._url.hostname}{port}{self._url.path}"
 
-    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured | None:
-        """The environment as asked over HTTP; None without a `capture`.
+    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured:
+        """The environment as it answers the same questions that the gateway asks of its upstream.
 
         Raises:
             EngineUnavailable: the server does not answer.
         """
-        return self._capture(recorded) if self._capture else None
+        asking = questions(previous=recorded)
+        try:
+            ask = next(asking)
+            while True:
+                method = "GET" if ask.body is None else "POST"
+                status, content = self._exchange(method, ask.path, ask.body)
+                ask = asking.send(content if status == 200 else None)
+        except StopIteration as end:
+            event: EnvironmentCaptured = end.value
+            return event
 
     def generate(self, request: Request) -> Generated | Refused:
         """The answer to a chat request, not streamed, with ids and logprobs where the server tells them.
@@ -132,11 +136,17 @@ class OpenAIEngine:
         return Refused(f"it refused model {request.model!r} (status {answer.status}): {words}{cure}")
 
     def _post(self, path: str, document: dict[str, Any]) -> Answer:
-        body = json.dumps(document).encode()
+        status, content = self._exchange("POST", path, json.dumps(document).encode())
+        try:
+            return Answer(status, json.loads(content))
+        except ValueError:
+            return Answer(status, None)
+
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         while True:
             kept = self._connection is not None
             try:
-                return self._once(path, body)
+                return self._once(method, path, body)
             except (OSError, http.client.HTTPException) as error:
                 self.close()
                 # A kept connection may have been closed meanwhile; a fresh one tells the truth.
@@ -151,15 +161,11 @@ class OpenAIEngine:
         hint = "start the engine, or name another with --engine"
         return EngineUnavailable(f"does not answer: {what}", operation="ask engine", place=self.place, hint=hint)
 
-    def _once(self, path: str, body: bytes) -> Answer:
+    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         connection = self._connection or self._connect()
-        connection.request("POST", self._url.path + path, body, self._headers())
+        connection.request(method, self._url.path + path, body, self._headers())
         answer = connection.getresponse()
-        content = answer.read(ANSWER_BYTES_MAX)
-        try:
-            return Answer(answer.status, json.loads(content))
-        except ValueError:
-            return Answer(answer.status, None)
+        return answer.status, answer.read(ANSWER_BYTES_MAX)
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port
