@@ -109,8 +109,9 @@ def _json(body: bytes | None) -> Any:
 
 def _models(answer: Any, items: dict[str, Any]) -> list[dict[str, Any]]:
     """What is served and from where, ordered by name; how long a text each takes stands apart, it is no part of a model."""
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    entries = sorted((entry for entry in entries or [] if isinstance(entry, dict)), key=lambda entry: str(entry.get("id")))
+    listed = answer.get("data") if isinstance(answer, dict) else None
+    found = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    entries = sorted(found, key=lambda entry: str(entry.get("id")))
     models = [{name: entry[name] for name in ("id", "root", "parent", "owned_by") if name in entry} for entry in entries]
     if models:
         items["models"] = models

@@ -269,8 +269,8 @@ class Tape:
                 generation_id=self.generation_id,
                 authoritative="gateway",
                 attempt=self._attempt,
-                upstream_id=text_of(answer.get("id")),
-                model=text_of(answer.get("model")),
+                upstream_id=self.clean(text_of(answer.get("id"))),  # vLLM makes it of the client's request id
+                model=self.clean(text_of(answer.get("model"))),
                 status=self._status,
                 prompt_tokens=len(ids) if ids else None,
                 offset_us=offset_us,
@@ -339,7 +339,8 @@ class Tape:
 
     def _tool_calls(self, choice: Choice, offset_us: int) -> None:
         for call_index, call in sorted(choice.tools.items()):
-            content = ToolCallContent(call_id=call.call_id, name=call.name, arguments="".join(call.arguments))
+            arguments = self._redactor("".join(call.arguments))[0]
+            content = ToolCallContent(call_id=call.call_id, name=call.name, arguments=arguments)
             self._record(
                 ToolCall(generation_id=self.generation_id, index=choice.index, call_index=call_index, offset_us=offset_us, content=content)
             )

@@ -1,0 +1,21 @@
+"""A gateway in a process of its own, to be killed: `python -m tests.gateway_child DATA UPSTREAM` prints its URL."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+from ingest.gateway import serve
+from ingest.recorder import Recorder
+from schemas.settings import GatewaySettings, RecorderSettings, Settings
+from store.log import open_log
+
+if __name__ == "__main__":
+    settings = Settings(
+        data=Path(sys.argv[1]),
+        gateway=GatewaySettings(port=0, upstream=sys.argv[2]),
+        recorder=RecorderSettings(mode="strict"),
+    )
+    recorder = Recorder(open_log(settings.log, settings.data), settings.recorder, source="gateway")
+    serve(settings, recorder, threading.Event(), ready=lambda url: print(url, flush=True))  # noqa: T201  # the test reads it
