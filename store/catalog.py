@@ -7,26 +7,27 @@ so two indexers that both believe to own a partition can never both be right.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sqlite3
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from schemas.errors import ConflictError, CorruptStore, Fenced, StorageFull, StoreUnavailable, TokentapeError, UsageError
+from schemas.errors import ConflictError, Fenced, UsageError
+from store.catalog_file import CatalogFile, now_us
 from store.catalog_tables import (
-    LAYOUT,
-    TABLES,
+    TAILS,
+    fill_gap,
+    insert,
+    insert_ranges,
+    insert_sealed,
+    insert_shard,
+    position_to_row,
+    prune,
     range_from_row,
-    range_to_row,
+    replace_log,
     segment_from_row,
     segment_to_row,
     shard_from_row,
-    shard_to_row,
 )
 from store.log.base import partition_of
 from store.shards import Duplicate, Gap, Level, Mark, Position, Quarantined, Range, Sealed, Segment, Shard, Snapshot
@@ -47,8 +48,6 @@ __all__ = [
     "open_catalog",
 ]
 
-# How long a writer waits for another process's transaction; each of them takes milliseconds.
-_BUSY_S = 30.0
 # Seal requests older than this are forgotten: whoever asked has given up.
 _REQUEST_S = 600
 
@@ -58,44 +57,18 @@ def open_catalog(data: Path) -> Catalog:
     return Catalog(data / "hot" / "catalog.sqlite")
 
 
-class Catalog:
+class Catalog(CatalogFile):
     """The catalog in `path` (`hot/catalog.sqlite`); the shards stand beside it in `shards/`.
 
     Safe for many processes and threads; after a fork the child opens a connection of its own.
     """
-
-    def __init__(self, path: Path) -> None:
-        """Open or make the catalog.
-
-        Raises:
-            CorruptStore: the file is not a catalog of this version.
-            StoreUnavailable, StorageFull: it cannot be opened or written.
-        """
-        self._path = path
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._pid = 0
-        with self._mapped("open catalog"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with self._writing("open catalog") as connection:
-            self._create(connection)
-
-    @property
-    def path(self) -> Path:
-        """Where the catalog is."""
-        return self._path
-
-    @property
-    def shards_folder(self) -> Path:
-        """Where sealed and merged shards are."""
-        return self._path.parent / "shards"
 
     # What holds the events
 
     def snapshot(self, *, session: bytes | None = None, time: tuple[int, int] | None = None) -> Snapshot:
         """Shards and segments that may hold rows of a session and of a span of `recorded_at` (µs, both inclusive)."""
         with self._reading("snapshot") as connection:
-            where, values = _prune(session, time)
+            where, values = prune(session, time)
             shards = connection.execute(f"SELECT * FROM shard WHERE state = 'live'{where} ORDER BY day, name", values).fetchall()
             segments = connection.execute(f"SELECT * FROM segment WHERE 1{where} ORDER BY day, key", values).fetchall()
             ranges = self._ranges(connection)
@@ -128,7 +101,7 @@ class Catalog:
         Raises:
             ConflictError: a name to retire is not there (any more), or somebody else than `owner` has claimed it.
         """
-        now = _now_us()
+        now = now_us()
         with self._writing("swap") as connection:
             self._check_live(connection, retire, owner)
             for name in retire:
@@ -139,10 +112,10 @@ class Catalog:
                     raise ConflictError(f"segment {key} is not in the catalog", operation="swap", place=str(self._path))
                 connection.execute("DELETE FROM range WHERE name = ?", (key,))
             for shard in shards:
-                _insert_shard(connection, shard)
+                insert_shard(connection, shard)
             for segment in segments:
-                _insert(connection, "segment", segment_to_row(segment))
-                _insert_ranges(connection, segment.key, segment.ranges)
+                insert(connection, "segment", segment_to_row(segment))
+                insert_ranges(connection, segment.key, segment.ranges)
 
     def forget(self, names: Sequence[str]) -> None:
         """Drop retired shards from the list, after their files are gone."""
@@ -160,7 +133,7 @@ class Catalog:
 
     def claim(self, names: Sequence[str], owner: str, ttl_s: float) -> bool:
         """Claim all of the shards for `owner` or none; claiming again renews. False when one is taken or gone."""
-        until = _now_us() + int(ttl_s * 1e6)
+        until = now_us() + int(ttl_s * 1e6)
         with self._writing("claim") as connection:
             try:
                 self._check_live(connection, names, owner)
@@ -178,14 +151,14 @@ class Catalog:
     def claimed(self) -> dict[str, str]:
         """Owner of each claimed shard."""
         with self._reading("claims") as connection:
-            return dict(connection.execute("SELECT name, owner FROM claim WHERE until > ?", (_now_us(),)).fetchall())
+            return dict(connection.execute("SELECT name, owner FROM claim WHERE until > ?", (now_us(),)).fetchall())
 
     def _check_live(self, connection: sqlite3.Connection, names: Sequence[str], owner: str) -> None:
         for name in names:
             if connection.execute("SELECT 1 FROM shard WHERE name = ? AND state = 'live'", (name,)).fetchone() is None:
                 raise ConflictError(f"shard {name} is no longer there", operation="swap", place=str(self._path), hint="take a new snapshot")
             other = connection.execute(
-                "SELECT owner FROM claim WHERE name = ? AND owner <> ? AND until > ?", (name, owner, _now_us())
+                "SELECT owner FROM claim WHERE name = ? AND owner <> ? AND until > ?", (name, owner, now_us())
             ).fetchone()
             if other is not None:
                 raise ConflictError(
@@ -205,11 +178,11 @@ class Catalog:
                 return
             for span in sealed.shard.ranges:
                 self._check_continues(connection, span)
-            _insert_shard(connection, sealed.shard)
-            _insert_sealed(connection, sealed)
+            insert_shard(connection, sealed.shard)
+            insert_sealed(connection, sealed)
 
-    def register_requeued(self, shard: Shard) -> None:
-        """List a shard of records that were quarantined; their offsets lie below the positions.
+    def register_requeued(self, shard: Shard, numbers: Sequence[Mark]) -> None:
+        """List a shard of records that were quarantined; their offsets lie below the positions. Their numbers leave the gaps.
 
         Raises:
             ConflictError: a record is not in quarantine (any more).
@@ -223,7 +196,28 @@ class Catalog:
                 if not cursor.rowcount:
                     fault = f"partition {span.partition}, offset {span.offset_first} is not in quarantine"
                     raise ConflictError(fault, operation="requeue", place=str(self._path), hint="list the quarantine again")
-            _insert_shard(connection, shard)
+            for number in numbers:
+                fill_gap(connection, number)
+            insert_shard(connection, shard)
+
+    def restore(self, sealed: Sealed) -> None:
+        """Set positions, marks and what is missing, when an index is made anew behind segments; the shard is ignored."""
+        with self._writing("restore") as connection:
+            insert_sealed(connection, sealed)
+
+    def replace(self, made_anew: Path) -> None:
+        """Take over shards and state of another catalog of one log, in one transaction; the shards of that log here are retired.
+
+        Segments stay, and so do the shards of other logs and what was found missing in them.
+        """
+        with self._lock, self._mapped("replace"):
+            self._connected().execute("ATTACH ? AS anew", (str(made_anew),))
+            try:
+                with self._writing("replace") as connection:
+                    log_id = connection.execute("SELECT value FROM anew.fact WHERE key = 'log_id'").fetchone()
+                    replace_log(connection, log_id[0], now_us())
+            finally:
+                self._connected().execute("DETACH anew")
 
     def _check_continues(self, connection: sqlite3.Connection, span: Range) -> None:
         row = connection.execute(
@@ -242,7 +236,7 @@ class Catalog:
     def put_position(self, position: Position) -> None:
         """Set where a partition stands, when an index is made anew beside segments that hold its beginning."""
         with self._writing("set position") as connection:
-            _insert(connection, "position", _position_row(position))
+            insert(connection, "position", position_to_row(position))
 
     def caught_up(self, log_id: str, at: dict[int, tuple[int, int]]) -> None:
         """Note, by partition, (offset_next, wall clock µs): whatever was appended before then is below that offset.
@@ -268,7 +262,7 @@ class Catalog:
     def gaps(self, *, log_id: str | None = None, partition: int | None = None, time: tuple[int, int] | None = None) -> list[Gap]:
         """What producers numbered and the log never showed; `time` bounds `appended_at` (µs, both inclusive)."""
         with self._reading("gaps") as connection:
-            rows = connection.execute("SELECT * FROM gap").fetchall() + connection.execute(_TAILS).fetchall()
+            rows = connection.execute("SELECT * FROM gap").fetchall() + connection.execute(TAILS).fetchall()
         gaps = [Gap(*row) for row in rows]
         kept = [gap for gap in gaps if log_id in (None, gap.log_id) and partition in (None, gap.partition)]
         if time is not None:
@@ -311,7 +305,7 @@ class Catalog:
 
     def request_seal(self, targets: dict[int, int]) -> int:
         """Ask whoever indexes to seal as soon as it has reached these offsets; the number of the request."""
-        now = _now_us()
+        now = now_us()
         with self._writing("request seal", durable=False) as connection:
             connection.execute("DELETE FROM seal_request WHERE at < ?", (now - _REQUEST_S * 1_000_000,))
             cursor = connection.execute("INSERT INTO seal_request (at, targets) VALUES (?, ?)", (now, json.dumps(targets)))
@@ -338,66 +332,6 @@ class Catalog:
             row = connection.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
         return str(row[0])
 
-    # Connections
-
-    def close(self) -> None:
-        """Release the file; safe to call twice, and the next call opens it again."""
-        with self._lock:
-            if self._connection is not None and self._pid == os.getpid():
-                self._connection.close()
-            self._connection = None
-
-    def _create(self, connection: sqlite3.Connection) -> None:
-        for table in TABLES:
-            connection.execute(table)
-        connection.execute("INSERT OR IGNORE INTO fact VALUES ('layout', ?)", (LAYOUT,))
-        found = connection.execute("SELECT value FROM fact WHERE key = 'layout'").fetchone()[0]
-        if found != LAYOUT:
-            raise CorruptStore(
-                f"the catalog has layout {found}; this version reads {LAYOUT}", operation="open catalog", place=str(self._path)
-            )
-
-    def _connected(self) -> sqlite3.Connection:
-        if self._connection is None or self._pid != os.getpid():
-            connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode=WAL")
-            self._connection, self._pid = connection, os.getpid()
-        return self._connection
-
-    @contextlib.contextmanager
-    def _reading(self, operation: str) -> Iterator[sqlite3.Connection]:
-        """One consistent view."""
-        with self._lock, self._mapped(operation):
-            connection = self._connected()
-            connection.execute("BEGIN")
-            try:
-                yield connection
-            finally:
-                connection.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def _writing(self, operation: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it or nothing; on disk when it ends, if `durable`."""
-        with self._lock, self._mapped(operation):
-            connection = self._connected()
-            connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def _mapped(self, operation: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as problem:
-            raise _error(problem, operation, self._path) from problem
-        except OSError as problem:
-            raise StoreUnavailable(problem.strerror or str(problem), operation=operation, place=str(self._path)) from problem
-
     def _ranges(self, connection: sqlite3.Connection) -> dict[str, tuple[Range, ...]]:
         found: dict[str, list[Range]] = {}
         for row in connection.execute("SELECT * FROM range ORDER BY name, log_id, partition, offset_first"):
@@ -413,80 +347,3 @@ class Catalog:
             tuple(shard for shard in snapshot.shards if any(span.partition == partition for span in shard.ranges)),
             tuple(segment for segment in snapshot.segments if any(span.partition == partition for span in segment.ranges)),
         )
-
-
-# A tail is missing once its partition was read to a moment after the heartbeat that claims it.
-_TAILS = """
-    SELECT claim_seq.log_id, claim_seq.partition, claim_seq.producer_id, coalesce(mark.seq + 1, 0), claim_seq.seq,
-           'tail', position.offset_next, claim_seq.appended_at
-    FROM claim_seq JOIN position USING (log_id, partition) LEFT JOIN mark USING (log_id, partition, producer_id)
-    WHERE claim_seq.seq > coalesce(mark.seq, -1) AND position.caught_up_at > claim_seq.appended_at
-"""
-
-
-def _prune(session: bytes | None, span: tuple[int, int] | None) -> tuple[str, tuple[Any, ...]]:
-    """Further conditions of a WHERE clause, and their values."""
-    where = ""
-    values: list[Any] = []
-    if session is not None:
-        where += " AND session_min <= ? AND session_max >= ?"
-        values += [session, session]
-    if span is not None:
-        where += " AND time_min <= ? AND time_max >= ?"
-        values += [span[1], span[0]]
-    return where, tuple(values)
-
-
-def _insert(connection: sqlite3.Connection, table: str, row: Sequence[Any], verb: str = "INSERT OR REPLACE") -> None:
-    connection.execute(f"{verb} INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-
-
-def _insert_shard(connection: sqlite3.Connection, shard: Shard) -> None:
-    _insert(connection, "shard", (*shard_to_row(shard), "live", 0), "INSERT")
-    _insert_ranges(connection, shard.name, shard.ranges)
-
-
-def _insert_ranges(connection: sqlite3.Connection, name: str, ranges: Sequence[Range]) -> None:
-    for span in ranges:
-        _insert(connection, "range", range_to_row(name, span))
-
-
-def _insert_sealed(connection: sqlite3.Connection, sealed: Sealed) -> None:
-    for position in sealed.positions:
-        _insert(connection, "position", _position_row(position))
-    for table, marks in (("mark", sealed.marks), ("claim_seq", sealed.claims)):
-        for mark in marks:
-            row = (mark.log_id, mark.partition, mark.producer_id, mark.seq, mark.appended_at)
-            newer = "ON CONFLICT DO UPDATE SET seq = excluded.seq, appended_at = excluded.appended_at WHERE excluded.seq > seq"
-            connection.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) {newer}", row)
-    for gap in sealed.gaps:
-        row_gap = (gap.log_id, gap.partition, gap.producer_id, gap.seq_first, gap.seq_last, gap.kind, gap.offset, gap.appended_at)
-        _insert(connection, "gap", row_gap)
-    for item in sealed.duplicates:
-        _insert(connection, "duplicate", (item.log_id, item.partition, item.offset, item.sha256))
-    for record, raw in zip(sealed.quarantined, sealed.raw, strict=True):
-        head = (record.log_id, record.partition, record.offset, record.appended_at, record.error, record.size, record.sha256)
-        _insert(connection, "quarantine", (*head, 0, raw))
-
-
-def _position_row(position: Position) -> tuple[Any, ...]:
-    head = (position.log_id, position.partition, position.offset_next, position.digest, position.day)
-    return (*head, position.appended_at, position.caught_up_at, position.duplicates, position.quarantined)
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
-
-
-def _error(problem: sqlite3.Error, operation: str, path: Path) -> TokentapeError:
-    """The tokentape error that stands for one of SQLite's."""
-    code = getattr(problem, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return StorageFull("the disk is full; nothing was written", operation=operation, place=str(path), hint="free space and try again")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StoreUnavailable(
-            "another process keeps the catalog locked", operation=operation, place=str(path), hint="see which process holds it"
-        )
-    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return StoreUnavailable(str(problem), operation=operation, place=str(path), hint="check the disk and the rights on the folder")
-    return CorruptStore(str(problem), operation=operation, place=str(path), hint="run `tokentape rebuild` to make the index again")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from store.shards import Range, Segment, Shard
+from store.shards import Mark, Position, Range, Sealed, Segment, Shard
 
 LAYOUT = "1"
 """Version of these tables; a file of another version is refused."""
@@ -73,3 +75,98 @@ def range_to_row(name: str, span: Range) -> tuple[Any, ...]:
 def range_from_row(row: Sequence[Any]) -> Range:
     """The range of a row of `range`."""
     return Range(*row[1:])
+
+
+# A tail is missing once its partition was read to a moment after the heartbeat that claims it.
+TAILS = """
+    SELECT claim_seq.log_id, claim_seq.partition, claim_seq.producer_id, coalesce(mark.seq + 1, 0), claim_seq.seq,
+           'tail', position.offset_next, claim_seq.appended_at
+    FROM claim_seq JOIN position USING (log_id, partition) LEFT JOIN mark USING (log_id, partition, producer_id)
+    WHERE claim_seq.seq > coalesce(mark.seq, -1) AND position.caught_up_at > claim_seq.appended_at
+"""
+
+
+def prune(session: bytes | None, span: tuple[int, int] | None) -> tuple[str, tuple[Any, ...]]:
+    """Further conditions of a WHERE clause, and their values."""
+    where = ""
+    values: list[Any] = []
+    if session is not None:
+        where += " AND session_min <= ? AND session_max >= ?"
+        values += [session, session]
+    if span is not None:
+        where += " AND time_min <= ? AND time_max >= ?"
+        values += [span[1], span[0]]
+    return where, tuple(values)
+
+
+def insert(connection: sqlite3.Connection, table: str, row: Sequence[Any], verb: str = "INSERT OR REPLACE") -> None:
+    """Put one row into a table, all its columns given."""
+    connection.execute(f"{verb} INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+
+
+def insert_shard(connection: sqlite3.Connection, shard: Shard) -> None:
+    """List a live shard and its ranges; a name that is listed already is an error."""
+    insert(connection, "shard", (*shard_to_row(shard), "live", 0), "INSERT")
+    insert_ranges(connection, shard.name, shard.ranges)
+
+
+def insert_ranges(connection: sqlite3.Connection, name: str, ranges: Sequence[Range]) -> None:
+    """List what a shard or segment covers."""
+    for span in ranges:
+        insert(connection, "range", range_to_row(name, span))
+
+
+def insert_sealed(connection: sqlite3.Connection, sealed: Sealed) -> None:
+    """Bring positions and marks forward and add what a sealed tail found missing."""
+    for position in sealed.positions:
+        caught_up = "SELECT caught_up_at FROM position WHERE log_id = ? AND partition = ?"
+        row = connection.execute(caught_up, (position.log_id, position.partition)).fetchone()
+        insert(connection, "position", position_to_row(replace(position, caught_up_at=row[0] if row else 0)))
+    for table, marks in (("mark", sealed.marks), ("claim_seq", sealed.claims)):
+        for mark in marks:
+            row = (mark.log_id, mark.partition, mark.producer_id, mark.seq, mark.appended_at)
+            newer = "ON CONFLICT DO UPDATE SET seq = excluded.seq, appended_at = excluded.appended_at WHERE excluded.seq > seq"
+            connection.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?, ?) {newer}", row)
+    for gap in sealed.gaps:
+        row_gap = (gap.log_id, gap.partition, gap.producer_id, gap.seq_first, gap.seq_last, gap.kind, gap.offset, gap.appended_at)
+        insert(connection, "gap", row_gap)
+    for item in sealed.duplicates:
+        insert(connection, "duplicate", (item.log_id, item.partition, item.offset, item.sha256))
+    for record, raw in zip(sealed.quarantined, sealed.raw, strict=True):
+        head = (record.log_id, record.partition, record.offset, record.appended_at, record.error, record.size, record.sha256)
+        insert(connection, "quarantine", (*head, 0, raw))
+
+
+def fill_gap(connection: sqlite3.Connection, number: Mark) -> None:
+    """Take one number out of the gap that holds it."""
+    place = (number.log_id, number.partition, number.producer_id)
+    row = connection.execute(
+        "SELECT * FROM gap WHERE log_id = ? AND partition = ? AND producer_id = ? AND seq_first <= ? AND seq_last >= ?",
+        (*place, number.seq, number.seq),
+    ).fetchone()
+    if row is None:
+        return
+    connection.execute("DELETE FROM gap WHERE log_id = ? AND partition = ? AND producer_id = ? AND seq_first = ?", (*place, row[3]))
+    for first, last in ((row[3], number.seq - 1), (number.seq + 1, row[4])):
+        if first <= last:
+            insert(connection, "gap", (*place, first, last, *row[5:]))
+
+
+def position_to_row(position: Position) -> tuple[Any, ...]:
+    """Columns of `position`."""
+    head = (position.log_id, position.partition, position.offset_next, position.digest, position.day)
+    return (*head, position.appended_at, position.caught_up_at, position.duplicates, position.quarantined)
+
+
+def replace_log(connection: sqlite3.Connection, log_id: str, now: int) -> None:
+    """Put the tables of the attached catalog `anew` in the place of what stands here for one log."""
+    own = "(SELECT name FROM main.range WHERE log_id = ?)"
+    connection.execute(f"UPDATE main.shard SET state = 'retired', retired_at = ? WHERE state = 'live' AND name IN {own}", (now, log_id))
+    for table in ("shard", "range"):
+        connection.execute(f"INSERT INTO main.{table} SELECT * FROM anew.{table}")
+    for table in ("mark", "claim_seq", "gap", "duplicate", "quarantine"):
+        connection.execute(f"DELETE FROM main.{table} WHERE log_id = ?", (log_id,))
+        connection.execute(f"INSERT INTO main.{table} SELECT * FROM anew.{table}")
+    for table in ("fact", "position"):
+        connection.execute(f"DELETE FROM main.{table}")
+        connection.execute(f"INSERT INTO main.{table} SELECT * FROM anew.{table}")

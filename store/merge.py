@@ -88,10 +88,10 @@ def plan(catalog: Catalog, today: str) -> list[Plan]:
             days[shard.day].append(shard)
     plans = []
     for day, shards in sorted(days.items()):
-        closed = day < open_from
-        for group in [shards] if closed else _classes(shards):
-            if len(group) >= (2 if closed else _FAN_IN):
-                plans.append(Plan(day, "day" if closed else "hour", tuple(group)))
+        if day < open_from and len(shards) > 1:
+            plans.append(Plan(day, "day", tuple(shards)))
+        elif day >= open_from:
+            plans += [Plan(day, "hour", tuple(group)) for group in _classes(shards) if len(group) >= _FAN_IN]
     return plans
 
 
