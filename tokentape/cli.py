@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from schemas.errors import TokentapeError
-from tokentape import __version__, config
+from tokentape import __version__, config, logs
 
 EPILOG = """\b
 Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown session · 4 query refused
@@ -72,6 +72,7 @@ def main(ctx: click.Context, data: Path | None, file: Path | None, overrides: tu
     Nothing else needs to run: embedded, each command indexes what the log holds first.
     """
     ctx.obj = config.load(file=file, data=data, overrides=overrides)
+    logs.configure(ctx.obj.logging.model_copy(update={"level": "warning"}), part=ctx.invoked_subcommand or "tokentape")
 
 
 if __name__ == "__main__":

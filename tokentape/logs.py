@@ -27,7 +27,7 @@ def configure(settings: LoggingSettings, *, part: str) -> None:
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,
     )
     structlog.contextvars.bind_contextvars(part=part)
     handler = logging.StreamHandler(sys.stderr)

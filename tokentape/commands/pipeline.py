@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import click
 
 from lifecycle.runs import RunLedger
 from lifecycle.scheduler import find, run_job
+from schemas.errors import NewerSchema, UsageError
 from store.indexer import Indexer
 from store.rebuild import rebuild as rebuild_hot
+from store.requeue import requeue
 from tokentape import doctor as checks
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
@@ -17,14 +20,19 @@ from tokentape.jobs import all_jobs, tier_now
 from tokentape.output import out, write_rows
 from tokentape.status import collect, render
 
+SHOWN_BYTES = 4096
+"""Bytes of a quarantined record on a page; more goes to a file."""
+
 
 @click.command()
 @with_installation
 def index(installation: Installation) -> None:
     """Index what the log holds now, then seal it for readers."""
     installation.publish_schemas()
-    Indexer(installation.settings, installation.log, installation.registry).run_once()
-    out.print("indexed to the end of the log")
+    done = Indexer(installation.settings, installation.log, installation.registry).run_once()
+    out.print(f"indexed {done.rows:,} events: {done.duplicates:,} duplicates dropped, {done.quarantined:,} quarantined, {done.lost:,} lost")
+    for partition, error in done.stopped.items():
+        raise NewerSchema(f"partition {partition} waits: {error.fault}", operation="index", hint=error.hint)
 
 
 @click.command()
@@ -70,7 +78,8 @@ def _print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
 @with_installation
 def rebuild(installation: Installation) -> None:
     """Make the hot index anew from log and cold tier, and compare its digests with those of the old one."""
-    _print_summary("rebuild", rebuild_hot(installation.settings, installation.log, installation.objects, installation.catalog), False)
+    parts = (installation.settings, installation.log, installation.objects, installation.catalog)
+    _print_summary("rebuild", rebuild_hot(*parts, registry=installation.registry), False)
 
 
 @click.group()
@@ -111,8 +120,6 @@ def jobs_history(installation: Installation, job: str | None, limit: int, fmt: s
 
 
 def _history_row(run: Any) -> dict[str, Any]:
-    import datetime as dt
-
     return {
         "job": run.job,
         "started": dt.datetime.fromtimestamp(run.started_at, dt.UTC),
@@ -147,4 +154,64 @@ def doctor_storage(installation: Installation, fmt: str) -> None:
         raise SystemExit(8)
 
 
-COMMANDS = [index, merge, tier, rebuild, jobs, status, doctor]
+@click.group()
+def quarantine() -> None:
+    """Records that could not be read: nothing is ever dropped."""
+
+
+@quarantine.command("list")
+@format_option
+@with_installation
+def quarantine_list(installation: Installation, fmt: str) -> None:
+    """What is in quarantine and why."""
+    installation.freshen()
+    rows = [
+        {
+            "partition": item.partition,
+            "offset": item.offset,
+            "appended_at": dt.datetime.fromtimestamp(item.appended_at / 1e6, dt.UTC),
+            "bytes": item.size,
+            "error": item.error,
+        }
+        for item in installation.catalog.quarantine()
+    ]
+    write_rows(rows, fmt, ["partition", "offset", "appended_at", "bytes", "error"])
+
+
+@quarantine.command("show")
+@click.argument("partition", type=int)
+@click.argument("offset", type=int)
+@click.option("--raw", is_flag=True, help="The bytes themselves, for another program.")
+@with_installation
+def quarantine_show(installation: Installation, partition: int, offset: int, raw: bool) -> None:
+    """The bytes of one record."""
+    found = [item for item in installation.catalog.quarantine() if (item.partition, item.offset) == (partition, offset)]
+    log_id = found[-1].log_id if found else installation.log.log_id
+    data = installation.catalog.quarantined_bytes(log_id, partition, offset)
+    if raw:
+        click.get_binary_stream("stdout").write(data)
+        return
+    for start in range(0, min(len(data), SHOWN_BYTES), 16):
+        line = data[start : start + 16]
+        out.print(f"{start:08x}  {line.hex(' '):47}  {''.join(chr(b) if 32 <= b < 127 else '.' for b in line)}", markup=False)
+    if len(data) > SHOWN_BYTES:
+        out.print(f"… {len(data):,} bytes in all; --raw gives them")
+
+
+@quarantine.command("requeue")
+@click.argument("places", nargs=-1, metavar="[PARTITION:OFFSET]…")
+@with_installation
+def quarantine_requeue(installation: Installation, places: tuple[str, ...]) -> None:
+    """Try again, all or those named: once their schema stands in the store, or this version reads them."""
+    only = [_place(text) for text in places] or None
+    _print_summary("requeue", requeue(installation.settings, installation.catalog, installation.registry, only=only), False)
+
+
+def _place(text: str) -> tuple[int, int]:
+    partition, sign, offset = text.partition(":")
+    if not (sign and partition.isdecimal() and offset.isdecimal()):
+        raise UsageError(f"{text!r} names no record", operation="requeue", hint="PARTITION:OFFSET as `quarantine list` shows them")
+    return int(partition), int(offset)
+
+
+COMMANDS = [index, merge, tier, rebuild, jobs, quarantine, status, doctor]
