@@ -33,7 +33,7 @@ _CTE_NAME = re.compile(r"(?!_|duckdb_|pg_|sqlite_|pragma_|information_schema|sha
 
 
 def check_statement(connection: duckdb.DuckDBPyConnection, statement: str, *, tenant: str | None, reading: Set[str] | None) -> None:
-    """Refuse what is not one statement, not of the types in `reading` (None: any), or for a tenant not on the list.
+    """Refuse what is not one statement of the types in `reading` (None: anything goes), or for a tenant not on the list.
 
     Raises:
         QueryError: with what is valid as its hint; DuckDB's own errors for what does not parse.
@@ -43,7 +43,7 @@ def check_statement(connection: duckdb.DuckDBPyConnection, statement: str, *, te
     written = [part for part in statements if part.query.strip()]
     if not statements:
         raise QueryError("no statement", hint="for example: SELECT * FROM sessions")
-    if len(written) > 1 or (written and len(written) != len(statements)):
+    if reading is not None and (len(written) > 1 or (written and len(written) != len(statements))):
         raise QueryError("more than one statement", hint="send one statement at a time")
     types = {part.type.name for part in statements} if written else {"SELECT"}
     if reading is not None and not types <= reading:
@@ -54,10 +54,12 @@ def check_statement(connection: duckdb.DuckDBPyConnection, statement: str, *, te
 
 def _tree(connection: duckdb.DuckDBPyConnection, statement: str) -> Any:
     row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [statement]).fetchone()
-    tree = json.loads(row[0]) if row else {"error": True, "error_message": "no tree"}
+    tree: Any = json.loads(row[0]) if row else {"error": True, "error_message": "no tree"}
     if tree["error"]:
         hint = "a caller bound to a tenant may use SELECT, DESCRIBE and SUMMARIZE; PIVOT needs its values listed (ON x IN (…))"
         raise QueryError(str(tree["error_message"]).splitlines()[0], hint=hint)
+    if len(tree["statements"]) != 1:
+        raise QueryError("more than one statement", hint="send one statement at a time")
     return tree["statements"]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from dataclasses import asdict, dataclass, field
@@ -77,7 +78,7 @@ def main() -> None:
         confine(network=request.network, memory_bytes=(request.memory_mb << 20) + _HEADROOM_BYTES, cpu_s=_cpu_s(request))
         answer(connection, request, output)
     except TokentapeError as error:
-        _say(output, {"error": str(error.fault), "hint": error.hint})
+        _say(output, {"error": _first_line(error.fault, request), "hint": error.hint})
     except duckdb.Error as error:
         fault = explained(error, request)
         _say(output, {"error": fault.fault, "hint": fault.hint})
@@ -98,6 +99,7 @@ _CONFIG: dict[str, Any] = {
 # These would let a caller's condition see rows before the tenant's filter did, and tell of them in an error or a plan.
 _MIXING = "filter_pullup,filter_pushdown,cte_filter_pusher,reorder_filter,join_filter_pushdown,statistics_propagation"
 _MEMORY_HINT = "ask for less at once, or raise sql.memory_mb"
+_SIGNED = re.compile(r"\?[^\s'\"]*X-Amz-[^\s'\"]*")  # the part of a presigned URL that opens the object
 RETRY = "take a new snapshot"
 """The hint of an error that says: a shard was merged away between the snapshot and the attach."""
 
@@ -194,6 +196,7 @@ def explained(error: BaseException, request: Request) -> QueryError:
 def _first_line(text: str, request: Request) -> str:
     for url, key in request.segments.items():
         text = text.replace(url, key)
+    text = _SIGNED.sub("", text)
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 

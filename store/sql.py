@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from schemas.errors import QueryError, TokentapeError
 from schemas.settings import Settings
-from store.catalog import Catalog, Snapshot, open_catalog
+from store.catalog import Catalog, open_catalog
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.sandbox import RETRY, Request
@@ -63,6 +63,7 @@ class SqlService:
         self._catalog = catalog or open_catalog(settings.data)
         self._objects = objects
         self._keep_warm = keep_warm
+        self.urls: dict[str, str] = {}
         self._lock = threading.Lock()
         self._spare: subprocess.Popen[bytes] | None = None
         if keep_warm:
@@ -77,13 +78,28 @@ class SqlService:
         """
         for attempt in range(_ATTEMPTS):
             completeness = self._completeness()
-            request = self._request(statement, self._catalog.snapshot(), tenant)
+            request = self.request(statement, tenant=tenant)
             try:
                 return Answer(self.ask(request), completeness)
             except QueryError as error:
                 if RETRY not in error.hint or attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
+
+    def request(self, statement: str, *, tenant: str | None) -> Request:
+        """A request over what hot and cold hold now."""
+        limits, snapshot = self._settings.sql, self._catalog.snapshot()
+        segments = [segment for segment in snapshot.segments if tenant in (None, segment.tenant)]
+        return Request(
+            statement=statement,
+            shards=tuple(str(shard.path.absolute()) for shard in snapshot.shards if shard.rows),
+            segments={self._url(segment.key): segment.key for segment in segments},
+            tenant=tenant,
+            memory_mb=limits.memory_mb,
+            threads=limits.threads,
+            rows_max=limits.rows_max,
+            timeout_s=limits.timeout_s,
+        )
 
     def ask(self, request: Request) -> pa.Table:
         """Run a request in a process of its own; it is gone when this returns."""
@@ -125,20 +141,8 @@ class SqlService:
                 if self._keep_warm and self._spare is None:
                     self._spare = _start()
 
-    def _request(self, statement: str, snapshot: Snapshot, tenant: str | None) -> Request:
-        limits = self._settings.sql
-        segments = [segment for segment in snapshot.segments if tenant in (None, segment.tenant)]
-        expires_s = int(limits.timeout_s) + _URL_SPARE_S
-        return Request(
-            statement=statement,
-            shards=tuple(str(shard.path.absolute()) for shard in snapshot.shards if shard.rows),
-            segments={self._store().read_url(segment.key, expires_s=expires_s): segment.key for segment in segments},
-            tenant=tenant,
-            memory_mb=limits.memory_mb,
-            threads=limits.threads,
-            rows_max=limits.rows_max,
-            timeout_s=limits.timeout_s,
-        )
+    def _url(self, key: str) -> str:
+        return self.urls.get(key) or self._store().read_url(key, expires_s=int(self._settings.sql.timeout_s) + _URL_SPARE_S)
 
     def _store(self) -> ObjectStore:
         if self._objects is None:
