@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
-import aiohttp
 import click
 import orjson
 
-from ingest.environment import capture_http
 from replay.compare import run_compare
 from replay.engines.openai import OpenAIEngine
 from replay.fold import Until
 from replay.player import Player, at_breakpoint, at_trouble
 from replay.render import OutcomeView, SessionPage
 from schemas.errors import UsageError
-from schemas.events import EnvironmentCaptured
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out
@@ -71,17 +67,7 @@ def _engine(installation: Installation, url: str, model: str | None) -> OpenAIEn
     secret = installation.settings.gateway.upstream_key
     key = secret.get_secret_value() if secret else None
 
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    base = url.rstrip("/").removesuffix("/v1")
-
-    async def ask(recorded: EnvironmentCaptured | None) -> EnvironmentCaptured:
-        async with aiohttp.ClientSession() as client:
-            return await capture_http(client, base, headers=headers, previous=recorded)
-
-    def capture(recorded: EnvironmentCaptured | None) -> EnvironmentCaptured:
-        return asyncio.run(ask(recorded))
-
-    return OpenAIEngine(url, model=model, api_key=key, capture=capture)
+    return OpenAIEngine(url, model=model, api_key=key)
 
 
 def _fast(player: Player, to: str | None) -> None:
