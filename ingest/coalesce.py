@@ -70,6 +70,8 @@ class Coalescer:
     def add(self, session: SessionContext, delta: Delta, recorded_at: int, now_s: float) -> list[Chunk]:
         """Take one delta; the chunks that are complete now, oldest first."""
         generation_id, index, _, offset_us, _, token_ids, text, logprobs = delta
+        if not text.isascii():
+            text = clean_text(text)
         done: list[Chunk] = []
         chunks = self._sessions.get(session.session_id)
         chunk = chunks.get((generation_id, index)) if chunks is not None else None
@@ -77,8 +79,6 @@ class Coalescer:
             if chunk is not None:
                 done.append(self._close(chunk))
             chunk = self._open(session, delta, now_s)
-        if not text.isascii():
-            text = clean_text(text)
         entries = len(token_ids) or 1
         if entries > 1:
             chunk.offsets_us += [offset_us] * (entries - 1)

@@ -39,6 +39,8 @@ _TAKE = 256
 _GATHER_S = 0.005
 # While somebody waits for durability or room, state is looked at this often should a signal be missed.
 _RECHECK_S = 0.05
+# When the recorder is closed, a log that is slow but has not failed is given this long before the rest is left in the spool.
+_GOODBYE_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -140,8 +142,10 @@ class Pipeline:
         """Wait for the log, unless it is away and the spool keeps everything."""
         assert self._outbox is not None
         assert self.sender is not None
+        patient_until = time.monotonic() + _GOODBYE_S
         while not self._outbox.empty and time.monotonic() < deadline:
-            if self._spool is not None and not self.sender.available:
+            away = self.sender.failed or (not self.sender.available and time.monotonic() > patient_until)
+            if self._spool is not None and away and self._sync():
                 break
             self._progress.clear()
             self._progress.wait(_RECHECK_S)
@@ -150,7 +154,8 @@ class Pipeline:
         lost = len(self.inbox.queue) + len(self._pending)
         if self._spool is None:
             lost += self._produced - len(self._pending) - (self.sender.acknowledged if self.sender else 0)
-        elif not outbox.empty:
+        elif isinstance(outbox, spools.Spool) and not outbox.empty:
+            lost += outbox.volatile
             logger.warning("recorder_left_spool", bytes=outbox.disk_bytes, hint="the next recorder sends it")
         if lost > 0:
             logger.error("recorder_lost_events", count=lost, reason="the log did not take them before the recorder was closed")
@@ -166,8 +171,19 @@ class Pipeline:
             while not (self._closing and self.inbox.idle) and not self._abandoned:
                 if not self._closing:
                     self.inbox.rest(self._rest_s(), gather_s=_GATHER_S, enough=_TAKE)
-                self._round()
-            self._finish()
+                with self._surviving():
+                    self._round()
+            with self._surviving():
+                self._finish()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Recording stops for no fault that nobody thought of; what is pending is handed on in the next round."""
+        try:
+            yield
+        except Exception:
+            logger.exception("recorder_fault")
+            self._progress.wait(_RECHECK_S)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Outbox | None]:
@@ -239,7 +255,12 @@ class Pipeline:
         if self._settings.sample_rate < 1 and not sampled(session.session_id, self._settings.sample_rate, session.tenant):
             return
         if payload.__class__ is tuple:
-            self._add_chunks(self._coalescer.add(session, payload, at, now_s))
+            try:
+                done = self._coalescer.add(session, payload, at, now_s)
+            except Exception as problem:  # a caller's mistake, such as a number that is None
+                self._invalid(session, TokenChunk.KIND, at, problem)
+            else:
+                self._add_chunks(done)
             return
         self._add_chunks(self._coalescer.end(session.session_id))
         self._add(session, payload, at)
@@ -262,15 +283,18 @@ class Pipeline:
             data = payload.encode() if isinstance(payload, Chunk) else encode(payload)
             entry = self._stamp.entry(session, data, at)
         except Exception as problem:  # whatever a caller put into a payload, the thread goes on
-            logger.error("recorder_event_invalid", kind=kind, problem=str(problem), exc_info=not isinstance(problem, InvalidEvent))
-            if not isinstance(payload, RecordsLost):
-                self.inbox.lose(session, kind, "invalid_event", at)
+            self._invalid(session, kind, at, problem)
             return
         self._pending.append(entry)
         self._pending_bytes += len(entry.value)
         self._produced += 1
         if self._pending_bytes > SEND_BYTES_MAX:
             self._ship()
+
+    def _invalid(self, session: SessionContext, kind: str, at: int, problem: Exception) -> None:
+        logger.error("recorder_event_invalid", kind=kind, problem=str(problem), exc_info=not isinstance(problem, InvalidEvent))
+        if kind != RecordsLost.KIND:
+            self.inbox.lose(session, kind, "invalid_event", at)
 
     # Heartbeats
 

@@ -63,6 +63,11 @@ class Sender:
         return self._failure is None and (not since or time.monotonic() - since < _PATIENCE_S)
 
     @property
+    def failed(self) -> bool:
+        """Whether the log refused the last append or let it time out."""
+        return self._failure is not None
+
+    @property
     def disk_bytes(self) -> int:
         """Bytes on disk in all outboxes."""
         return self._own.disk_bytes + sum(orphan.disk_bytes for orphan in self.orphans)

@@ -71,8 +71,8 @@ class Spool:
         self._read = min(max(self._acknowledged(), (min(self._sizes, default=0), 0)), self._end)
         self._window: deque[tuple[Position, Position, list[Entry]]] = deque()
         self._window_bytes = 0
-        # Entries of the window that are not on disk, because it was full while the log was there.
-        self._volatile = 0
+        # How many entries wait in memory only, because the disk was full while the log was there.
+        self.volatile = 0
         self._peeked: tuple[Position, int] = (self._read, 0)
         self._closed = False
 
@@ -115,7 +115,7 @@ class Spool:
         """Take the entries in memory only: for a full disk while the log is there and nothing else waits."""
         with self._mutex:
             self._window.append((self._end, self._end, list(entries)))
-            self._volatile += len(entries)
+            self.volatile += len(entries)
 
     def sync(self) -> bool:
         """Bring everything appended to disk; False when some entries are in memory only.
@@ -125,7 +125,7 @@ class Spool:
         """
         with self._mutex, _mapped("sync spool", self.folder):
             files, self._unsynced = self._unsynced, []
-            volatile = self._volatile
+            volatile = self.volatile
             try:
                 for number in files:
                     if number in self._sizes:
@@ -225,7 +225,7 @@ class Spool:
             for _ in range(batches):
                 start, end, entries = self._window.popleft()
                 if start == end:
-                    self._volatile -= len(entries)
+                    self.volatile -= len(entries)
                 else:
                     self._window_bytes -= sum(map(_size, entries))
             self._peeked = (self._read, 0)
