@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from replay.drift import Judgement, Verdict, floor_of, judge, worst
+from replay.drift import Judgement, Verdict, judge, worst
 from replay.engines.base import Engine, Refused, Request, Scored
+from replay.floors import Floor, floor_of, measured, same_kernels
 from replay.fold import Until, fold
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
@@ -100,7 +101,12 @@ def _generation_document(generation: GenerationOutcome) -> dict[str, Any]:
 
 def _judgement_document(judgement: Judgement) -> dict[str, Any]:
     names = ("verdict", "reason", "tokens", "scored", "first_telling", "drift_mean", "drift_p99", "drift_max")
-    return {**{name: getattr(judgement, name) for name in names}, "noise_floor": judgement.floor and judgement.floor.nats}
+    floor = judgement.floor
+    return {
+        **{name: getattr(judgement, name) for name in names},
+        "noise_floor": floor and floor.nats,
+        "noise_floor_source": floor and floor.source,
+    }
 
 
 def run_compare(
@@ -126,7 +132,7 @@ def run_compare(
         raise UnknownSession("no event of this session is known", operation="replay", hint="list sessions with: tokentape sessions")
     begun = time.monotonic_ns()
     subjects = [g for g in state.generations.values() if g.recording and g.recording.tokens]
-    recorded = _recorded_environments(state, subjects)
+    recorded = _recorded_environments(state, subjects or list(state.generations.values()))
     present = engine.fingerprint(recorded[-1] if recorded else None)
     run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor))
     run.start(state.last.event_id)
@@ -167,7 +173,7 @@ class _Run:
         self.known = present is not None and bool(recorded)
         self.differences = _differences(recorded, present)
         self.refused = strict and (bool(self.differences) or not self.known)
-        self.floor = floor_of([*recorded, present])
+        self._floors: dict[str | None, Floor] = {}
         self._down: str | None = None
 
     def start(self, until: bytes) -> None:
@@ -219,8 +225,16 @@ class _Run:
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
         greedy = is_greedy(document)
-        judgement = judge(tape.logprobs, scored, floor=self.floor, greedy=greedy)
+        judgement = judge(tape.logprobs, scored, floor=self._floor(request.model), greedy=greedy)
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing, greedy), scored)
+
+    def _floor(self, model: str | None) -> Floor:
+        """The noise floor for a model: measured, once, where the same kernels are at work as far as is told."""
+        if model not in self._floors:
+            default = floor_of([*self.recorded, self.present])
+            alike = self.known and same_kernels(self.differences)
+            self._floors[model] = measured(self.engine, model, default) if alike else default
+        return self._floors[model]
 
     def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
         """Record the verdict on the whole and close the replay's session."""

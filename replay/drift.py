@@ -9,12 +9,11 @@ needs more than noise explains, by any of three tests, each with the chance that
 - more tokens above the floor than a binomial with p = 0.01 exceeds with probability 1e-4;
 - a mean above half the floor over 16 tokens or more: below 1e-4 (noise at the floor has a mean of a fifth of it).
 
-The floors are defaults until an engine is calibrated: what was measured, and for other hardware the larger figure.
+Where the floor comes from is `replay.floors`'s.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,20 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from replay.engines.base import Scored
+from replay.floors import Floor
 from replay.words import count
-from schemas.events import EnvironmentCaptured
 
 Verdict = Literal["identical", "numeric_drift", "sampling_differs", "model_differs", "inconclusive"]
-
-FLOORS: dict[tuple[str, str], float] = {
-    ("float32", ""): 1e-4,  # vLLM 0.32 on CPU: p99 7.6e-6, max 1.8e-5 over 1152 tokens; other kernels sum in other orders
-    ("float16", ""): 2e-2,  # not measured: three bits of mantissa more than bfloat16, an eighth of its floor
-    ("bfloat16", "cpu"): 3e-2,  # vLLM 0.32 on CPU: p99 2.8e-2, max 5.2e-2 over 1152 tokens
-    ("bfloat16", ""): 0.16,  # vLLM 0.32 on an H200: p99 0.15, max 0.26 over 65,536 tokens, decode against prefill
-}
-"""The 99th percentile of drift in nats that the same weights may show, by dtype and device ("" is any)."""
-DTYPE_UNKNOWN = "bfloat16"
-"""Taken where the environment does not tell: what nearly all models are served in, and the widest floor."""
 
 IDENTICAL_NATS = 2e-6
 """Two units in the last place of a 32-bit float between 8 and 16: what printing and parsing may change."""
@@ -56,14 +45,6 @@ TOP_FLOORS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
-    """The noise floor in nats and where it comes from."""
-
-    nats: float
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judgement:
     """The verdict on one sequence. Drifts are in nats over the `scored` tokens; `first_telling` is a position in the sequence."""
 
@@ -78,33 +59,6 @@ class Judgement:
     floor: Floor | None = None
 
 
-def floor_of(environments: Iterable[EnvironmentCaptured | None]) -> Floor:
-    """The widest default floor of the environments that took part."""
-    floors = [_floor(environment) for environment in environments if environment is not None] or [_floor(None)]
-    return max(floors, key=lambda floor: floor.nats)
-
-
-def _floor(environment: EnvironmentCaptured | None) -> Floor:
-    items = {pair.key: pair.value for pair in environment.items} if environment else {}
-    dtype = _named(items, ("config.model_config.dtype", "dtype")).removeprefix("torch.")
-    device = _named(items, ("config.device_config.device_type", "config.device_config.device", "device"))
-    known = dtype if (dtype, "") in FLOORS else DTYPE_UNKNOWN
-    nats = FLOORS.get((known, device), FLOORS[(known, "")])
-    source = f"default for {dtype}" if dtype else f"default for {known}, as the environment tells no dtype"
-    return Floor(nats, source + (f" on {device}" if (known, device) in FLOORS and device else ""))
-
-
-def _named(items: dict[str, str], keys: Sequence[str]) -> str:
-    for key in keys:
-        try:
-            value = json.loads(items.get(key, "null"))
-        except ValueError:
-            continue
-        if isinstance(value, str):
-            return value
-    return ""
-
-
 def judge(recorded: Sequence[float | None], scored: Scored, *, floor: Floor, greedy: bool) -> Judgement:
     """The verdict on one sequence: `recorded` logprobs against what the engine says now, entry by entry.
 
@@ -115,13 +69,15 @@ def judge(recorded: Sequence[float | None], scored: Scored, *, floor: Floor, gre
     astray = _first_astray(scored, floor) if greedy else None
     if not places:
         return _without_logprobs(tokens, scored, astray, greedy, floor)
-    drift = _drift([recorded[i] or 0.0 for i in places], [scored.logprobs[i] or 0.0 for i in places])
+    drift = drift_of([recorded[i] or 0.0 for i in places], [scored.logprobs[i] or 0.0 for i in places])
     beyond = np.flatnonzero(drift > floor.nats)
     figures = (
         f"drift mean {drift.mean():.2g}, max {drift.max():.2g} nats; {len(beyond)} of {len(drift)} tokens above the floor of {floor.nats:g}"
     )
-    if _far(drift, len(beyond), floor):
-        verdict, telling, reason = "model_differs", places[int(beyond[0])] if len(beyond) else places[int(drift.argmax())], figures
+    why = _beyond_noise(drift, len(beyond), floor)
+    if why:
+        telling = places[int(beyond[0])] if len(beyond) else places[int(drift.argmax())]
+        verdict, reason = "model_differs", f"{why}: {figures}"
     elif astray is not None:
         verdict, telling = "sampling_differs", astray
         reason = f"logprobs agree, but token {astray} was not the likeliest although the temperature was 0"
@@ -143,7 +99,7 @@ def judge(recorded: Sequence[float | None], scored: Scored, *, floor: Floor, gre
     )
 
 
-def _drift(recorded: Sequence[float], present: Sequence[float]) -> npt.NDArray[np.float64]:
+def drift_of(recorded: Sequence[float], present: Sequence[float]) -> npt.NDArray[np.float64]:
     """Drift per token: equal infinities are no drift, one infinity is an infinite one."""
     a, b = (np.maximum(np.asarray(values, np.float64), -9999.0) for values in (recorded, present))
     drift: npt.NDArray[np.float64] = np.abs(a - b)
@@ -151,11 +107,15 @@ def _drift(recorded: Sequence[float], present: Sequence[float]) -> npt.NDArray[n
     return drift
 
 
-def _far(drift: npt.NDArray[np.float64], beyond: int, floor: Floor) -> bool:
-    """Whether noise cannot explain these drifts."""
-    if float(drift.max()) > FAR_FLOORS * floor.nats or beyond > beyond_limit(len(drift)):
-        return True
-    return len(drift) >= MEAN_TOKENS_MIN and float(drift.mean()) > MEAN_FLOORS * floor.nats
+def _beyond_noise(drift: npt.NDArray[np.float64], beyond: int, floor: Floor) -> str | None:
+    """Which test says that noise cannot explain these drifts, in words; None if it can."""
+    if float(drift.max()) > FAR_FLOORS * floor.nats:
+        return f"a token is more than {FAR_FLOORS:g} floors off"
+    if beyond > beyond_limit(len(drift)):
+        return f"more than {count(beyond_limit(len(drift)), 'token')} above the floor, which noise would explain"
+    if len(drift) >= MEAN_TOKENS_MIN and float(drift.mean()) > MEAN_FLOORS * floor.nats:
+        return "the mean is above half the floor"
+    return None
 
 
 @lru_cache(maxsize=1024)

@@ -271,18 +271,31 @@ class OutcomeView:
         elif not outcome.differences:
             yield Text("  environment: the same", style="green")
         yield from _difference_lines(outcome.differences)
-        for number, generation in enumerate(outcome.generations, 1):
-            for sequence in generation.sequences:
-                judgement = sequence.judgement
-                lane = f"{number}.{sequence.index}" if len(generation.sequences) > 1 else f"{number}"
-                head = f"  {lane:>5} …{short_id(generation.generation_id)} "
-                verdict = Text(f"{judgement.verdict.replace('_', ' '):<16} ", STYLES[verdict_level(judgement.verdict)])
-                telling = f"; first at token {judgement.first_telling}" if judgement.first_telling is not None else ""
-                yield Text(head, style="dim") + verdict + Text(printable(judgement.reason + telling))
+        if outcome.sequences:
+            yield _sequence_table(outcome)
+        for floor in dict.fromkeys(s.judgement.floor for s in outcome.sequences if s.judgement.floor):
+            yield Text(printable(f"  noise floor {floor.nats:.2g} nats ({floor.source})"), style="dim")
         if outcome.skipped:
             yield Text(f"  {count(outcome.skipped, 'generation')} without tokens: nothing to compare", style="dim")
         yield _verdict_line(outcome.verdict, outcome.reason)
         yield Text(f"  took {duration(outcome.duration_us)}, recorded as session {uuid(outcome.session_id)}", style="dim")
+
+
+def _sequence_table(outcome: Outcome) -> Table:
+    """One row per sequence: which, its verdict, why and where."""
+    table = Table.grid(padding=(0, 1))
+    for width in (7, 9, 16):
+        table.add_column(width=width, no_wrap=True)
+    table.add_column(ratio=1, overflow="fold")
+    for number, generation in enumerate(outcome.generations, 1):
+        for sequence in generation.sequences:
+            judgement = sequence.judgement
+            lane = f"{number}.{sequence.index}" if len(generation.sequences) > 1 else f"{number}"
+            verdict = Text(judgement.verdict.replace("_", " "), STYLES[verdict_level(judgement.verdict)])
+            telling = f"; first at token {judgement.first_telling}" if judgement.first_telling is not None else ""
+            which = Text(f"…{short_id(generation.generation_id)}", "dim")
+            table.add_row(Text(f"{lane:>7}"), which, verdict, Text(printable(judgement.reason + telling)))
+    return table
 
 
 def _verdict_line(verdict: str, reason: str | None) -> Text:

@@ -19,6 +19,10 @@ MESSAGE_CHARACTERS = 300
 """Characters of a message that a row keeps; the view shortens further to its width."""
 
 
+PACED_US_MIN = 50_000
+"""A run shorter than this is one or two packets: its tokens per second would be the network's."""
+
+
 class Context:
     """What rows need to know beyond their event: the whole session, and a short number for each generation."""
 
@@ -43,6 +47,8 @@ def rows_of_event(context: Context, stored: StoredEvent) -> list[Fields]:
     """The rows of one event; none where the tokens' runs or another row tell it."""
     event = stored.event
     payload: Any = event.payload
+    if event.kind in _TOLD_BY_RUNS:
+        return []
     generation = context.state.generations.get(getattr(payload, "generation_id", b"") or b"")
     if generation and event.kind in _RECORDED and generation.recording and event.source != generation.recording.source:
         return []  # another source recorded the same; views use one of them
@@ -299,12 +305,10 @@ def _access(context: Context, stored: StoredEvent, payload: e.AccessLogged) -> l
     return [{"who": _who(stored, stored.event.source), "what": "access", "text": text, "level": "dim"}]
 
 
-def _nothing(context: Context, stored: StoredEvent, payload: e.Payload) -> list[Fields]:
-    """Kinds that the runs of tokens tell."""
-    return []
+_TOLD_BY_RUNS = frozenset({"sequence_started", "token_chunk"})
+"""Kinds without rows of their own; they are most of a session's events."""
 
-
-_RECORDED = frozenset({"generation_started", "sequence_started", "token_chunk", "tool_call", "sequence_finished", "generation_finished"})
+_RECORDED = frozenset({"generation_started", "tool_call", "sequence_finished", "generation_finished"})
 """Kinds that two sources may both record of one generation."""
 
 _RULES: dict[str, Callable[[Context, StoredEvent, Any], list[Fields]]] = {
@@ -317,8 +321,6 @@ _RULES: dict[str, Callable[[Context, StoredEvent, Any], list[Fields]]] = {
     "request_edited": _edited,
     "breakpoint_released": _released,
     "generation_started": _started,
-    "sequence_started": _nothing,
-    "token_chunk": _nothing,
     "tool_call": _tool_call,
     "sequence_finished": _sequence_finished,
     "generation_finished": _finished,
@@ -369,9 +371,10 @@ def _rows_of_sequence(context: Context, generation: Generation, sequence: Sequen
             found.append({**common, "at": at, "until": zero + run.start_us, "what": "stall", "text": text, "level": "warn", "events": 0})
         channel = "" if run.channel == "content" else f"{run.channel} "
         span = f"{run.first}–{run.last}" if run.tokens > 1 else f"{run.first}"
-        pace = f"{run.rate:,.1f}/s" if run.rate else ""
-        took = f"in {duration(run.end_us - run.start_us)}" if run.tokens > 1 else ""
-        gap = f"gap ≤ {duration(run.gap_us_max)}" if run.tokens > 2 else ""
+        took_us = run.end_us - run.start_us
+        took = f"in {duration(took_us)}" if took_us else "at once" if run.tokens > 1 else ""
+        pace = f"{run.rate:,.1f}/s" if run.rate and took_us >= PACED_US_MIN else ""
+        gap = f"gap ≤ {duration(run.gap_us_max)}" if run.tokens > 2 and took_us else ""
         facts = [f"{channel}{span} {took}".strip(), pace, gap]
         text = " · ".join(fact for fact in facts if fact)
         times = {"at": zero + run.start_us, "until": zero + run.end_us, "events": run.tokens, "pace": run.pace}

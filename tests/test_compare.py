@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from replay.compare import is_greedy, run_compare
-from replay.drift import Floor, beyond_limit, floor_of, judge, worst
-from replay.engines.base import Generated, Refused, Request, Scored
+from replay.drift import beyond_limit, judge, worst
+from replay.engines.base import Generated, Refused, Request, Scored, Spoken
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
+from replay.floors import Floor, floor_of, measured
 from replay.fold import fold
 from replay.render import OutcomeView
 from schemas import events as e
@@ -175,6 +176,39 @@ def test_floors_follow_the_environment() -> None:
         floor_of(each).nats for each in ([single], [half], [single, half], [cpu, cpu], [cpu, half], [environment()])
     ]
     assert 0.16 == floor_of([None]).nats
+
+
+class Noisy(Scorer):
+    """An engine whose prefill differs from what it said by `noise` nats at each token."""
+
+    def __init__(self, noise: float, said: int = 64) -> None:
+        super().__init__(lambda ids: scored([-1.0 - noise] * len(ids)), environment())
+        self.said = said
+
+    def generate(self, request: Request) -> Generated | Refused:
+        """One sequence of logprobs -1."""
+        return Generated((Spoken(0, "", tuple(range(self.said)), (-1.0,) * self.said),), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("noise", "said", "expected"),
+    [(0.0, 64, 0.03), (0.02, 64, 0.04), (0.5, 64, 0.16), (0.0, 8, 0.16), (0.0, 0, 0.16)],
+)
+def test_an_engine_measures_its_own_floor(noise: float, said: int, expected: float) -> None:
+    """Twice its own noise, between what rounding explains and the default; too few tokens measure nothing."""
+
+    assert expected == pytest.approx(measured(Noisy(noise, said), "tiny", floor_of([None])).nats)
+
+
+def test_a_measured_floor_sees_what_the_default_hides() -> None:
+    """A drift of 0.05 nats is another model to an engine without noise, and noise to one with other kernels than recorded."""
+    tape = taped([-1.0] * 40)
+    engine = Noisy(0.0)
+    engine.view = lambda ids: scored([-1.05] * 40 if len(ids) == 40 else [-1.0] * len(ids))
+
+    assert "model_differs" == run_compare(tape.events, engine, Sink()).verdict
+    engine.present = environment("0.33.0")
+    assert "numeric_drift" == run_compare(tape.events, engine, Sink()).verdict
 
 
 @pytest.mark.parametrize(

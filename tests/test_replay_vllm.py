@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,9 +17,12 @@ from ingest.environment import capture_http
 from replay.compare import Outcome, run_compare
 from replay.engines.base import Generated, Refused, Request, Scored
 from replay.engines.openai import OpenAIEngine
+from replay.fold import fold
 from schemas import events as e
 from schemas.errors import EngineUnavailable
+from store.rows import StoredEvent
 from tests.conftest import VllmService
+from tests.gateway_rig import running
 from tests.tape import Tape, finish, ident
 from tests.test_compare import Sink
 
@@ -79,7 +83,12 @@ def tape_of(
 
 def compared(tape: Tape, engine: OpenAIEngine, **options: Any) -> Outcome:
     """The outcome of a compare replay of this session."""
-    return run_compare(tape.events, engine, Sink(), **options)
+    return compared_events(tape.events, engine, **options)
+
+
+def compared_events(events: list[StoredEvent], engine: OpenAIEngine, **options: Any) -> Outcome:
+    """The outcome of a compare replay of these events."""
+    return run_compare(events, engine, Sink(), **options)
 
 
 def test_what_the_engine_said_itself_is_recognised(vllm: VllmService, spoken: dict[str, Generated], engine: OpenAIEngine) -> None:
@@ -90,6 +99,20 @@ def test_what_the_engine_said_itself_is_recognised(vllm: VllmService, spoken: di
         assert outcome.verdict in ("identical", "numeric_drift"), outcome.reason
         assert len(spoken[name].sequences) == len(outcome.sequences)
         assert [len(s.token_ids) for s in spoken[name].sequences] == [s.judgement.scored for s in outcome.sequences]
+
+
+def test_what_the_gateway_recorded_is_recognised(vllm: VllmService, engine: OpenAIEngine, tmp_path: Path) -> None:
+    """A streamed conversation through the real gateway, recorder and log holds all that a replay needs, environment included."""
+    with running(tmp_path, vllm.url) as rig:
+        stream = rig.client().chat.completions.create(model=vllm.model, messages=MESSAGES, n=2, seed=1, max_tokens=32, stream=True)
+        assert len(list(stream)) > 2
+        events = rig.wait_for("generation_finished")
+    stored = [StoredEvent(event, "log", 0, i, event.recorded_at) for i, event in enumerate(events)]
+    assert [] == list(fold(stored).anomalies)
+    outcome = compared_events(stored, engine, strict=True)
+
+    assert outcome.verdict in ("identical", "numeric_drift"), outcome.reason
+    assert [32, 32] == [sequence.judgement.scored for sequence in outcome.sequences]
 
 
 def test_the_environment_is_the_same_and_strict_goes_on(vllm: VllmService, spoken: dict[str, Generated], engine: OpenAIEngine) -> None:
