@@ -28,7 +28,7 @@ up: setup ## run tokentape: gateway, indexer, scheduler
 	@$(BIN)/tokentape up
 
 demo: setup ## show all of it on real input (DEPLOYMENT=embedded or distributed)
-	@$(PYTHON) scripts/demo.py --deployment $(DEPLOYMENT)
+	@$(PYTHON) -m scripts.demo --deployment $(DEPLOYMENT)
 
 test: setup ## run all tests, on services that are started and stopped for it
 	@$(PYTHON) -m pytest $(PYTEST_ARGS)

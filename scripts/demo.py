@@ -21,15 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import openai
 
 from scripts.native.processes import ServiceError
 from scripts.native.vllm import MODEL, Vllm
 from scripts.services import Services
 
+ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("demo-output")
 CONFIG = OUTPUT / "demo.toml"
 TOKENTAPE = Path(".venv/bin/tokentape")
@@ -174,9 +172,7 @@ def conversations(url: str) -> str:
         temperature=0.0,
         extra_headers={"x-tokentape-tags": "demo,tools"},
     )
-    say(
-        f"  {DIM}{whole.choices[0].finish_reason}: {(whole.choices[0].message.content or str(whole.choices[0].message.tool_calls))[:90]!r}{OFF}"
-    )
+    say(f"  {DIM}{choice.finish_reason}: {(choice.message.content or str(choice.message.tool_calls))[:90]!r}{OFF}")
 
     say(f"{GREEN}client:{OFF} hangs up in the middle of a long answer")
     with client.chat.completions.create(
@@ -208,7 +204,8 @@ def look(session: str) -> None:
     tokentape("timeline", session)
     heading(5, "Time travel: the same session as it stood in the middle of the first answer")
     moment = ask(
-        f"SELECT event_id FROM events WHERE session_id = uuid_blob('{session}') AND kind = 'token_chunk' ORDER BY \"offset\" LIMIT 1 OFFSET 1"
+        f"SELECT event_id FROM events WHERE session_id = uuid_blob('{session}') AND kind = 'token_chunk' "
+        'ORDER BY "offset" LIMIT 1 OFFSET 1'
     )[0]["event_id"]
     tokentape("show", session, "--at", moment)
     heading(6, "SQL over the hot tier")
@@ -216,7 +213,7 @@ def look(session: str) -> None:
 
 
 SQL = (
-    "SELECT outcome, count(*) AS generations, sum(completion_tokens) AS tokens, round(avg(ttft_ms), 1) AS ttft_ms_avg "
+    "SELECT outcome, count(*) AS generations, sum(completion_tokens) AS tokens, round(avg(first_token_ms), 1) AS first_token_ms_avg "
     "FROM generations GROUP BY outcome ORDER BY generations DESC"
 )
 

@@ -39,7 +39,7 @@ class Program(click.Group):
         """One command."""
         for module, names in COMMANDS.items():
             if cmd_name in names:
-                found = importlib.import_module(f"tokentape.commands.{module}").COMMANDS
+                found: list[click.Command] = importlib.import_module(f"tokentape.commands.{module}").COMMANDS
                 return next(command for command in found if command.name == cmd_name)
         return None
 

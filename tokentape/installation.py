@@ -26,6 +26,7 @@ from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.reader import EventReader
 from store.sql import SqlService
+from tokentape.output import warn
 
 FRESH_TIMEOUT_S = 10.0
 """How long a command waits for the index to catch up before it answers with what is there and says so."""
@@ -120,9 +121,16 @@ class Installation:
                 self.objects.create(schema_key(schema.fingerprint), schema.json().encode())
 
     def freshen(self) -> None:
-        """Index what the log holds, or have the running indexers seal it."""
-        with contextlib.suppress(Unavailable):
-            ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S)
+        """Index what the log holds, or have the running indexers seal it; where that cannot be, say so and go on with what is there."""
+        try:
+            freshness = ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S, registry=self.registry)
+        except Unavailable as error:
+            warn(f"the log does not answer, this is what was indexed before: {error}")
+            return
+        for partition, stopped in freshness.stopped.items():
+            warn(f"partition {partition} waits: {stopped.fault}; {stopped.hint}")
+        if not freshness.complete and not freshness.stopped:
+            warn(f"the indexers are more than {FRESH_TIMEOUT_S:g} s behind; later events are missing here")
 
     def session_id(self, text: str) -> bytes:
         """The session of an id, or of the unique beginning of one.

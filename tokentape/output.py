@@ -40,6 +40,11 @@ out = Console(highlight=False, width=_page_width())
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """One line on standard error about an answer that is not all it could be."""
+    err.print(f"tokentape: {text}", style="yellow", markup=False)
+
+
 def write_table(table: pa.Table, fmt: str, *, stream: BinaryIO | None = None) -> None:
     """Write an Arrow table to standard output (or `stream`) in one of `FORMATS`."""
     stream = stream or sys.stdout.buffer

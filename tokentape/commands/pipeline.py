@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from typing import Any
 
 import click
@@ -78,8 +79,10 @@ def _print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
 @with_installation
 def rebuild(installation: Installation) -> None:
     """Make the hot index anew from log and cold tier, and compare its digests with those of the old one."""
-    parts = (installation.settings, installation.log, installation.objects, installation.catalog)
-    _print_summary("rebuild", rebuild_hot(*parts, registry=installation.registry), False)
+    summary = rebuild_hot(
+        installation.settings, installation.log, installation.objects, installation.catalog, registry=installation.registry
+    )
+    _print_summary("rebuild", summary, False)
 
 
 @click.group()
@@ -189,7 +192,7 @@ def quarantine_show(installation: Installation, partition: int, offset: int, raw
     log_id = found[-1].log_id if found else installation.log.log_id
     data = installation.catalog.quarantined_bytes(log_id, partition, offset)
     if raw:
-        click.get_binary_stream("stdout").write(data)
+        sys.stdout.buffer.write(data)
         return
     for start in range(0, min(len(data), SHOWN_BYTES), 16):
         line = data[start : start + 16]

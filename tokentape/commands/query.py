@@ -100,16 +100,16 @@ def show(installation: Installation, session: str, moment: str | None, full: boo
 
 @click.command()
 @click.argument("session")
-@click.option("--every", is_flag=True, help="Every row, however many there are.")
+@click.option("--full", is_flag=True, help="Every row, however many there are.")
 @click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
 @with_installation
-def timeline(installation: Installation, session: str, every: bool, fmt: str) -> None:
+def timeline(installation: Installation, session: str, full: bool, fmt: str) -> None:
     """What happened in a session: who, what, when, silences between tokens, failures."""
     installation.freshen()
     with installation.accessing("timeline", f"timeline {session}") as access:
         events = list(installation.reader.session(installation.session_id(session)))
         access["rows"] = len(events)
-        made = make_timeline(events, rows_max=None) if every else make_timeline(events)
+        made = make_timeline(events, rows_max=None) if full else make_timeline(events)
         if fmt == "json":
             sys.stdout.buffer.write(orjson.dumps(made.document(), option=orjson.OPT_APPEND_NEWLINE))
         else:

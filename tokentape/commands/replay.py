@@ -12,7 +12,7 @@ from replay.engines.openai import OpenAIEngine
 from replay.fold import Until
 from replay.player import Player, at_breakpoint, at_trouble
 from replay.render import OutcomeView, SessionPage
-from schemas.errors import UsageError
+from schemas.errors import ConflictError, UsageError
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out
@@ -61,6 +61,8 @@ def replay(
                 sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
             else:
                 out.print(OutcomeView(outcome))
+            if outcome.refused:
+                raise ConflictError("the environment differs from the recorded one", operation="replay --strict", hint="--loose goes on")
 
 
 def _engine(installation: Installation, url: str, model: str | None) -> OpenAIEngine:
