@@ -1,0 +1,309 @@
+"""What the gateway adds: beside its bare upstream, and beside a pass-through of the same server and client libraries.
+
+Three processes over real sockets: a stub that streams like vLLM (64 tokens; ids and logprobs when asked for), what is
+measured, and the load. Runs of the three targets alternate, so that noise of the machine meets all of them; the ratios
+are of medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import socket
+import statistics
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import uvicorn
+import uvloop
+
+from ingest.gateway import serve
+from ingest.gateway.app import listen, url_of
+from ingest.recorder import Recorder
+from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
+from store.log import open_log
+
+TOKENS = 64
+# Paced streams show latency: one token in this time, a fast engine's pace for one stream.
+_PACE_S = 0.004
+_LATENCY_ROUNDS, _LATENCY_STREAMS, _LATENCY_PARALLEL = 5, 40, 2
+# Unpaced streams show throughput: as many at once as keep both cores busy.
+_LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 5, 300, 16
+
+# A conversation has so many turns: each of them a session of its own would be the worst case, one for all the best.
+_TURNS = 4
+
+_WORDS = ["The", " tape", " keeps", " every", " token", ",", " and", " nothing", " is", " lost", ".", " Größe", " 東京", "\n"]
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows of the table: what, value, unit, beside, ratio."""
+    with ExitStack() as stack:
+        urls = _targets(stack)
+        latency: dict[str, list[_Measured]] = {name: [] for name in urls}
+        load: dict[str, list[_Measured]] = {name: [] for name in urls}
+        for url in urls.values():
+            _load(url, streams=32, parallel=8)  # connections, caches and the environment's capture
+        for _ in range(_LATENCY_ROUNDS):
+            for name, url in urls.items():
+                latency[name].append(_load(url, paced=True, streams=_LATENCY_STREAMS, parallel=_LATENCY_PARALLEL))
+        for _ in range(_LOAD_ROUNDS):
+            for name, url in urls.items():
+                load[name].append(_load(url, streams=_LOAD_STREAMS, parallel=_LOAD_PARALLEL))
+    return [*_latency_rows(latency), *_load_rows(load)]
+
+
+def main() -> None:
+    """Print the rows."""
+    for row in run():
+        print(f"{row['what']:58} {row['value']:>12,.2f} {row['unit']:10} {row['ratio']:>8.2f} x {row['beside']}")
+
+
+class _Measured:
+    """Times of one run in seconds."""
+
+    def __init__(self, firsts: list[float], wholes: list[float], elapsed: float) -> None:
+        self.firsts, self.wholes = sorted(firsts), sorted(wholes)
+        self.elapsed = elapsed
+
+    @property
+    def streams_per_s(self) -> float:
+        return len(self.wholes) / self.elapsed
+
+
+def _latency_rows(latency: dict[str, list[_Measured]]) -> Iterator[dict[str, Any]]:
+    for part in ("firsts", "wholes"):
+        for quantile, share in (("p50", 0.5), ("p99", 0.99)):
+            values = {
+                name: statistics.median(getattr(run, part)[int(share * (len(getattr(run, part)) - 1))] for run in runs)
+                for name, runs in latency.items()
+            }
+            what = "first token" if part == "firsts" else f"whole stream of {TOKENS}"
+            for rival in ("upstream", "pass-through"):
+                added = (values["gateway"] - values[rival]) * 1e3
+                yield _row(
+                    f"added to {what}, {quantile}",
+                    added,
+                    "ms",
+                    f"{rival} ({values[rival] * 1e3:.2f} ms)",
+                    values["gateway"] / values[rival],
+                )
+
+
+def _load_rows(load: dict[str, list[_Measured]]) -> Iterator[dict[str, Any]]:
+    speeds = {name: statistics.median(run.streams_per_s for run in runs) for name, runs in load.items()}
+    for rival in ("upstream", "pass-through"):
+        ratio = statistics.median(a.streams_per_s / b.streams_per_s for a, b in zip(load["gateway"], load[rival], strict=True))
+        yield _row("streams, recording on", speeds["gateway"], "1/s", f"{rival} ({speeds[rival]:.0f}/s)", ratio)
+    yield _row("tokens, recording on", speeds["gateway"] * TOKENS, "1/s", "pass-through", speeds["gateway"] / speeds["pass-through"])
+
+
+def _row(what: str, value: float, unit: str, beside: str, ratio: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "unit": unit, "beside": beside, "ratio": ratio}
+
+
+def _targets(stack: ExitStack) -> dict[str, str]:
+    """The three targets, each a process; the stub is upstream of the other two."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    upstream = stack.enter_context(_process(_stub))
+    through = stack.enter_context(_process(_pass_through, upstream))
+    gateway = stack.enter_context(_process(_gateway, upstream, folder))
+    return {"upstream": upstream, "pass-through": through, "gateway": gateway}
+
+
+@contextmanager
+def _process(target: Callable[..., None], *arguments: str) -> Iterator[str]:
+    """A process that says its URL, and ends when the pipe to it closes."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    child = spawn.Process(target=target, args=(theirs, *arguments), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        yield ours.recv()
+    finally:
+        ours.close()
+        child.join(30)
+
+
+def _stop_event(pipe: Connection) -> threading.Event:
+    stop = threading.Event()
+
+    def wait() -> None:
+        try:
+            pipe.recv()
+        except EOFError:
+            stop.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    return stop
+
+
+def _gateway(pipe: Connection, upstream: str, folder: str) -> None:
+    settings = Settings(
+        data=Path(folder), gateway=GatewaySettings(port=0, upstream=upstream), log=LogSettings(), recorder=RecorderSettings()
+    )
+    log = open_log(settings.log, settings.data)
+    recorder = Recorder(log, settings.recorder, source="gateway")
+    serve(settings, recorder, _stop_event(pipe), ready=pipe.send)
+    recorder.close()
+    log.close()
+
+
+def _pass_through(pipe: Connection, upstream: str) -> None:
+    """The least that a proxy of these libraries does: no parsing, no recording, no time-outs."""
+    client: list[aiohttp.ClientSession] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            while (message := await receive())["type"] == "lifespan.startup":
+                client.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)))
+                await send({"type": "lifespan.startup.complete"})
+            await client[0].close()
+            await send({"type": f"{message['type']}.complete"})
+            return
+        body = (await receive())["body"]
+        headers = {name.decode(): value.decode() for name, value in scope["headers"] if name not in (b"host", b"content-length")}
+        async with client[0].post(upstream + scope["path"], data=body, headers=headers) as answer:
+            passed = [(name, value) for name, value in answer.raw_headers if name.lower() != b"transfer-encoding"]
+            await send({"type": "http.response.start", "status": answer.status, "headers": passed})
+            while piece := await answer.content.readany():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    listener = listen("127.0.0.1", 0)
+    config = uvicorn.Config(
+        app, loop="none", http="httptools", ws="none", log_config=None, access_log=False, date_header=False, server_header=False
+    )
+    pipe.send(url_of(listener))
+    server = uvicorn.Server(config)
+    stop = _stop_event(pipe)
+
+    def end() -> None:
+        stop.wait()
+        server.should_exit = True
+
+    threading.Thread(target=end, daemon=True).start()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(sockets=[listener]))
+
+
+def _stub(pipe: Connection) -> None:
+    """Answers as vLLM does: a role, 64 tokens in a piece each, usage when asked for, [DONE]."""
+    listener = listen("127.0.0.1", 0)
+    pipe.send(url_of(listener))
+    stop = _stop_event(pipe)
+
+    async def main() -> None:
+        server = await asyncio.start_server(_answer, sock=listener)
+        await asyncio.to_thread(stop.wait)
+        server.close()
+
+    uvloop.run(main())
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
+            body = await reader.readexactly(length)
+            if head.startswith(b"POST /v1/chat/completions"):
+                await _stream(writer, orjson.loads(body))
+            else:
+                version = b'{"version":"0.32.0"}' if head.startswith(b"GET /version") else b"{}"
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(version), version))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+async def _stream(writer: asyncio.StreamWriter, request: dict[str, Any]) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n")
+    pause = _PACE_S if request.get("user") == "paced" else 0
+    chunks = _chunks(bool(request.get("return_token_ids")), bool((request.get("stream_options") or {}).get("include_usage")))
+    for chunk in chunks:
+        writer.write(chunk)
+        await asyncio.sleep(pause)
+    writer.write(b"0\r\n\r\n")
+
+
+_made: dict[tuple[bool, bool], list[bytes]] = {}
+
+
+def _chunks(ids: bool, usage: bool) -> list[bytes]:
+    """The pieces of a stream as they go over the wire."""
+    if (ids, usage) in _made:
+        return _made[(ids, usage)]
+    base = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1_795_442_774, "model": "tiny"}
+    role: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    events = [{**base, "choices": [role], "prompt_token_ids": list(range(100, 148)) if ids else None, "prompt_text": None}]
+    for at in range(TOKENS):
+        text = _WORDS[at % len(_WORDS)]
+        score = {"token": text, "logprob": -1.0625 - at / 7, "bytes": list(text.encode()), "top_logprobs": []}
+        choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [score]} if ids else None}
+        choice["finish_reason"] = "length" if at == TOKENS - 1 else None
+        choice["token_ids"] = [300 + at] if ids else None
+        events.append({**base, "choices": [choice]})
+    if usage:
+        events.append({**base, "choices": [], "usage": {"prompt_tokens": 48, "total_tokens": 48 + TOKENS, "completion_tokens": TOKENS}})
+    pieces = [b"data: " + orjson.dumps(event) + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
+    _made[(ids, usage)] = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+    return _made[(ids, usage)]
+
+
+def _load(url: str, *, streams: int, parallel: int, paced: bool = False) -> _Measured:
+    """Run streams, so many at once, from a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1) as pool:
+        return _Measured(*pool.apply(_drive, (url, streams, parallel, paced)))
+
+
+def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[float], list[float], float]:
+    host, _, port = url.removeprefix("http://").partition(":")
+    messages = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": "What does the tape keep? " * 8}]
+    body = orjson.dumps({"model": "tiny", "messages": messages, "stream": True, "user": "paced" if paced else "fast"})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    firsts: list[float] = []
+    wholes: list[float] = []
+
+    async def client(count: int) -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        session = uuid.uuid4()
+        writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for turn in range(count):
+            session = uuid.uuid4() if turn % _TURNS == 0 else session
+            request = f"{head}x-tokentape-session: {session}\r\n\r\n".encode() + body
+            began = time.perf_counter()
+            writer.write(request)
+            seen, first, tail = 0, 0.0, b""
+            while not tail.endswith(b"0\r\n\r\n"):
+                piece = await reader.read(65536)
+                if not piece:
+                    raise ConnectionError(f"{url} ended a stream")
+                seen += len(piece)
+                if not first and (b'"content":"The"' in piece):
+                    first = time.perf_counter()
+                tail = (tail + piece)[-16:]
+            firsts.append((first or time.perf_counter()) - began)
+            wholes.append(time.perf_counter() - began)
+        writer.close()
+
+    async def main() -> float:
+        began = time.perf_counter()
+        await asyncio.gather(*(client(streams // parallel) for _ in range(parallel)))
+        return time.perf_counter() - began
+
+    return firsts, wholes, uvloop.run(main())
+
+
+if __name__ == "__main__":
+    main()
