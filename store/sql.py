@@ -63,7 +63,6 @@ class SqlService:
         self._catalog = catalog or open_catalog(settings.data)
         self._objects = objects
         self._keep_warm = keep_warm
-        self.urls: dict[str, str] = {}
         self._lock = threading.Lock()
         self._spare: subprocess.Popen[bytes] | None = None
         if keep_warm:
@@ -142,7 +141,7 @@ class SqlService:
                     self._spare = _start()
 
     def _url(self, key: str) -> str:
-        return self.urls.get(key) or self._store().read_url(key, expires_s=int(self._settings.sql.timeout_s) + _URL_SPARE_S)
+        return self._store().read_url(key, expires_s=int(self._settings.sql.timeout_s) + _URL_SPARE_S)
 
     def _store(self) -> ObjectStore:
         if self._objects is None:
