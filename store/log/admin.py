@@ -16,22 +16,29 @@ from typing import Any, TypeVar
 from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
+from kafka.net.compat import KafkaNetClient
 
 from schemas.errors import LogChanged, LogUnavailable, SettingsError, TokentapeError
 from schemas.settings import LogSettings
 from store.log.base import ENTRY_BYTES_MAX
+from store.log.quiet import quiet
 
 # What a record batch adds to the value of its only record, generously.
 _OVERHEAD_BYTES = 1024
+# The broker answers an idle reader after this long; a change of the partitions that are read waits for it.
+FETCH_WAIT_MS = 100
 # A reconnect is tried at least this often, so that a restarted broker is found at once.
 RECONNECT_MS_MAX = 1000
 # A topic that the broker does not know for this long is gone; right after a start metadata may lag.
 _GONE_S = 3.0
 
-_Answer = TypeVar("_Answer")
+# Between two tries.
+_RETRY_S = 0.1
 
-# The clients log what tokentape raises; without this an application without logging would print it twice.
-logging.getLogger("kafka").addHandler(logging.NullHandler())
+_Answer = TypeVar("_Answer")
+_Client = TypeVar("_Client")
+
+quiet(logging.getLogger("kafka"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class TopicAdmin:
         self._lock = threading.Lock()
         self._place = place(settings)
         with mapped("connect", self._place):
-            self._client = KafkaAdminClient(**connection(settings))
+            self._client = started(KafkaAdminClient, settings)
 
     def ensure(self, *, create: bool) -> Topic:
         """The topic of the settings, made first when it is missing and `create` is set.
@@ -80,8 +87,7 @@ class TopicAdmin:
             found = self._describe()
         if found["error_code"] != 0:
             error = kafka_errors.for_code(found["error_code"])
-            fault = f"topic {name!r}: {error.message}"
-            raise LogUnavailable(fault, operation="open log", place=self._place, hint="create it with `tokentape up`")
+            raise _from_kafka(error(f"topic {name!r}"), "open log", self._place)
         cluster_id = self._ask("describe cluster", self._client.describe_cluster)["cluster_id"]
         topic = Topic(name, cluster_id, str(found["topic_id"]), len(found["partitions"]), self._entry_bytes_max())
         if topic.partitions != self._settings.partitions:
@@ -103,7 +109,7 @@ class TopicAdmin:
         found = self._describe()
         deadline = time.monotonic() + _GONE_S
         while found["error_code"] != 0 and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(_RETRY_S)
             found = self._describe()
         if found["error_code"] != 0:
             raise self._changed(f"topic {topic.name!r} is gone")
@@ -178,23 +184,41 @@ class TopicAdmin:
 
     def _ask(self, operation: str, call: Callable[..., _Answer], *args: object) -> _Answer:
         """Call until it succeeds, fails for good, or the time is up."""
-        deadline = time.monotonic() + self._settings.timeout_s
+        asked_at = time.monotonic()
         while True:
             try:
                 with self._lock, mapped(operation, self._place):
                     return call(*args)
             except LogUnavailable as problem:
-                if not getattr(problem.__cause__, "retriable", False) or time.monotonic() > deadline:
+                if isinstance(problem.__cause__, kafka_errors.UnknownTopicOrPartitionError) and time.monotonic() > asked_at + _GONE_S:
+                    raise self._changed(f"topic {self._settings.topic!r} is gone") from problem
+                if not passes(problem.__cause__) or time.monotonic() > asked_at + self._settings.timeout_s:
                     raise
-            time.sleep(0.1)
+            time.sleep(_RETRY_S)
 
     def _changed(self, fault: str) -> LogChanged:
         hint = "name the right topic, or `tokentape rebuild` to index the new one"
         return LogChanged(fault, operation="use log", place=self._place, hint=hint)
 
 
-def connection(settings: LogSettings) -> dict[str, Any]:
-    """Options that every kafka-python client takes."""
+def started(client: Callable[..., _Client], settings: LogSettings, **options: Any) -> _Client:
+    """A client of kafka-python. Raises its errors, after closing what it leaves open when no broker answers."""
+    networks: list[KafkaNetClient] = []
+
+    def network(**configs: Any) -> KafkaNetClient:
+        networks.append(KafkaNetClient(**configs))
+        return networks[-1]
+
+    try:
+        return client(**_connection(settings), kafka_client=network, **options)
+    except BaseException:
+        # Its thread would go on connecting for ever: a broker that is away for long would cost a thread per try.
+        for left in networks:
+            left.close()
+        raise
+
+
+def _connection(settings: LogSettings) -> dict[str, Any]:
     return {
         "bootstrap_servers": [server.strip() for server in settings.bootstrap_servers.split(",")],
         "request_timeout_ms": _ms(settings),
@@ -220,6 +244,12 @@ def mapped(operation: str, where: str) -> Iterator[None]:
         raise LogUnavailable(str(problem), operation=operation, place=where, hint=hint) from problem
 
 
+def passes(problem: BaseException | None) -> bool:
+    """Whether an error of kafka-python may go away by itself; of those that a restart brings the client calls some final."""
+    passing = (kafka_errors.UnknownBrokerIdError, kafka_errors.BrokerNotAvailableError)
+    return isinstance(problem, passing) or getattr(problem, "retriable", False)
+
+
 _SETTINGS_FAULTS = (
     kafka_errors.InvalidReplicationFactorError,
     kafka_errors.InvalidPartitionsError,
@@ -236,6 +266,8 @@ def _from_kafka(problem: kafka_errors.KafkaError, operation: str, where: str) ->
         return SettingsError(fault, operation=operation, place=where, hint="see log.topic, log.partitions and log.replication")
     if isinstance(problem, kafka_errors.AuthorizationError):
         return LogUnavailable(fault, operation=operation, place=where, hint="this client lacks a right on the topic, group or cluster")
+    if isinstance(problem, kafka_errors.UnknownTopicOrPartitionError):
+        return LogUnavailable(fault, operation=operation, place=where, hint="record something first: that makes the topic")
     return LogUnavailable(fault, operation=operation, place=where, hint="is the broker up? see log.bootstrap_servers")
 
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from schemas.errors import LogUnavailable, SettingsError
-from store.log.admin import RECONNECT_MS_MAX, place
+from store.log.admin import FETCH_WAIT_MS, RECONNECT_MS_MAX, place
 from store.log.base import ENTRY_BYTES_MAX, Entry
 from store.log.forks import forget
+from store.log.quiet import quiet
 from store.log.topic import POLL_RECORDS_MAX, OutOfRange, Run, TopicLog
 
 try:
@@ -39,8 +40,7 @@ _CLOSE_S = 5.0
 _OUT_OF_RANGE = (KafkaError.OFFSET_OUT_OF_RANGE, KafkaError._AUTO_OFFSET_RESET)
 
 _logger = logging.getLogger(__name__)
-# The client logs what tokentape raises; without this an application without logging would print it twice.
-_logger.addHandler(logging.NullHandler())
+_client_logger = quiet(logging.getLogger(f"{__name__}.client"))
 
 
 class ConfluentLog(TopicLog):
@@ -122,6 +122,7 @@ class ConfluentLog(TopicLog):
                     "enable.auto.commit": False,
                     "enable.auto.offset.store": False,
                     "auto.offset.reset": "error",
+                    "fetch.wait.max.ms": FETCH_WAIT_MS,
                     "fetch.max.bytes": _FETCH_BYTES_MAX,
                     "receive.message.max.bytes": 2 * _REQUEST_BYTES_MAX,
                     "queued.max.messages.kbytes": _AHEAD_KIB,
@@ -176,7 +177,7 @@ class ConfluentLog(TopicLog):
         return {
             "bootstrap.servers": self._settings.bootstrap_servers,
             "reconnect.backoff.max.ms": RECONNECT_MS_MAX,
-            "logger": _logger,
+            "logger": _client_logger,
         }
 
     def _forget_clients(self) -> None:

@@ -62,8 +62,8 @@ class EmbeddedLog:
         self._timeout_s = timeout_s
         self._closed = False
         self._start()
-        if not create and not path.exists():
-            raise self._unavailable("no log there", hint="record something first, or name another data directory")
+        if not create and not (path.exists() and path.stat().st_size):
+            raise self._missing()
         with self._mapped("open log"):
             if create:
                 _make_folder(path.parent)
@@ -157,7 +157,8 @@ class EmbeddedLog:
                 span = (row_id(partition, 0), row_id(partition, before_offset), row_id(partition, before_offset))
                 connection.execute("DELETE FROM batch WHERE id >= ? AND id < ? AND id + count <= ?", span)
                 _put_tail(connection, replace(tail, offset_first=before_offset))
-            connection.execute(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})").fetchall()
+            # `execute` would give back one page only: this statement makes a step of each.
+            connection.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
             # What was overwritten still stands in the write-ahead log until it is cut back.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
@@ -257,6 +258,8 @@ class EmbeddedLog:
 
     def _identity(self) -> tuple[str, int]:
         with self._reading("open log") as connection:
+            if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                raise self._missing()
             facts = dict(connection.execute("SELECT key, value FROM meta").fetchall())
         try:
             layout, log_id, partitions = facts["layout"], str(uuid.UUID(facts["log_id"])), int(facts["partitions"])
@@ -354,6 +357,9 @@ class EmbeddedLog:
 
     def _unavailable(self, fault: str, hint: str = "try again") -> LogUnavailable:
         return LogUnavailable(fault, operation="use log", place=str(self._path), hint=hint)
+
+    def _missing(self) -> LogUnavailable:
+        return self._unavailable("no log there", hint="record something first, or name another data directory")
 
     def _corrupt(self, fault: str) -> CorruptStore:
         hint = "restore the file from a copy; events already indexed are safe"

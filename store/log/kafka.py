@@ -9,7 +9,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
 from schemas.errors import LogUnavailable
-from store.log.admin import connection, mapped, place
+from store.log.admin import FETCH_WAIT_MS, mapped, passes, place, started
 from store.log.base import ENTRY_BYTES_MAX, Entry
 from store.log.forks import forget
 from store.log.topic import POLL_RECORDS_MAX, OutOfRange, Run, TopicLog
@@ -48,8 +48,9 @@ class KafkaLog(TopicLog):
 
     def _open_producer(self) -> KafkaProducer:
         if self._producer is None:
-            self._producer = KafkaProducer(
-                **connection(self._settings),
+            self._producer = started(
+                KafkaProducer,
+                self._settings,
                 metrics_enabled=False,
                 acks="all",
                 enable_idempotence=True,
@@ -76,11 +77,13 @@ class KafkaLog(TopicLog):
     def _open_consumer(self) -> KafkaConsumer:
         if self._consumer is None:
             with mapped("read", place(self._settings)):
-                self._consumer = KafkaConsumer(
-                    **connection(self._settings),
+                self._consumer = started(
+                    KafkaConsumer,
+                    self._settings,
                     metrics_enabled=False,
                     enable_auto_commit=False,
                     auto_offset_reset="none",
+                    fetch_max_wait_ms=FETCH_WAIT_MS,
                     allow_auto_create_topics=False,
                 )
         return self._consumer
@@ -108,7 +111,7 @@ class KafkaLog(TopicLog):
                 raise OutOfRange(next(iter(cause.args[0])).partition) from cause
             if isinstance(cause, kafka_errors.LogTruncationError):
                 raise OutOfRange(next(iter(cause.divergent_offsets)).partition) from cause
-            if not getattr(cause, "retriable", False):
+            if not passes(cause):
                 raise
             # The caller asks the broker where its log ends, and so learns whether it is away.
             time.sleep(min(wait_s, _RETRY_S))

@@ -188,7 +188,6 @@ class TopicLog(abc.ABC):
 
     def _follow(self, offsets: dict[int, int]) -> None:
         """Make the next record handed out, or fetched, of each partition the one at its offset."""
-        moved = False
         for partition, offset in offsets.items():
             held = self._held.setdefault(partition, deque())
             while held and held[0].offset < offset and held[0].offset_last < offset:
@@ -199,13 +198,14 @@ class TopicLog(abc.ABC):
                 self._held_bytes -= sum(run.size for run in held)
                 held.clear()
                 self._positions[partition] = offset
-                moved = True
-        if moved:
-            self._assign(self._positions)
-            self._paused.clear()
+                self._assigned = False
 
     def _fill(self, asked: dict[int, int], wait_s: float) -> None:
         """Fetch once. A partition that nobody asked for now and that cannot be read is no longer followed."""
+        if not self._assigned:
+            self._assign(self._positions)
+            self._assigned = True
+            self._paused = set()
         full = {p for p, held in self._held.items() if held} if self._held_bytes > _HELD_BYTES_MAX else set()
         if full != self._paused:
             self._pause(full)
@@ -214,8 +214,7 @@ class TopicLog(abc.ABC):
             runs = self._poll(wait_s)
         except OutOfRange as problem:
             offset = self._positions.pop(problem.partition)
-            self._assign(self._positions)
-            self._paused.clear()
+            self._assigned = False
             if problem.partition in asked:
                 raise self._out_of_range(problem.partition, offset) from problem
             return
@@ -272,6 +271,8 @@ class TopicLog(abc.ABC):
         self._held: dict[int, deque[Run]] = {}
         self._held_bytes = 0
         self._paused = set()
+        # Stays false until the client has taken the positions: it may fail to, and is asked again then.
+        self._assigned = False
         self._verified_at = 0.0
         self._change: LogChanged | None = None
 
