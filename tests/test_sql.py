@@ -328,7 +328,7 @@ def test_answers_say_what_is_missing(settings_embedded: Settings) -> None:
     assert query(settings_embedded, "SELECT count(*) AS n FROM events").completeness == said
 
 
-@pytest.mark.filterwarnings("ignore:read_text is deprecated:DeprecationWarning")  # kafka-python's import on Python 3.11
+@pytest.mark.filterwarnings("ignore:(read|open)_text is deprecated:DeprecationWarning")  # kafka-python's import on Python 3.11
 def test_fresh_answers_have_what_was_acknowledged(deployment: Settings) -> None:
     """What the log acknowledged before the question is in the answer, though no indexer runs."""
     log = open_log(deployment.log, deployment.data)
