@@ -129,7 +129,7 @@ def _url(process: subprocess.Popen[bytes]) -> str:
 
 def conversations(url: str) -> str:
     """What clients do in a day: stream, fan out, offer tools, hang up, fail. Returns the session of the first conversation."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-demo-not-a-secret", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{url}/v1", api_key="sk-demo-not-a-secret", max_retries=0)
     session = "01990000-0000-7000-8000-00000000cafe"
     named = {"extra_headers": {"x-tokentape-session": session, "x-tokentape-user": "responder-7", "x-tokentape-tags": "demo,refund"}}
     history: list[Any] = [{"role": "system", "content": "You are a calm assistant of a web shop."}]
@@ -172,7 +172,9 @@ def conversations(url: str) -> str:
         temperature=0.0,
         extra_headers={"x-tokentape-tags": "demo,tools"},
     )
-    say(f"  {DIM}{choice.finish_reason}: {(choice.message.content or str(choice.message.tool_calls))[:90]!r}{OFF}")
+    answered = whole.choices[0]
+    said = answered.message.content or str(answered.message.tool_calls)
+    say(f"  {DIM}{answered.finish_reason}: {said[:90]!r}{OFF}")
 
     say(f"{GREEN}client:{OFF} hangs up in the middle of a long answer")
     with client.chat.completions.create(
@@ -355,9 +357,8 @@ def run(deployment: str) -> None:
             tokentape("status")
             tokentape("jobs", "history")
     made = sum(path.stat().st_size for path in (OUTPUT / "data").rglob("*") if path.is_file())
-    say(
-        f"\n{BOLD}done in {time.monotonic() - began:.0f} s.{OFF} The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger."
-    )
+    say(f"\n{BOLD}done in {time.monotonic() - began:.0f} s.{OFF}")
+    say(f"The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger.")
     if deployment == "embedded":
         say(f"Nothing runs any more, and everything still answers: {TOKENTAPE} --config {CONFIG} timeline {session}")
 
