@@ -41,6 +41,8 @@ _ROWS_MAX = 50_000_000
 _GRACE_S = 300.0
 # How long a merge may keep its shards from being tiered.
 _CLAIM_S = 3600.0
+# Who claims: one name for all merges, of which a lock lets one go at a time, so that the next frees what a killed one held.
+_OWNER = "merge"
 _MEMORY = "2GB"
 
 
@@ -70,6 +72,7 @@ def merge(settings: Settings, catalog: Catalog, *, dry_run: bool = False, grace_
     if lock is None:
         return {"merges": 0, "shards": 0, "events": 0, "deleted": 0, "busy": 1}
     try:
+        catalog.release([name for name, owner in catalog.claimed().items() if owner == _OWNER], _OWNER)
         _sweep(catalog)
         done = [merged for item in plans if (merged := _merge(settings, catalog, item)) is not None]
         _delete(catalog, expired)
@@ -81,7 +84,7 @@ def merge(settings: Settings, catalog: Catalog, *, dry_run: bool = False, grace_
 def plan(catalog: Catalog, today: str) -> list[Plan]:
     """What is worth merging: a day that is over becomes one shard, else whatever has enough company of its size."""
     open_from = min([at.day for at in catalog.positions() if at.day] + [today])
-    claimed = catalog.claimed()
+    claimed = {name for name, owner in catalog.claimed().items() if owner != _OWNER}
     days: dict[str, list[Shard]] = defaultdict(list)
     for shard in catalog.snapshot().shards:
         if shard.name not in claimed and shard.rows < _ROWS_MAX:
@@ -109,18 +112,17 @@ def _classes(shards: Sequence[Shard]) -> list[list[Shard]]:
 def _merge(settings: Settings, catalog: Catalog, item: Plan) -> Shard | None:
     """Carry out one plan; None when somebody else has claimed its shards meanwhile."""
     names = [shard.name for shard in item.shards]
-    owner = f"merge-{os.getpid()}"
-    if not catalog.claim(names, owner, _CLAIM_S):
+    if not catalog.claim(names, _OWNER, _CLAIM_S):
         return None
     try:
         merged = _write(settings, catalog, item)
         crash_point("merge.before_swap")
-        catalog.swap(retire=names, shards=[merged], owner=owner)
+        catalog.swap(retire=names, shards=[merged], owner=_OWNER)
         crash_point("merge.swapped")
     except ConflictError:
         return None
     finally:
-        catalog.release(names, owner)
+        catalog.release(names, _OWNER)
     log.info("merge.done", shard=merged.name, parts=len(names), rows=merged.rows)
     return merged
 

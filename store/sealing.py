@@ -8,6 +8,7 @@ else meanwhile, is put aside. The log has all of it still, so nothing is lost wi
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,9 +134,20 @@ def recover(hot: Path, catalog: Catalog, token: str) -> list[str]:
         names = [path.stem for path in _orphans(hot / "tail") if _adopt(path, catalog, token)]
         unknown = [path for path in sorted(catalog.shards_folder.glob("*.duckdb")) if not catalog.knows(path.stem)]
         names += [path.stem for path in unknown if _list(path, catalog)]
+        _sweep(hot)
     if names:
         log.info("indexer.recovered", shards=names)
     return names
+
+
+def _sweep(hot: Path) -> None:
+    """Remove locks and scratch files of dead indexers that left no tail."""
+    owned = {owner_lock(path) for path in _orphans(hot / "tail")}
+    for path in set((hot / "tail").glob("*.lock")) - owned:
+        lock = FileLock.take(path, path.stem)
+        if lock is not None:
+            shutil.rmtree(hot.parent / "tmp" / path.stem, ignore_errors=True)
+            lock.release(remove=True)
 
 
 def _orphans(folder: Path) -> list[Path]:
