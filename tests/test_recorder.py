@@ -1,34 +1,22 @@
-"""The recorder: modes, order, coalescing, heartbeats, forks, and logs that stall, go away and come back."""
+"""The recorder: modes, order, coalescing, heartbeats, forks and a log that stalls."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import itertools
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ingest.coalesce import Chunk, Coalescer, delta_of
-from ingest.encoding import Stamp, encode, encode_chunk
 from ingest.recorder import Recorder
-from schemas.codec import ID_SLICE, decode, encode_payload
 from schemas.errors import LogUnavailable
 from schemas.events import (
     ChunkContent,
-    Event,
     GenerationStarted,
     ProducerHeartbeat,
     RecordsLost,
@@ -37,250 +25,24 @@ from schemas.events import (
     SessionOpened,
     TokenChunk,
 )
-from schemas.registry import SchemaRegistry
-from schemas.settings import LogSettings, Settings
+from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
-from store.log import open_log
 from store.log.base import Log, partition_of
 from store.log.embedded import EmbeddedLog
-from tests.conftest import KafkaService
-
-REGISTRY = SchemaRegistry()
-# How long the broker is away; the suite keeps it short, a longer outage is asked for through the environment.
-OUTAGE_S = float(os.environ.get("OUTAGE_S", "12"))
-# Every wait ends here with a failure.
-DEADLINE_S = 120.0
-
-
-def context(**fields: Any) -> SessionContext:
-    """A session of its own."""
-    return SessionContext(new_id(), "tenant", "gateway", **fields)
-
-
-def numbered(i: int) -> SessionClosed:
-    """An event that tells itself apart."""
-    return SessionClosed(reason=str(i))
-
-
-def spool_of(settings: Settings) -> Path | None:
-    """Where the recorder of a deployment spools."""
-    return None if settings.log.kind == "embedded" else settings.data / "spool"
-
-
-@contextmanager
-def opened(settings: Settings, **changes: Any) -> Iterator[tuple[Recorder, Log]]:
-    """A recorder on the log of a deployment; both are closed, what it recorded can then be read from the log's file or topic."""
-    log = open_log(settings.log, settings.data)
-    recorder = Recorder(log, settings.recorder.model_copy(update=changes), spool=spool_of(settings), source="gateway", host="host")
-    try:
-        yield recorder, log
-    finally:
-        recorder.close()
-        log.close()
-
-
-def events_of(log: Log) -> list[Event]:
-    """Everything in a log, partition after partition."""
-    found = []
-    for partition in range(log.partitions):
-        first, end = log.bounds(partition)
-        while first < end:
-            batch = log.read(partition, first, limit=10_000, wait_s=5.0)
-            found += [decode(value, REGISTRY) for value in batch.values]
-            first = batch.offset_next
-    return found
-
-
-def events_in(settings: Settings) -> list[Event]:
-    """Everything in the log of a deployment, read by another client."""
-    log = open_log(settings.log, settings.data, create=False)
-    try:
-        return events_of(log)
-    finally:
-        log.close()
-
-
-def once(events: list[Event]) -> list[Event]:
-    """Without duplicates, as the indexer drops them: sequence numbers at or below the highest seen of a producer and partition."""
-    seen: dict[tuple[bytes, int], int] = {}
-    kept = []
-    for event in events:
-        key = (event.producer_id, partition_of(event.session_id, 4))
-        if event.producer_seq > seen.get(key, -1):
-            seen[key] = event.producer_seq
-            kept.append(event)
-    return kept
-
-
-def reasons(events: list[Event], session: SessionContext | None = None) -> list[str]:
-    """The numbers of `numbered` events, of one session or all."""
-    mine = [e for e in events if session is None or e.session_id == session.session_id]
-    return [e.payload.reason for e in mine if isinstance(e.payload, SessionClosed)]
-
-
-def seqs(events: list[Event]) -> dict[tuple[bytes, int], list[int]]:
-    """Sequence numbers by producer and partition, in the order of the log."""
-    found: dict[tuple[bytes, int], list[int]] = defaultdict(list)
-    for event in events:
-        found[event.producer_id, partition_of(event.session_id, 4)].append(event.producer_seq)
-    return found
-
-
-def whole(events: list[Event]) -> bool:
-    """Whether each producer's numbers are 0, 1, 2 … in each partition."""
-    return all(found == list(range(len(found))) for found in seqs(events).values())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "the wait is over"
-        time.sleep(0.01)
-
-
-@contextmanager
-def process(code: str, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], IO[str], IO[str]]]:
-    """A Python process that runs `code`, with its pipes."""
-    command = [sys.executable, "-c", code, *arguments]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        with child.stdin, child.stdout:
-            yield child, child.stdin, child.stdout
-    finally:
-        child.kill()
-        child.wait()
-
-
-# Encoding
-
-LONG = st.integers(-(2**63), 2**63 - 1)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-FLOAT = st.floats(allow_nan=False, width=64) | st.sampled_from([-0.0, -1e-60, 1e300, -1e300, float("-inf")])
-
-
-@st.composite
-def chunks(draw: st.DrawFn) -> TokenChunk:
-    """Any token chunk that the model takes."""
-    content = st.builds(ChunkContent, token_ids=st.lists(LONG), text=TEXT, lengths=st.lists(LONG), logprobs=st.lists(FLOAT))
-    return TokenChunk(
-        generation_id=draw(st.binary(min_size=16, max_size=16)),
-        index=draw(LONG),
-        position=draw(LONG),
-        channel=draw(TEXT),
-        offsets_us=draw(st.lists(LONG)),
-        content=draw(st.none() | content),
-    )
-
-
-@given(chunks())
-def test_the_fast_encoder_gives_the_bytes_of_the_generic_one(chunk: TokenChunk) -> None:
-    """Whatever the values, a token chunk has one encoding."""
-    expected = encode_payload(chunk.KIND, chunk.model_dump())
-
-    assert encode(chunk) == expected
-
-
-@given(chunks(), st.lists(FLOAT))
-def test_encoding_without_a_model_gives_the_same_bytes(chunk: TokenChunk, logprobs: list[float]) -> None:
-    """Raw logprobs become the 32-bit floats that the model would hold."""
-    content = ChunkContent(token_ids=chunk.offsets_us, text=chunk.channel, lengths=[1], logprobs=logprobs)
-    expected = encode(chunk.model_copy(update={"content": content}))
-    head = (chunk.generation_id, chunk.index, chunk.position, chunk.channel, chunk.offsets_us)
-
-    assert encode_chunk(*head, chunk.offsets_us, chunk.channel, [1], logprobs) == expected
-
-
-@given(st.lists(st.integers(0, 5), max_size=30), st.integers(0, 10_000))
-def test_event_ids_of_a_producer_rise_also_when_the_clock_does_not(steps: list[int], burst: int) -> None:
-    """A clock that stands, jumps back, or is outrun by more events than a millisecond has ids."""
-    stamp, session = Stamp(4), context()
-    times = [10_000_000 - step * 1000 for step in steps] + [10_000_000] * burst
-    ids = [stamp.entry(session, b"", at).value[ID_SLICE] for at in times]
-
-    assert all(a < b for a, b in itertools.pairwise(ids))
-
-
-def test_producers_differ() -> None:
-    """Neither ids nor event ids of two recorders meet."""
-    session = context()
-    first, second = Stamp(4), Stamp(4)
-    same = first.entry(session, b"", 1).value[ID_SLICE] == second.entry(session, b"", 1).value[ID_SLICE]
-
-    assert (first.producer_id == second.producer_id, same) == (False, False)
-
-
-# Coalescing
-
-GENERATIONS = [new_id(), new_id()]
-SESSIONS = [context(), context()]
-DELTAS = st.tuples(
-    st.integers(0, 1),  # session
-    st.integers(0, 1),  # generation
-    st.integers(0, 2),  # sequence
-    st.integers(0, 40_000),  # µs since the delta before
-    st.sampled_from(["content", "content", "content", "reasoning"]),
-    st.lists(st.integers(0, 200_000), max_size=5),
-    st.sampled_from(["", "a", "héllo", "\ud83d", "x\ud83d\ude00y"]),
-    st.booleans(),  # logprobs
+from tests.recording import (
+    DEADLINE_S,
+    context,
+    events_in,
+    events_of,
+    fill,
+    numbered,
+    opened,
+    process,
+    reasons,
+    seqs,
+    until,
+    whole,
 )
-EVENT = st.tuples(st.integers(0, 1), st.none())
-
-Told = tuple[int, str, int | None, int, str, float | None]
-"""What must come out for one entry: position, channel, id, offset, text, logprob."""
-
-
-def told(chunk: Chunk) -> list[Told]:
-    """Entries of a chunk."""
-    found, at = [], 0
-    for i, (offset, length) in enumerate(zip(chunk.offsets_us, chunk.lengths, strict=True)):
-        token = chunk.token_ids[i] if chunk.token_ids else None
-        logprob = chunk.logprobs[i] if chunk.logprobs else None
-        found.append((chunk.position + i, chunk.channel, token, offset, chunk.text[at : at + length], logprob))
-        at += length
-    assert at == len(chunk.text)
-    return found
-
-
-@given(st.lists(st.one_of(DELTAS, DELTAS, EVENT), max_size=80), st.sampled_from([0.0, 0.01, 0.05]), st.sampled_from([1, 4, 64]))
-def test_coalescing_loses_nothing_and_keeps_the_order(steps: list[Any], span_s: float, tokens_max: int) -> None:
-    """Any interleaving gives each sequence its tokens, texts, times and logprobs, and each session its order around other events."""
-    coalescer = Coalescer(span_s=span_s, tokens_max=tokens_max)
-    expected: dict[Any, list[Told | str]] = defaultdict(list)
-    found: dict[Any, list[Told | str]] = defaultdict(list)
-    positions: Counter[Any] = Counter()
-    now_us = 0
-
-    def emit(done: list[Chunk]) -> None:
-        for chunk in done:
-            found[chunk.session.session_id, chunk.generation_id, chunk.index] += told(chunk)
-
-    for step in steps:
-        session = SESSIONS[step[0]]
-        if step[1] is None:
-            emit(coalescer.end(session.session_id))
-            for kept in (expected, found):
-                for key in [key for key in kept if key[0] == session.session_id]:
-                    kept[key].append("event")
-            continue
-        _, generation, index, later, channel, ids, text, scored = step
-        now_us += later
-        key = (session.session_id, GENERATIONS[generation], index)
-        logprobs = tuple(-float(i) for i in range(len(ids) or 1)) if scored else ()
-        delta = delta_of(key[1], index, positions[key], now_us, channel, tuple(ids), text, logprobs)
-        clean = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        for i in range(len(ids) or 1):
-            last = i == (len(ids) or 1) - 1
-            entry = (positions[key], channel, ids[i] if ids else None, now_us, clean if last else "", logprobs[i] if scored else None)
-            expected[key].append(entry)
-            positions[key] += 1
-        emit(coalescer.due(now_us / 1e6))
-        emit(coalescer.add(session, delta, 0, now_us / 1e6))
-    emit(coalescer.end_all())
-
-    assert found == expected
 
 
 def test_tokens_coalesce_and_keep_their_place_among_other_events(deployment: Settings) -> None:
@@ -393,7 +155,7 @@ import sys
 from ingest.recorder import Recorder
 from schemas.settings import Settings
 from store.log import open_log
-from tests.test_recorder import context, numbered, spool_of
+from tests.recording import context, numbered, spool_of
 settings = Settings.model_validate_json(sys.argv[1])
 recorder = Recorder(open_log(settings.log, settings.data), settings.recorder, spool=spool_of(settings))
 for i in range(1000):
@@ -516,16 +278,6 @@ def stalled(settings: Settings, **changes: Any) -> Iterator[tuple[Recorder, Log,
     log.close()
 
 
-def fill(recorder: Recorder, session: SessionContext) -> int:
-    """Record large events until the recorder takes no more without shedding; how many it was given."""
-    given = 0
-    while not recorder.stats.shed:
-        assert given < 20_000
-        recorder.record(session, SessionClosed(reason=f"{given}".ljust(20_000)))
-        given += 1
-    return given
-
-
 def test_shed_never_waits_and_tells_what_it_lost(settings_embedded: Settings) -> None:
     """With the log stalled, calls return; afterwards what is there and what is told as lost make up what was given."""
     session, other = context(), context()
@@ -620,194 +372,3 @@ def test_a_log_that_never_answers_does_not_keep_close_for_ever(settings_embedded
         found = events_of(log)
 
     assert found == []
-
-
-# A broker that goes away
-
-PRODUCER = """
-import sys
-from ingest.recorder import Recorder
-from schemas.settings import Settings
-from store.log import open_log
-from tests.test_recorder import SessionContext, numbered, spool_of
-settings = Settings.model_validate_json(sys.argv[1])
-recorder = Recorder(open_log(settings.log, settings.data), settings.recorder, spool=spool_of(settings))
-session = SessionContext(bytes.fromhex(sys.argv[2]), "tenant", "gateway")
-i = 0
-while True:
-    recorder.record(session, numbered(i))
-    i += 1
-    if i % 100 == 0:
-        recorder.wait_durable()
-        print(i, flush=True)
-"""
-
-
-def private(kafka: KafkaService, data: Path) -> Settings:
-    """Settings of a topic of its own on a broker that may be stopped."""
-    log = LogSettings(kind="kafka", bootstrap_servers=kafka.bootstrap_servers, topic=f"events.{data.parent.name}", timeout_s=5.0)
-    return Settings(data=data, log=log)
-
-
-# kafka-python leaves a socket whose connection was refused to the garbage collector.
-refused_sockets = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-
-
-@pytest.fixture
-def deployment_private(tmp_path: Path, kafka_private: KafkaService) -> Iterator[Settings]:
-    """A deployment on a private broker; what a test left is collected before its filter of warnings ends."""
-    yield private(kafka_private, tmp_path / "data")
-    gc.collect()
-
-
-def read_numbers(stdout: IO[str], count: int) -> int:
-    """The last of the next `count` numbers that a producer printed."""
-    return [int(stdout.readline()) for _ in range(count)][-1]
-
-
-@refused_sockets
-def test_a_broker_that_goes_away_and_comes_back_costs_nothing(kafka_private: KafkaService, deployment_private: Settings) -> None:
-    """Recording goes on into the spool, what is awaited is durable there, and everything arrives in order afterwards."""
-    sessions = [context() for _ in range(4)]
-    given = 0
-    with opened(deployment_private) as (recorder, _):
-        recorder.record(sessions[0], numbered(given))
-        recorder.flush(DEADLINE_S)
-        kafka_private.stop()
-        over = time.monotonic() + OUTAGE_S
-        while time.monotonic() < over:
-            for _ in range(100):
-                given += 1
-                recorder.record(sessions[given % 4], numbered(given))
-            assert recorder.wait_durable(DEADLINE_S)
-            time.sleep(0.05)  # a load, not a wait
-        away = recorder.stats
-        kafka_private.start()
-        arrived = recorder.flush(DEADLINE_S)
-        back = recorder.stats
-    events = once(events_in(deployment_private))
-
-    assert (away.log_available, away.spool_bytes > 0, away.shed) == (False, True, 0)
-    assert (arrived, back.log_available) == (True, True)
-    assert [list(map(int, reasons(events, s))) for s in sessions] == [list(range(k, given + 1, 4)) for k in range(4)]
-    assert whole(events)
-    assert list((deployment_private.data / "spool").iterdir()) == []
-
-
-@refused_sockets
-def test_a_killed_producer_leaves_its_spool_to_the_next(kafka_private: KafkaService, deployment_private: Settings) -> None:
-    """`kill -9` while the broker is away: what was awaited arrives, once, under the dead producer's id, before what is newer."""
-    session = context()
-    with process(PRODUCER, deployment_private.model_dump_json(), session.session_id.hex()) as (child, _, stdout):
-        read_numbers(stdout, 5)
-        kafka_private.stop()
-        durable = read_numbers(stdout, 20)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    kafka_private.start()
-    with opened(deployment_private) as (recorder, _):
-        recorder.record(session, numbered(-1))
-        recorder.flush(DEADLINE_S)
-        adopted = recorder.stats.adopted
-    events = once(events_in(deployment_private))
-    numbers = list(map(int, reasons(events, session)))
-
-    assert adopted > 0
-    assert numbers == [*range(len(numbers) - 1), -1]
-    assert len(numbers) > durable
-    assert len({event.producer_id for event in events}) == 2
-    assert whole(events)
-
-
-@refused_sockets
-def test_closing_while_the_broker_is_away_leaves_the_rest_in_the_spool(kafka_private: KafkaService, deployment_private: Settings) -> None:
-    """A clean end without a log is a clean end: the next recorder sends all of it, the last heartbeat too."""
-    session = context()
-    try:
-        with opened(deployment_private) as (recorder, _):
-            recorder.record(session, numbered(0))
-            recorder.flush(DEADLINE_S)
-            kafka_private.stop()
-            for i in range(1, 1000):
-                recorder.record(session, numbered(i))
-    finally:
-        kafka_private.start()
-    with opened(deployment_private):
-        pass
-    with opened(deployment_private) as (recorder, _):
-        recorder.record(session, numbered(1000))
-    events = once(events_in(deployment_private))
-
-    assert list(map(int, reasons(events, session))) == list(range(1001))
-    assert sum(isinstance(event.payload, ProducerHeartbeat) and event.payload.closed for event in events) == 2
-    assert whole(events)
-
-
-@pytest.mark.parametrize("times", range(3))
-def test_a_kill_at_any_moment_loses_nothing_that_was_awaited(settings_distributed: Settings, times: int) -> None:
-    """`kill -9` in mid-record with the broker there: the same, wherever the send happened to be."""
-    session = context()
-    with process(PRODUCER, settings_distributed.model_dump_json(), session.session_id.hex()) as (child, _, stdout):
-        durable = read_numbers(stdout, 3 + times)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-    with opened(settings_distributed) as (recorder, _):
-        recorder.record(session, numbered(-1))
-    events = once(events_in(settings_distributed))
-    numbers = list(map(int, reasons(events, session)))
-
-    assert numbers == [*range(len(numbers) - 1), -1]
-    assert len(numbers) > durable
-    assert whole(events)
-
-
-def test_a_full_disk_does_not_stop_a_log_that_answers(settings_distributed: Settings) -> None:
-    """The spool cannot be written, so events go straight to the broker; nothing is lost."""
-    code = """
-import resource, sys
-from ingest.recorder import Recorder
-from schemas.settings import Settings
-from store.log import open_log
-from tests.test_recorder import context, numbered, spool_of
-settings = Settings.model_validate_json(sys.argv[1])
-recorder = Recorder(open_log(settings.log, settings.data), settings.recorder, spool=spool_of(settings))
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-session = context()
-for i in range(2000):
-    recorder.record(session, numbered(i))
-print(recorder.flush(60), flush=True)
-"""
-    with process(code, settings_distributed.model_dump_json()) as (child, _, stdout):
-        lines = stdout.read().splitlines()
-        child.wait(DEADLINE_S)
-    events = events_in(settings_distributed)
-
-    assert list(map(int, reasons(events))) == list(range(2000))
-    assert "True" in lines
-    assert sum("recorder_spool_unavailable" in line for line in lines) == 1
-    assert whole(events)
-
-
-@refused_sockets
-def test_a_full_spool_acts_as_the_mode_says(kafka_private: KafkaService, deployment_private: Settings) -> None:
-    """With the broker away and the spool at its bound, `shed` sheds and tells; what was taken arrives."""
-    session = context()
-    given = 0
-    try:
-        with opened(deployment_private, mode="shed", spool_bytes_max=1 << 20, queue_max=100) as (recorder, _):
-            recorder.record(session, numbered(0))
-            recorder.flush(DEADLINE_S)
-            kafka_private.stop()
-            given = fill(recorder, session) + 1
-            held = recorder.stats.spool_bytes
-            kafka_private.start()
-            recorder.flush(DEADLINE_S)
-    finally:
-        kafka_private.start()
-    events = once(events_in(deployment_private))
-    lost = sum(event.payload.count for event in events if isinstance(event.payload, RecordsLost))
-
-    assert 0 < held <= 1 << 20
-    assert lost > 0
-    assert len(reasons(events, session)) + lost == given
-    assert whole(events)
