@@ -35,6 +35,14 @@ POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0
 <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId><version>1.7.36</version></dependency>
 </dependencies></project>
 """
+READERS_LOCK = ROOT / "locks" / "reader-jars.sha256"
+READERS = (
+    "org.apache.avro:avro:1.12.1",
+    "org.eclipse.jdt:ecj:3.38.0",
+    *(f"org.apache.kafka:{name}:4.3.0" for name in ("kafka-tools", "kafka-clients", "kafka-server-common")),
+)
+"""What another team reads a topic with. The compiler comes along because a Java may have none; Kafka's command line tools
+are those of the newest version that publishes them, and bring their own clients."""
 
 Say = Callable[[str], None]
 
@@ -126,13 +134,26 @@ def kafka_jars(say: Say) -> Path:
     return _cached(f"kafka-{KAFKA_VERSION}", build) / "libs"
 
 
-def check_jars(libs: Path) -> None:
+def reader_jars(say: Say) -> Path:
+    """Folder of Java Avro, a Java compiler and Kafka's command line tools, fetched with Maven once; they go before Kafka's jars, which they need."""
+
+    def build(folder: Path) -> None:
+        say("fetching Java Avro and Kafka's command line tools with Maven (18 MB)")
+        env = {**os.environ, "JAVA_HOME": str(Path(java(say)).resolve().parents[1])}
+        for artifact in READERS:
+            run([maven(say), "-q", "-B", "dependency:copy", f"-Dartifact={artifact}", "-DoutputDirectory=libs"], cwd=folder, env=env)
+        check_jars(folder / "libs", READERS_LOCK)
+
+    return _cached("readers-1", build) / "libs"
+
+
+def check_jars(libs: Path, lock: Path = JARS_LOCK) -> None:
     """Compare every jar with its recorded SHA-256; raises ServiceError for one that differs, is missing or is extra."""
-    recorded = {line.split()[1]: line.split()[0] for line in JARS_LOCK.read_text(encoding="ascii").splitlines()}
+    recorded = {line.split()[1]: line.split()[0] for line in lock.read_text(encoding="ascii").splitlines()}
     found = {jar.name: hashlib.sha256(jar.read_bytes()).hexdigest() for jar in libs.glob("*.jar")}
     wrong = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
     if wrong:
-        raise ServiceError(f"Kafka's jars differ from locks/{JARS_LOCK.name}: {', '.join(wrong[:5])}")
+        raise ServiceError(f"the jars differ from locks/{lock.name}: {', '.join(wrong[:5])}")
 
 
 def minio_binary(say: Say) -> Path:
