@@ -135,7 +135,7 @@ def kafka_jars(say: Say) -> Path:
 
 
 def reader_jars(say: Say) -> Path:
-    """Folder of Java Avro, a Java compiler and Kafka's command line tools, fetched with Maven once; they go before Kafka's jars, which they need."""
+    """Folder of Java Avro, a Java compiler and Kafka's command line tools, fetched with Maven once; put before Kafka's jars."""
 
     def build(folder: Path) -> None:
         say("fetching Java Avro and Kafka's command line tools with Maven (18 MB)")
