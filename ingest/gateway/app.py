@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -34,6 +35,9 @@ log = structlog.get_logger(__name__)
 
 GRACE_S = 15.0
 """How long open streams may go on once the gateway is to stop; then they fail as `shutdown`, recorded and told."""
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the recorder's thread may keep the interpreter while a token waits; Python's own 5 ms is longer than a token."""
 
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
@@ -199,6 +203,8 @@ def serve(
             timeout_graceful_shutdown=int(grace_s + 2 * errors.LAST_WORDS_S),
         )
         server = _Server(config, gateway, stop, grace_s, started)
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.serve(sockets=[listener]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -70,6 +71,7 @@ def _short(text: str | None) -> str | None:
     return text[:HEADER_CHARACTERS_MAX] if text else None
 
 
+@functools.cache
 def _version() -> str | None:
     try:
         return version("tokentape")
