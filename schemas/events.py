@@ -393,7 +393,8 @@ class GenerationFailed(Payload):
     """The generation ended badly: `error_type` names how, `origin` whose end failed, `position` the tokens that had come.
 
     Error types: client_disconnected, invalid_request, upstream_unreachable, upstream_timeout, upstream_disconnected,
-    upstream_error, upstream_malformed, shutdown. Origins: client, upstream, gateway, engine.
+    upstream_error, upstream_malformed, shutdown, gateway_error, not_recorded (strict mode: the tape did not take the
+    request). Origins: client, upstream, gateway, engine.
     """
 
     KIND = "generation_failed"
