@@ -6,17 +6,18 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.errors import StoreUnavailable, UnknownSession, UsageError
 from schemas.settings import Settings
 from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
+from store.columns import current_columns
 from store.duck import connect, mapped
 from store.objects import open_store
 from store.objects.base import ObjectStore
@@ -27,9 +28,6 @@ _ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for long
 _URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
 _ATTEMPTS = 3  # a shard can be merged away between snapshot and attach
 _MATCHES_SHOWN = 5  # sessions named when a prefix is not unique
-
-# A log that was made anew counts its offsets from 0 again: its records come after those of the log before it.
-_ORDER = 'ORDER BY min(appended_at) OVER (PARTITION BY log_id), log_id, "partition", "offset"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +67,17 @@ class EventReader:
         return stored_events(self.table(session_id))
 
     def table(self, session_id: bytes) -> pa.Table:
-        """The rows of a session as an Arrow table with the columns of `events`."""
+        """The rows of a session as an Arrow table with the columns of `events`; kinds that it does not have may be missing."""
         # BETWEEN, because equality on a BLOB can lose rows of Parquet files with bloom filters.
         where = f"session_id BETWEEN {blob(session_id)} AND {blob(session_id)}"
-        return self._read(lambda: self._catalog.snapshot(session=session_id), f"SELECT * FROM events {_ORDER}", where)
+        return self._read(lambda: self._catalog.snapshot(session=session_id), lambda snapshot: self._session(snapshot, where))
+
+    def _session(self, snapshot: Snapshot, where: str) -> pa.Table:
+        only = None
+        if not snapshot.segments:  # a second look would cost requests there, and only time here
+            kinds = self._query(snapshot, "SELECT DISTINCT kind FROM events", where, ("kind",)).column(0).to_pylist()
+            only = _envelope() | set(kinds)
+        return _by_log(self._query(snapshot, 'SELECT * FROM events ORDER BY "partition", "offset"', where, only))
 
     def find(self, text: str) -> bytes:
         """The session that a UUID, 32 hex digits or a unique beginning of them names.
@@ -87,7 +92,8 @@ class EventReader:
         low, high = bytes.fromhex(digits.ljust(32, "0")), bytes.fromhex(digits.ljust(32, "f"))
         where = f"session_id BETWEEN {blob(low)} AND {blob(high)}"
         sql = f"SELECT DISTINCT session_id FROM events ORDER BY session_id LIMIT {_MATCHES_SHOWN}"
-        found = self._read(lambda: _overlapping(self._catalog.snapshot(), low, high), sql, where).column(0).to_pylist()
+        table = self._read(lambda: _overlapping(self._catalog.snapshot(), low, high), lambda snapshot: self._query(snapshot, sql, where))
+        found = table.column(0).to_pylist()
         if not found:
             raise UnknownSession(f"no session {text}", operation="find session", hint="`tokentape sessions` lists them")
         if len(found) > 1:
@@ -112,40 +118,41 @@ class EventReader:
     def _hot_only(self) -> Snapshot:
         return Snapshot(self._catalog.snapshot().shards, ())
 
-    def _summaries(self, take: Any, condition: str, limit: int) -> list[SessionSummary]:
+    def _summaries(self, take: Callable[[], Snapshot], condition: str, limit: int) -> list[SessionSummary]:
         sql = (
             "SELECT session_id, any_value(tenant), epoch_us(min(recorded_at)), epoch_us(max(recorded_at)) AS last, count(*), "
             "count(request_submitted), count(generation_failed), any_value(session_opened.content.title) "
             f"FROM events GROUP BY session_id ORDER BY last DESC, session_id LIMIT {int(limit)}"
         )
-        table = self._read(take, sql, condition)
+        table = self._read(take, lambda snapshot: self._query(snapshot, sql, condition))
         columns = [column.to_pylist() for column in table.columns]
         return [SessionSummary(*row) for row in zip(*columns, strict=True)]
 
-    def _read(self, take: Any, sql: str, where: str) -> pa.Table:
-        """Run `sql` over `events` of a fresh snapshot; again with another one when a shard vanished meanwhile."""
+    def _read(self, take: Callable[[], Snapshot], ask: Callable[[Snapshot], pa.Table]) -> pa.Table:
+        """Ask over a fresh snapshot; again with another one when a shard vanished meanwhile."""
         with self._lock:
             for attempt in range(_ATTEMPTS):
-                snapshot: Snapshot = take()
+                snapshot = take()
                 try:
-                    return self._query(snapshot, sql, where)
+                    return ask(snapshot)
                 except duckdb.Error as error:
                     vanished = any(not shard.path.exists() for shard in snapshot.shards)
                     if not vanished or attempt == _ATTEMPTS - 1:
                         raise self._mapped(error) from error
         raise AssertionError("unreachable")
 
-    def _query(self, snapshot: Snapshot, sql: str, where: str) -> pa.Table:
+    def _query(self, snapshot: Snapshot, sql: str, where: str, only: Collection[str] | None = None) -> pa.Table:
         connection = self._connect()
         shards = self._attach(connection, [shard for shard in snapshot.shards if shard.rows])
-        events = events_sql(shards, [self._url(segment) for segment in snapshot.segments], where=where)
+        events = events_sql(shards, [self._url(segment) for segment in snapshot.segments], where=where, only=only)
         return connection.execute(f"WITH events AS ({events}) {sql}").to_arrow_table()
 
     def _connect(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
             remote = self._settings.cold.kind != "local"
-            self._connection = connect(extensions=("httpfs",) if remote else ())
-            self._connection.execute("SET parquet_metadata_cache = true")
+            # A look-up is one row group's work: more threads would only wait for one another.
+            self._connection = connect(extensions=("httpfs",) if remote else (), threads=1)
+            self._connection.execute("SET parquet_metadata_cache = true; SET enable_progress_bar = false")
             if remote:
                 self._connection.execute("SET http_keep_alive = true; SET enable_http_metadata_cache = true")
         return self._connection
@@ -180,6 +187,19 @@ class EventReader:
         if isinstance(error, duckdb.HTTPException) or "Could not establish connection" in text or "HTTP" in text:
             return StoreUnavailable(text, operation="read session", place="cold store", hint="see whether the object store answers")
         return mapped(type(error)(text), operation="read session", place=str(self._settings.data))
+
+
+def _by_log(table: pa.Table) -> pa.Table:
+    """Rows of the log that is older first: one that was made anew counts its offsets from 0 again."""
+    if len(pc.unique(table.column("log_id"))) < 2:
+        return table
+    first = table.group_by("log_id").aggregate([("appended_at", "min")]).sort_by("appended_at_min").column("log_id").to_pylist()
+    return pa.concat_tables([table.filter(pc.equal(table.column("log_id"), log_id)) for log_id in first])
+
+
+def _envelope() -> set[str]:
+    """The columns of `events` that are no kind's."""
+    return {name for name, kind in current_columns().items() if not kind.startswith("STRUCT")}
 
 
 def blob(value: bytes) -> str:

@@ -66,7 +66,7 @@ class Request:
 def main() -> None:
     """Serve one request and end."""
     connection = duckdb.connect(":memory:", config=_CONFIG)
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false; SET parquet_metadata_cache = true")
     views.create(connection)
     line = sys.stdin.buffer.readline()
     if not line:
