@@ -1,52 +1,70 @@
-"""Moves closed days from hot shards into cold segments: write, check, put, read back, commit to the ledger, swap.
+"""Moves closed days from hot shards into cold segments: write, put, read back, check, commit to the ledger, swap.
 
 The order is the contract. Until the ledger entry stands the segments are orphans and hot serves the rows; the entry is
 the commit point; one catalog transaction then makes readers take the segments instead of the shards. A run that was
-killed anywhere is finished or repeated by the next one, which begins by `reconcile`.
+killed anywhere is finished or repeated by the next one, which begins by `reconcile`. Each day is an entry of its own,
+so that a day is served wholly from hot or wholly from cold.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import hashlib
+import itertools
+import json
+import secrets
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from schemas.errors import ConflictError, CorruptStore
+from schemas.errors import AlreadyExists, ConflictError, CorruptStore
 from schemas.events import SegmentSealed
-from schemas.registry import SchemaRegistry
+from schemas.registry import Schema, SchemaRegistry
 from schemas.settings import Settings
 from schemas.sink import EventSink, platform_session
 from store import duck
 from store.catalog import Catalog, Range, Segment, Shard
-from store.cold import Draft, SegmentContent, plan_parts, read_content, write_part
-from store.coverage import Coverage, cover, coverage_from_json, coverage_to_json, spans_of
+from store.cold import SEGMENT_BYTES_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
+from store.coverage import Coverage, cover, coverage_from_json, coverage_to_json, from_parquet, spans_of, to_parquet
 from store.crashpoints import crash_point
-from store.hot import attach
+from store.fences import FileLock
 from store.ledger import Entry, Ledger
 from store.objects.base import NO_LOCK, Lock, ObjectStore
 
-log = structlog.get_logger()
+log = structlog.get_logger("tokentape.tiering")
 
 ENTRY_TYPE = "segments"
-"""Ledger entries of this type commit segments and the coverage of the offsets that they hold."""
+"""Ledger entries of this type commit the segments of one day and the coverage of the offsets that they hold."""
 
 CLAIM_S = 3600.0
-"""How long a tiering run may keep its shards from being merged."""
+"""How long a day's shards are kept from being merged; renewed with every segment."""
 
 OWNER = "tier"
-"""Who claims: one name for all runs, of which the ledger of runs lets one go at a time, so that the next finishes a killed one's work."""
+"""Who claims: one name for all runs, of which a lock lets one go at a time, so that the next finishes a killed one's work."""
+
+CRASH_POINTS = ("staged", "written", "put_one", "put", "read_back", "coverage_put", "before_commit", "committed", "swapped", "announced")
+"""Every step of a day that changes durable state, as `tier.NAME` for `store.crashpoints`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A segment in the store, read back."""
+
+    key: str
+    draft: Draft
+    content: SegmentContent
 
 
 @dataclass(frozen=True)
 class Tiering:
-    """What a tiering run works on."""
+    """What a tiering run works on; `segment_bytes_max` is where a segment rolls."""
 
     settings: Settings
     catalog: Catalog
@@ -54,123 +72,192 @@ class Tiering:
     ledger: Ledger
     registry: SchemaRegistry
     sink: EventSink | None = None
+    segment_bytes_max: int = SEGMENT_BYTES_MAX
 
     def run(self, *, all_days: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Tier every shard of a day older than `jobs.tier_after_days`, or of any day; what was done as a flat dict.
 
         Raises:
-            CorruptStore: rows whose bytes are not those of the log; nothing was swapped and nothing dropped.
-            ConflictError: another run has claimed the shards.
+            CorruptStore: rows whose bytes are not those of the log; that day was not swapped and nothing of it dropped.
+            ConflictError: another run is at work, or the shards are being merged.
+            StoreUnavailable, StorageFull: the next run completes what this one began.
         """
-        finished = 0 if dry_run else self.reconcile()
-        shards = self._closed(all_days)
-        summary = {"shards": len(shards), "events": sum(shard.rows for shard in shards), "finished_earlier": finished}
         if dry_run:
-            return {**summary, "would_tier": [f"{shard.name}: {shard.day}, {shard.rows:,} events" for shard in shards]}
-        if not shards:
-            return {**summary, "segments": 0}
-        names = [shard.name for shard in shards]
-        if not self.catalog.claim(names, OWNER, CLAIM_S):
-            raise ConflictError("the shards are being merged or tiered", operation="tier", hint="try again later")
-        try:
-            segments = self._tier(shards)
-        finally:
-            self.catalog.release(names, OWNER)
-        cold = sum(segment.bytes for segment in segments)
-        return {**summary, "segments": len(segments), "bytes": cold, "keys": [segment.key for segment in segments]}
+            return self._preview(self._closed(all_days))
+        with self._alone():
+            for left in (self.settings.data / "tmp").glob("tier-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            finished = self._reconcile()
+            shards = self._closed(all_days)
+            segments: list[Segment] = []
+            for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
+                segments += self._tier_day(list(group))
+        summary = {"shards": len(shards), "events": sum(shard.rows for shard in shards), "finished_earlier": finished}
+        size = sum(segment.bytes for segment in segments)
+        return {**summary, "segments": len(segments), "bytes": size, "keys": [segment.key for segment in segments]}
 
     def reconcile(self) -> int:
-        """Finish what earlier runs committed but did not swap; how many ledger entries that were.
+        """Finish what killed runs committed but did not swap; how many ledger entries that were, 0 while a run is at work.
 
         A catalog that was lost gets all its segments back this way.
         """
-        known = max((segment.ledger_entry for segment in self.catalog.snapshot().segments), default=-1)
-        finished = 0
-        for entry in self.ledger.entries(known + 1):
-            if entry.type == ENTRY_TYPE:
-                self._swap(segments_of(entry), [coverage_from_json(item) for item in entry.body["coverage"]])
-                finished += 1
-        return finished
+        try:
+            with self._alone():
+                return self._reconcile()
+        except ConflictError:
+            return 0
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One run at a time; the lock dies with its process.
+
+        Raises:
+            ConflictError: another run is at work.
+        """
+        path = self.catalog.path.parent / "fences" / "tier.lock"
+        lock = FileLock.take(path, secrets.token_hex(8))
+        if lock is None:
+            raise ConflictError("another tiering run is at work", operation="tier", place=str(path), hint="try again when it is done")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _closed(self, all_days: bool) -> list[Shard]:
-        """The shards to tier. Days never run backwards along a partition, so they are the beginning of each."""
+        """The shards to tier by day. Days never run backwards along a partition, so they are the beginning of each."""
         limit = dt.datetime.now(dt.UTC) - dt.timedelta(days=self.settings.jobs.tier_after_days)
         shards = self.catalog.snapshot().shards
-        return [shard for shard in shards if all_days or shard.day < limit.strftime("%Y-%m-%d")]
+        closed = [shard for shard in shards if all_days or shard.day < limit.strftime("%Y-%m-%d")]
+        return sorted(closed, key=lambda shard: (shard.day, shard.name))
 
-    def _tier(self, shards: Sequence[Shard]) -> list[Segment]:
+    def _preview(self, shards: Sequence[Shard]) -> dict[str, Any]:
+        by_day: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for shard in shards:
+            by_day[shard.day][0] += 1
+            by_day[shard.day][1] += shard.rows
+        would = [f"{day}: {events:,} events in {count:,} shard(s)" for day, (count, events) in sorted(by_day.items())]
+        return {"shards": len(shards), "events": sum(shard.rows for shard in shards), "would_tier": would}
+
+    # One day
+
+    def _tier_day(self, shards: Sequence[Shard]) -> list[Segment]:
+        names = [shard.name for shard in shards]
+        self._claim(names)
         scratch = self.settings.data / "tmp"
         scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="tier-", dir=scratch))
         try:
-            drafts = self._write(shards, folder)
-            crash_point("tier.written")
-            keyed = self._put(drafts)
+            stored = [self._store(key, draft, names) for key, draft in self._keyed(self._write(shards, folder))]
             crash_point("tier.put")
-            contents = [self._read_back(key, draft) for key, draft in keyed]
-            coverage = cover(self.catalog, shards, contents)
-            crash_point("tier.before_commit")
-            entry = self.ledger.append(ENTRY_TYPE, self._manifest(keyed, contents, coverage))
-            crash_point("tier.committed")
+            entry = self._commit(shards, stored, names)
+            segments = segments_of(entry)
+            self.catalog.swap(retire=names, segments=segments, owner=OWNER)
+            crash_point("tier.swapped")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        segments = segments_of(entry)
-        self._swap(segments, coverage)
-        crash_point("tier.swapped")
+            self.catalog.release(names, OWNER)
         self._announce(segments)
+        crash_point("tier.announced")
+        log.info("tier.done", day=shards[0].day, shards=len(shards), segments=len(segments), ledger_entry=entry.sequence)
         return segments
+
+    def _claim(self, names: Sequence[str]) -> None:
+        if not self.catalog.claim(names, OWNER, CLAIM_S):
+            raise ConflictError("the shards are being merged", operation="tier", place=names[0], hint="try again when that is done")
 
     def _write(self, shards: Sequence[Shard], folder: Path) -> list[Draft]:
         filled = [shard for shard in shards if shard.rows]
         if not filled:
             return []
-        bytes_per_row = sum(shard.bytes for shard in filled) / sum(shard.rows for shard in filled)
-        with duck.connect(threads=self.settings.sql.threads, memory_limit=f"{self.settings.sql.memory_mb}MB") as connection:
-            connection.execute(f"SET temp_directory='{folder}'")
-            relation = attach(connection, filled, day=True)
-            parts = plan_parts(connection, relation, bytes_per_row)
-            return [write_part(connection, relation, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+        expected = sum(shard.rows for shard in filled)
+        sql, staged = self.settings.sql, folder / "staged.duckdb"
+        memory = f"{sql.memory_mb}MB"
+        with duck.connect(staged, threads=sql.threads, memory_limit=memory, temp_directory=str(folder)) as connection:
+            rows = stage(connection, filled)
+            crash_point("tier.staged")
+            if rows != expected:
+                raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
+            parts = plan_parts(connection, staged.stat().st_size / rows, self.segment_bytes_max)
+            drafts = [write_part(connection, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+        crash_point("tier.written")
+        staged.unlink()
+        return drafts
 
-    def _put(self, drafts: Sequence[Draft]) -> list[tuple[str, Draft]]:
+    def _keyed(self, drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft]]:
         numbers: dict[tuple[str, str, str], int] = defaultdict(int)
         for segment in self.catalog.snapshot().segments:
             numbers[segment.tenant, segment.day, segment.retention_class] += 1
-        keyed = []
         for draft in drafts:
             place = (draft.part.tenant, draft.part.day, draft.part.retention_class)
-            key = draft.key(numbers[place])
+            yield draft.key(numbers[place]), draft
             numbers[place] += 1
-            self.objects.create_from_file(key, draft.path, lock=self._lock())
-            keyed.append((key, draft))
-        return keyed
+
+    def _store(self, key: str, draft: Draft, names: Sequence[str]) -> _Stored:
+        """Put a segment and read back what the store really holds, not the local file."""
+        self.objects.create_from_file(key, draft.path, lock=self._lock())
+        crash_point("tier.put_one")
+        draft.path.unlink()
+        self._claim(names)
+        content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
+        if content.rows != draft.part.rows:
+            raise CorruptStore(f"{content.rows} rows came back, {draft.part.rows} were written", operation="tier", place=key)
+        crash_point("tier.read_back")
+        return _Stored(key, draft, content)
 
     def _lock(self) -> Lock:
         """Retention is sent with every PUT: a store that is left to its default may keep none."""
         cold = self.settings.cold
-        if cold.kind == "local" or cold.lock == "none":
+        if cold.lock == "none":
             return NO_LOCK
         return Lock(cold.lock, dt.datetime.now(dt.UTC) + dt.timedelta(days=cold.lock_days))
 
-    def _read_back(self, key: str, draft: Draft) -> SegmentContent:
-        """The content of what the store really holds, not of the local file."""
-        content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
-        if len(content.records) != draft.part.rows:
-            raise CorruptStore(f"{len(content.records)} rows came back, {draft.part.rows} were written", operation="tier", place=key)
-        return content
+    def _commit(self, shards: Sequence[Shard], stored: Sequence[_Stored], names: Sequence[str]) -> Entry:
+        """Check that the segments hold what the log held, and enter them."""
+        keys = [item.key for item in stored]
+        coverage = cover(self.catalog, shards, keys, [item.content for item in stored])
+        manifest = self._put_coverage(shards[0].day, coverage)
+        schemas = {fingerprint: self._put_schema(fingerprint) for item in stored for fingerprint in item.content.schemas}
+        objects = [{"key": item.key, "bytes": item.draft.bytes, "sha256": item.draft.sha256} for item in stored]
+        body = {
+            "day": shards[0].day,
+            "objects": [*objects, manifest, *schemas.values()],
+            "segments": [_segment_to_json(item, schemas) for item in stored],
+            "coverage_key": manifest["key"],
+            "coverage": [coverage_to_json(item) for item in coverage],
+        }
+        self._claim(names)
+        crash_point("tier.before_commit")
+        entry = self.ledger.append(ENTRY_TYPE, body)
+        crash_point("tier.committed")
+        return entry
 
-    def _manifest(
-        self, keyed: Sequence[tuple[str, Draft]], contents: Sequence[SegmentContent], coverage: Sequence[Coverage]
-    ) -> dict[str, Any]:
-        segments = [_segment_to_json(key, draft, content) for (key, draft), content in zip(keyed, contents, strict=True)]
-        return {"segments": segments, "coverage": [coverage_to_json(item) for item in coverage]}
+    def _put_coverage(self, day: str, coverage: Sequence[Coverage]) -> dict[str, Any]:
+        data = to_parquet(coverage)
+        sha256 = hashlib.sha256(data).hexdigest()
+        key = f"coverage/day={day}/{sha256[:16]}.parquet"
+        self.objects.create(key, data, lock=self._lock())
+        crash_point("tier.coverage_put")
+        return {"key": key, "bytes": len(data), "sha256": sha256}
 
-    def _swap(self, segments: Sequence[Segment], coverage: Sequence[Coverage]) -> None:
-        """Serve the segments instead of every live shard whose offsets they cover."""
-        covered = [shard.name for shard in self.catalog.snapshot().shards if _is_covered(shard, coverage)]
-        self.catalog.swap(retire=covered, segments=segments, owner=OWNER)
+    def _put_schema(self, fingerprint: bytes) -> dict[str, Any]:
+        """Put a writer schema beside the segments, which explain themselves then; what the ledger is to say of the object.
+
+        Raises:
+            CorruptStore: another schema stands under the fingerprint.
+        """
+        schema = self.registry.get(fingerprint)
+        key, data = schema_key(fingerprint), schema.json().encode()
+        try:
+            self.objects.create(key, data, lock=self._lock())
+        except AlreadyExists:
+            data = self.objects.get(key)
+            if not says(data, schema):
+                raise CorruptStore("another schema stands under this fingerprint", operation="tier", place=key) from None
+        return {"key": key, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     def _announce(self, segments: Sequence[Segment]) -> None:
-        if self.sink is None:
+        """Record that segments were sealed. It is told once: should the process die before, the ledger still says it."""
+        if self.sink is None or not segments:
             return
         session = platform_session("lifecycle", "job:tier")
         for segment in segments:
@@ -188,29 +275,77 @@ class Tiering:
                 ),
             )
 
+    # After a kill
 
-def _is_covered(shard: Shard, coverage: Sequence[Coverage]) -> bool:
-    """Whether every offset of a shard is in the coverage."""
-    return all(any(item.contains(span) for item in coverage) for span in shard.ranges)
+    def _reconcile(self) -> int:
+        known = max((segment.ledger_entry for segment in self.catalog.snapshot().segments), default=-1)
+        return sum(self._finish(entry) for entry in self.ledger.entries(known + 1) if entry.type == ENTRY_TYPE)
+
+    def _finish(self, entry: Entry) -> bool:
+        """Serve the segments of an entry instead of the shards whose offsets they cover; whether there was something to do.
+
+        Raises:
+            ConflictError: a shard holds offsets of the entry and others, so that neither can be served alone.
+        """
+        spans = [coverage_from_json(item) for item in entry.body["coverage"]]
+        live = self.catalog.snapshot().shards
+        touched = [shard for shard in live if any(_overlap(item.span, span) for item in spans for span in shard.ranges)]
+        segments = segments_of(entry)
+        if not touched and not segments:
+            return False
+        coverage = from_parquet(self.objects.get(entry.body["coverage_key"]), spans, place=entry.body["coverage_key"]) if touched else []
+        covered = [shard.name for shard in touched if all(_is_covered(span, coverage) for span in shard.ranges)]
+        mixed = [shard.name for shard in touched if shard.name not in covered and any(_is_covered(span, coverage) for span in shard.ranges)]
+        if mixed:
+            hint = "run `tokentape rebuild`: it makes the shards anew behind what is cold"
+            raise ConflictError(f"shard {mixed[0]} is cold in part", operation="tier", place=entry.key, hint=hint)
+        self.catalog.swap(retire=covered, segments=segments, owner=OWNER)
+        self._announce(segments)
+        return bool(covered or segments)
 
 
-def _segment_to_json(key: str, draft: Draft, content: SegmentContent) -> dict[str, Any]:
-    part = draft.part
+def _overlap(one: Range, other: Range) -> bool:
+    same = (one.log_id, one.partition) == (other.log_id, other.partition)
+    return same and one.offset_first < other.offset_next and other.offset_first < one.offset_next
+
+
+def _is_covered(span: Range, coverage: Sequence[Coverage]) -> bool:
+    """Whether a shard's range is cold. A requeued record is so only when its row is: its offset was covered before, without one."""
+    if span.digest_next is None:
+        return any(item.holds(span) for item in coverage)
+    return any(item.contains(span) for item in coverage)
+
+
+def schema_key(fingerprint: bytes) -> str:
+    """Where the object store keeps a writer schema."""
+    return f"schemas/{fingerprint.hex()}.avsc"
+
+
+def says(data: bytes, schema: Schema) -> bool:
+    """Whether a stored schema object is this schema, however it is spelled: 64 bits of fingerprint alone could be forged."""
+    try:
+        return Schema(json.loads(data)).sha256 == schema.sha256
+    except Exception:  # whatever the parser meets in bytes that are no schema
+        return False
+
+
+def _segment_to_json(item: _Stored, schemas: Mapping[bytes, Mapping[str, Any]]) -> dict[str, Any]:
+    part = item.draft.part
     return {
-        "key": key,
-        "sha256": draft.sha256,
-        "bytes": draft.bytes,
+        "key": item.key,
+        "sha256": item.draft.sha256,
+        "bytes": item.draft.bytes,
         "rows": part.rows,
-        "root": content.root.hex(),
+        "root": item.content.root.hex(),
         "tenant": part.tenant,
         "day": part.day,
         "retention_class": part.retention_class,
         "session_min": part.session_first.hex(),
         "session_max": part.session_last.hex(),
-        "time_min": draft.time_min,
-        "time_max": draft.time_max,
-        "schemas": content.schemas,
-        "ranges": [[span.log_id, span.partition, span.offset_first, span.offset_next] for span in spans_of(content)],
+        "time_min": item.draft.time_min,
+        "time_max": item.draft.time_max,
+        "schemas": [schemas[fingerprint]["key"] for fingerprint in item.content.schemas],
+        "ranges": [[span.log_id, span.partition, span.offset_first, span.offset_next] for span in spans_of(item.content)],
     }
 
 

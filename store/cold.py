@@ -7,20 +7,26 @@ row by equality on a binary column.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from schemas.codec import leaf_hash
 from schemas.errors import CorruptStore
 from schemas.registry import SchemaRegistry
 from store import duck
-from store.ledger.merkle import root_of
-from store.rows import Row, framed, rows_to_datums
+from store.columns import current_columns
+from store.hot import attach, detach
+from store.ledger.merkle import root_of_packed
+from store.recode import Recoded, recode
+from store.shards import Shard
 
 SEGMENT_BYTES_MAX = 256 << 20
 """Where a segment rolls; estimated from the hot rows, which are never smaller than the cold ones."""
@@ -29,9 +35,16 @@ ROW_GROUP_ROWS = 20_480
 """A multiple of DuckDB's vector of 2,048: small enough that one session touches one or two groups."""
 
 _COPY = (
-    "FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 6, PARQUET_VERSION V2, "
-    f"ROW_GROUP_SIZE {ROW_GROUP_ROWS}, WRITE_BLOOM_FILTER false, DICTIONARY_SIZE_LIMIT 65536"
+    f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 15, PARQUET_VERSION V2, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, WRITE_BLOOM_FILTER false"
 )
+"""Measured on real text: level 15 saves 8 % over level 3 for a tenth of the time that reading back takes; V2's encodings
+(DELTA_BINARY_PACKED, BYTE_STREAM_SPLIT for logprobs) save another 8 %."""
+
+_NAME_MAX = 100
+"""Characters of a tenant or class in a key; longer ones are cut and get a hash."""
+
+_STAGED_AT_ONCE = 32
+"""Shards attached at a time: each holds a file open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +73,46 @@ class Draft:
     def key(self, number: int) -> str:
         """The object's key; `number` counts the segments of its tenant, day and class."""
         part = self.part
-        return f"events/tenant={part.tenant}/day={part.day}/{part.retention_class}-{number:04d}-{self.sha256[:8]}.parquet"
+        folder = f"events/tenant={_name(part.tenant)}/day={part.day}"
+        return f"{folder}/{_name(part.retention_class)}-{number:04d}-{self.sha256[:8]}.parquet"
 
 
-def plan_parts(connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float) -> list[Part]:
-    """Cut the rows of a relation with a `day` column into parts, between sessions, each below `SEGMENT_BYTES_MAX` if it can be."""
-    rows_max = max(1, int(SEGMENT_BYTES_MAX / max(bytes_per_row, 1.0)))
+def _name(text: str) -> str:
+    """Text from events as part of a key: whatever a producer sent, it must not block the tier."""
+    quoted = quote(text, safe="-_.~").replace(".", "%2E", 1) if text.startswith(".") else quote(text, safe="-_.~")
+    return quoted if len(quoted) <= _NAME_MAX else f"{quoted[:_NAME_MAX]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+STAGED = "staged"
+"""Name of the table that `stage` fills."""
+
+
+def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> int:
+    """Copy the rows of shards, and the day that each was filed under, into one table; how many.
+
+    Raises:
+        CorruptStore: a shard is damaged. StoreUnavailable: one is gone. StorageFull: no room.
+    """
+    definition = ", ".join(f'"{name}" {kind}' for name, kind in {**current_columns(), "day": "VARCHAR"}.items())
+    total = 0
+    try:
+        connection.execute(f"CREATE TABLE {STAGED} ({definition})")
+        for start in range(0, len(shards), _STAGED_AT_ONCE):
+            group = shards[start : start + _STAGED_AT_ONCE]
+            relation = attach(connection, group, day=True)
+            total += connection.execute(f"INSERT INTO {STAGED} BY NAME SELECT * FROM {relation}").fetchall()[0][0]
+            detach(connection, group)
+        connection.execute("CHECKPOINT")
+    except duckdb.Error as error:
+        raise duck.mapped(error, operation="stage shards", place=STAGED) from error
+    return total
+
+
+def plan_parts(connection: duckdb.DuckDBPyConnection, bytes_per_row: float, bytes_max: int = SEGMENT_BYTES_MAX) -> list[Part]:
+    """Cut the staged rows into parts, between sessions, each below `bytes_max` if it can be."""
+    rows_max = max(1, int(bytes_max / max(bytes_per_row, 1.0)))
     groups = connection.execute(
-        f"SELECT tenant, day, retention_class, session_id, count(*) FROM {relation} GROUP BY ALL ORDER BY ALL"
+        f"SELECT tenant, day, retention_class, session_id, count(*) FROM {STAGED} GROUP BY ALL ORDER BY ALL"
     ).fetchall()
     parts: list[Part] = []
     for tenant, day, retention_class, session, count in groups:
@@ -79,7 +124,7 @@ def plan_parts(connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_r
     return parts
 
 
-def write_part(connection: duckdb.DuckDBPyConnection, relation: str, part: Part, path: Path) -> Draft:
+def write_part(connection: duckdb.DuckDBPyConnection, part: Part, path: Path) -> Draft:
     """Write one part to a local Parquet file, sorted by session, partition and offset.
 
     Raises:
@@ -93,12 +138,12 @@ def write_part(connection: duckdb.DuckDBPyConnection, relation: str, part: Part,
         "first": part.session_first,
         "last": part.session_last,
     }
-    select = f'SELECT * EXCLUDE (day) FROM {relation} WHERE {where} ORDER BY session_id, "partition", "offset"'
+    select = f'SELECT * EXCLUDE (day) FROM {STAGED} WHERE {where} ORDER BY session_id, "partition", "offset"'
     try:
-        connection.execute(f"COPY ({select}) TO '{path}' ({_COPY})", values)
-        time_min, time_max, rows = connection.execute(
-            f"SELECT epoch_us(min(recorded_at)), epoch_us(max(recorded_at)), count(*) FROM read_parquet('{path}')"
-        ).fetchall()[0]
+        connection.execute(f"COPY ({select}) TO {_literal(path)} ({_COPY})", values)
+        facts = "epoch_us(min(recorded_at)), epoch_us(max(recorded_at)), count(*)"
+        written = f"SELECT {facts} FROM read_parquet({_literal(path)}, hive_partitioning = false)"
+        time_min, time_max, rows = connection.execute(written).fetchall()[0]
     except duckdb.Error as error:
         raise duck.mapped(error, operation="write segment", place=str(path)) from error
     if rows != part.rows:
@@ -108,24 +153,33 @@ def write_part(connection: duckdb.DuckDBPyConnection, relation: str, part: Part,
     return Draft(part, path, digest, path.stat().st_size, time_min, time_max)
 
 
+def _literal(path: Path) -> str:
+    """A path in SQL."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
 @dataclass(frozen=True, slots=True)
-class RecordDigest:
-    """One row of a segment as the log held it: its place and the SHA-256 of its framed bytes."""
+class Held:
+    """The records of one partition in a segment, in no order: offsets, and beside each the SHA-256 of the framed bytes.
+
+    40 bytes a record, because a whole day of them is in memory at once. `hashes` has shape (n, 32), dtype uint8.
+    """
 
     log_id: str
     partition: int
-    offset: int
-    sha256: bytes
+    offsets: np.ndarray[Any, np.dtype[np.int64]]
+    hashes: np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentContent:
-    """What reading a segment back shows: the RFC 9162 root over its leaves in row order, and each record's digest."""
+    """What reading a segment back shows: number of rows, RFC 9162 root over their leaves in row order, the records as the
+    log held them, and the fingerprints of the schemas that wrote them."""
 
+    rows: int
     root: bytes
-    records: list[RecordDigest]
-    schemas: list[str]
-    """SHA-256 (hex) of each writer schema's canonical form: 64 bits of fingerprint alone could be forged."""
+    held: tuple[Held, ...]
+    schemas: tuple[bytes, ...]
 
 
 def read_content(data: bytes, registry: SchemaRegistry, *, sha256: str, place: str) -> SegmentContent:
@@ -138,21 +192,35 @@ def read_content(data: bytes, registry: SchemaRegistry, *, sha256: str, place: s
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise CorruptStore(f"SHA-256 is {found[:16]}…, entered as {sha256[:16]}…", operation="read segment", place=place)
-    leaves: list[bytes] = []
-    records: list[RecordDigest] = []
-    schemas: set[str] = set()
-    for row in _rows(data, place):
-        schema = registry.get(row.fingerprint)
-        schemas.add(schema.sha256)
-        leaves.append(leaf_hash(row.datum, schema))
-        digest = hashlib.sha256(framed(row.datum, row.fingerprint, registry)).digest()
-        records.append(RecordDigest(row.log_id, row.partition, row.offset, digest))
-    return SegmentContent(root_of(leaves), records, sorted(schemas))
+    leaves, schemas = bytearray(), set[bytes]()
+    pieces: dict[tuple[str, int], list[tuple[Any, Any]]] = defaultdict(list)
+    for piece in _recoded(data, registry, place):
+        leaves += piece.leaves
+        schemas |= piece.schemas
+        hashes = np.frombuffer(piece.hashes, np.uint8).reshape(-1, 32)
+        for log_id, partition, rows in _by_partition(piece):
+            pieces[log_id, partition].append((piece.offsets[rows], hashes[rows]))
+    held = tuple(
+        Held(*where, np.concatenate([item[0] for item in parts]).astype(np.int64), np.concatenate([item[1] for item in parts]))
+        for where, parts in sorted(pieces.items())
+    )
+    return SegmentContent(len(leaves) // 32, root_of_packed(bytes(leaves)), held, tuple(sorted(schemas)))
 
 
-def _rows(data: bytes, place: str) -> Iterator[Row]:
+def _recoded(data: bytes, registry: SchemaRegistry, place: str) -> Iterator[Recoded]:
     try:
-        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches():
-            yield from rows_to_datums(batch)
-    except (OSError, ValueError) as error:  # Arrow's errors derive from both
+        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=ROW_GROUP_ROWS):
+            yield from recode(batch, registry)
+    except CorruptStore as error:
+        raise CorruptStore(error.fault, operation="read segment", place=place) from error
+    except (OSError, ValueError, KeyError) as error:  # Arrow's errors derive from these
         raise CorruptStore(f"not a readable segment: {error}", operation="read segment", place=place) from error
+
+
+def _by_partition(piece: Recoded) -> Iterator[tuple[str, int, Any]]:
+    """Places of a piece's rows by log and partition."""
+    coded = piece.log_ids.dictionary_encode()
+    numbers = coded.indices.to_numpy(zero_copy_only=False)
+    for number, log_id in enumerate(coded.dictionary.to_pylist()):
+        for partition in np.unique(piece.partitions[numbers == number]):
+            yield log_id, int(partition), np.flatnonzero((numbers == number) & (piece.partitions == partition))
