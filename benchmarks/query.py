@@ -24,15 +24,14 @@ from pydantic import SecretStr
 from schemas import events
 from schemas.codec import encode_payload, join
 from schemas.events import Payload
-from schemas.registry import CURRENT
 from schemas.settings import ColdSettings, Settings, SqlSettings
 from schemas.sink import SessionContext
-from store import container, tables
 from store.catalog import Catalog, Range, Segment, Shard, open_catalog
 from store.duck import connect
 from store.objects import open_store
 from store.reader import EventReader
 from store.sql import SqlService
+from tests.stored import insert
 
 EVENTS = int(os.environ.get("TOKENTAPE_BENCH_EVENTS", "10000000"))
 SESSION_EVENTS = 200  # one opening and ten generations of about twenty events each
@@ -114,12 +113,9 @@ def _base(folder: Path) -> Path:
             seq = len(values)
             body = encode_payload(payload.KIND, payload.model_dump())
             values.append(join(rng.randbytes(16), session.encoded, b"producer", seq, START_US + seq * 900, body))
-    path, avro, mark = folder / "base.duckdb", folder / "base.avro", bytes(container.MARK_BYTES)
-    records = container.Records(0, range(len(values)), [START_US + i * 900 + 700 for i in range(len(values))], values)
-    container.write(avro, CURRENT, records, mark)
+    path = folder / "base.duckdb"
     with connect(path, extensions=("avro",)) as duck:
-        tables.create_events(duck)
-        duck.execute(f"INSERT INTO events {tables.select_container(CURRENT, 'bench', mark)}", [str(avro)])
+        insert(duck, folder, values, appended_at=START_US, log_id="bench")
     return path
 
 

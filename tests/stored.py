@@ -3,34 +3,62 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from schemas.codec import encode
+from schemas.codec import encode, zigzag
 from schemas.events import Event
-from schemas.registry import CURRENT
+from schemas.registry import CURRENT, HEADER_BYTES, Schema
 from schemas.settings import Settings
-from store import container, tables
 from store.catalog import Catalog, Range, Segment, Shard
+from store.columns import LOG_COLUMNS, current_columns
 from store.duck import connect
 from store.objects.base import ObjectStore
 
 DAY = "2026-11-23"
 LOG_ID = "log"
+APPENDED = 1_795_442_800_000_000
 
 
-def insert(duck: duckdb.DuckDBPyConnection, folder: Path, events: Sequence[Event], *, offset: int, partition: int = 0) -> None:
-    """Insert events into the table `events` as the indexer does, from an Avro container."""
-    mark, path = os.urandom(container.MARK_BYTES), folder / "batch.avro"
-    offsets = range(offset, offset + len(events))
-    records = container.Records(partition, offsets, [event.recorded_at + 500 for event in events], [encode(event) for event in events])
-    container.write(path, CURRENT, records, mark)
-    duck.execute(f"INSERT INTO events {tables.select_container(CURRENT, LOG_ID, mark)}", [str(path)])
+def insert(
+    duck: duckdb.DuckDBPyConnection,
+    folder: Path,
+    framed: Sequence[bytes],
+    *,
+    offset: int = 0,
+    partition: int = 0,
+    appended_at: int = 0,
+    schema: Schema = CURRENT,
+    log_id: str = LOG_ID,
+) -> None:
+    """Insert framed events, one offset and one µs of append time after the other, into `events` with DuckDB's Avro reader."""
+    path = folder / "batch.avro"
+    path.write_bytes(_container(schema, framed))
+    have = {field["name"] for field in schema.definition["fields"]}
+    own = {name: kind for name, kind in current_columns().items() if name not in LOG_COLUMNS}
+    columns = ", ".join(f'CAST({name if name in have else "NULL"} AS {kind}) AS "{name}"' for name, kind in own.items())
+    kinds = " ".join(f"WHEN {kind} IS NOT NULL THEN '{kind}'" for kind in schema.kinds)
+    definition = ", ".join(f'"{name}" {kind}' for name, kind in current_columns().items())
+    duck.execute(f"CREATE TABLE IF NOT EXISTS events ({definition})")
+    duck.execute(
+        f"INSERT INTO events SELECT CASE {kinds} END, '{log_id}', {partition}, {offset} + i, make_timestamp({appended_at} + i),"
+        f" unhex('{schema.fingerprint.hex()}'), {columns}"
+        f" FROM (SELECT *, row_number() OVER () - 1 AS i FROM read_avro('{path}')) ORDER BY i"
+    )
     path.unlink()
+
+
+def _container(schema: Schema, framed: Sequence[bytes]) -> bytes:
+    """An Avro object container file of one block."""
+    meta = {"avro.schema": json.dumps(schema.definition).encode(), "avro.codec": b"null"}
+    pairs = b"".join(zigzag(len(key)) + key.encode() + zigzag(len(value)) + value for key, value in meta.items())
+    body = b"".join(raw[HEADER_BYTES:] for raw in framed)
+    sync = bytes(16)
+    return b"Obj\x01" + zigzag(len(meta)) + pairs + b"\0" + sync + zigzag(len(framed)) + zigzag(len(body)) + body + sync
 
 
 def put_hot(catalog: Catalog, name: str, events: Sequence[Event], *, offset: int = 0, partition: int = 0) -> Shard:
@@ -38,8 +66,7 @@ def put_hot(catalog: Catalog, name: str, events: Sequence[Event], *, offset: int
     catalog.shards_folder.mkdir(parents=True, exist_ok=True)
     path = catalog.shards_folder / f"{name}.duckdb"
     with connect(path, extensions=("avro",)) as duck:
-        tables.create_events(duck)
-        insert(duck, catalog.shards_folder, events, offset=offset, partition=partition)
+        insert(duck, catalog.shards_folder, [encode(event) for event in events], offset=offset, partition=partition, appended_at=APPENDED)
     covered = _covered(events, offset, partition)
     shard = Shard(name=name, path=path, level="sealed", day=DAY, rows=len(events), bytes=path.stat().st_size, **covered)
     catalog.swap(shards=[shard])
@@ -52,8 +79,7 @@ def put_cold(
     """A Parquet segment of these events (of one tenant), listed in the catalog."""
     path = folder / "segment.parquet"
     with connect(extensions=("avro",)) as duck:
-        tables.create_events(duck)
-        insert(duck, folder, events, offset=offset, partition=partition)
+        insert(duck, folder, [encode(event) for event in events], offset=offset, partition=partition, appended_at=APPENDED)
         order = 'ORDER BY session_id, "partition", "offset"'
         options = "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2, WRITE_BLOOM_FILTER false, ROW_GROUP_SIZE 20000"
         duck.execute(f"COPY (SELECT * FROM events {order}) TO '{path}' ({options})")

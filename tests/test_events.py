@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from schemas.codec import decode, decode_datum, encode, encode_datum, encode_pay
 from schemas.errors import InvalidEvent, NewerSchema, UnknownSchema
 from schemas.events import PAYLOADS, ChunkContent, Event, ProducerHeartbeat, TokenChunk
 from schemas.registry import CURRENT, HEADER_BYTES, Schema, SchemaRegistry
-from store import container, tables
 from store.columns import LOG_COLUMNS, columns
 from store.duck import connect
 from store.rows import framed, rows_to_datums, stored_events
 from tests.golden_write import ROOT, jsonable
+from tests.stored import insert
 from tests.strategies import LONGS, TEXTS, events, sample
 
 KINDS = sorted(PAYLOADS)
@@ -197,18 +196,15 @@ def _batch() -> list[Event]:
 
 @pytest.fixture
 def duck(tmp_path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with a shard's table in a file."""
+    """A connection to a shard's file."""
     with connect(tmp_path / "shard.duckdb", extensions=("avro",)) as connection:
-        tables.create_events(connection)
         yield connection
 
 
 def _insert(duck: duckdb.DuckDBPyConnection, folder: Path, raws: list[bytes], schema: Schema = CURRENT) -> None:
-    """Insert framed events as the indexer does: as an Avro container that DuckDB's own reader reads."""
-    mark, path = os.urandom(container.MARK_BYTES), folder / "batch.avro"
-    container.write(path, schema, container.Records(3, range(len(raws)), [7 + i for i in range(len(raws))], raws), mark)
-    duck.execute("DELETE FROM events")
-    duck.execute(f"INSERT INTO events {tables.select_container(schema, 'log', mark)}", [str(path)])
+    """Fill the table with framed events at partition 3, offsets from 0, append times from 7."""
+    duck.execute("DROP TABLE IF EXISTS events")
+    insert(duck, folder, raws, partition=3, appended_at=7, schema=schema)
 
 
 def _rows(duck: duckdb.DuckDBPyConnection, folder: Path) -> dict[str, pa.Table]:
@@ -244,7 +240,6 @@ def test_rows_of_any_events_give_the_bytes_of_the_log(tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("rows")
     raws = [encode(event) for event in batch]
     with connect(extensions=("avro",)) as duck:
-        tables.create_events(duck)
         _insert(duck, folder, raws)
 
         for rows in _rows(duck, folder).values():
@@ -275,12 +270,13 @@ def test_slices_of_rows_are_the_same_rows(duck: duckdb.DuckDBPyConnection, tmp_p
 def test_columns_are_those_that_duckdb_reads(tmp_path: Path) -> None:
     """The columns derived from the schema alone are those that DuckDB's Avro reader gives, but for the enum."""
     path = tmp_path / "one.avro"
-    container.write(path, CURRENT, container.Records(0, [0], [0], [encode(_token_event())]), bytes(container.MARK_BYTES))
+    with path.open("wb") as file:
+        fastavro.writer(file, fastavro.parse_schema(CURRENT.definition), [_token_event().to_datum()])
     with connect(extensions=("avro",)) as duck:
         read = duck.execute("DESCRIBE SELECT * FROM read_avro(?)", [str(path)]).fetchall()
         typed = {name: _type_of(duck, kind) for name, kind in columns(CURRENT.definition).items() if name not in LOG_COLUMNS}
 
-    assert typed == {name: "VARCHAR" if name == "source" else kind for name, kind, *_ in read if name[0] != "_"}
+    assert typed == {name: "VARCHAR" if name == "source" else kind for name, kind, *_ in read}
 
 
 def _type_of(duck: duckdb.DuckDBPyConnection, text: str) -> str:
