@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from schemas.errors import TokentapeError
+from schemas.errors import StorageFull, StoreUnavailable, TokentapeError, UsageError
+from schemas.settings import Settings
 from tokentape import __version__, config, logs
 
 EPILOG = """\b
@@ -43,20 +45,59 @@ class Program(click.Group):
                 return next(command for command in found if command.name == cmd_name)
         return None
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options that all commands share."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            raise SystemExit(_say(_of_click(error))) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except TokentapeError as error:
-            click.echo(f"tokentape: {error}", err=True)
-            if error.hint:
-                click.echo(f"  hint: {error.hint}", err=True)
-            ctx.exit(error.exit_code)
+            _fail(ctx, error)
         except BrokenPipeError:
             sys.stderr.close()  # whoever read the output has gone; Python would complain while flushing
             ctx.exit(0)
         except KeyboardInterrupt:
             ctx.exit(130)
+        except click.UsageError as error:
+            _fail(ctx, _of_click(error))
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "free some space and try again" if full else "check the path and its permissions"
+            kind = StorageFull if full else StoreUnavailable
+            _fail(ctx, kind(error.strerror or str(error), operation=ctx.invoked_subcommand or "", place=error.filename or "", hint=hint))
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            settings = ctx.obj
+            if isinstance(settings, Settings) and settings.logging.level == "debug":
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            hint = "--set logging.level=debug shows where; please report it"
+            _fail(ctx, TokentapeError(f"unexpected {type(error).__name__}: {first}", operation=ctx.invoked_subcommand or "", hint=hint))
+
+
+def _of_click(error: click.UsageError) -> UsageError:
+    """An error of the command line in our shape. A group without a command is asked for help, and gives it."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        raise error
+    return UsageError(error.format_message(), hint=f"{error.ctx.command_path if error.ctx else 'tokentape'} --help")
+
+
+def _fail(ctx: click.Context, error: TokentapeError) -> NoReturn:
+    ctx.exit(_say(error))
+
+
+def _say(error: TokentapeError) -> int:
+    """Say an error in its line, its hint below; the exit code."""
+    click.echo(f"tokentape: {error}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {error.hint}", err=True)
+    return error.exit_code
 
 
 @click.group(cls=Program, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
