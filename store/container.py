@@ -1,4 +1,4 @@
-"""Framed records as one Avro container file that DuckDB reads as rows, without decoding any of them here.
+"""Framed records of one kind as an Avro container file that DuckDB reads as rows, without decoding any of them here.
 
 A record goes in as it came from the log, its ten header bytes included, and four fields of ours follow each: partition,
 offset, append time, and a secret end mark. Avro has no markers between records, so a body that is too short or too long
@@ -60,8 +60,8 @@ class Records:
         return len(self.values)
 
 
-def write(path: Path, schema: Schema, records: Records, mark: bytes) -> None:
-    """Write a container of records that `schema` wrote; it is scratch and is not flushed to disk.
+def write(path: Path, schema: Schema, records: Records, mark: bytes, *, kind: str | None = None) -> None:
+    """Write a container of records that `schema` wrote, all of one kind if it is named; scratch, not flushed to disk.
 
     Raises:
         StorageFull: no room. StoreUnavailable: the folder cannot be written.
@@ -70,11 +70,11 @@ def write(path: Path, schema: Schema, records: Records, mark: bytes) -> None:
     sync = os.urandom(16)
     try:
         with path.open("wb", buffering=0) as file:
-            for part in (_header(schema) + sync, zigzag(len(records)) + zigzag(len(body)), body, sync):
+            for part in (_header(schema, kind) + sync, zigzag(len(records)) + zigzag(len(body)), body, sync):
                 _write_all(file.fileno(), part)
     except OSError as problem:
-        kind = StorageFull if problem.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
-        raise kind(problem.strerror or str(problem), operation="index", place=str(path), hint="free some disk space") from problem
+        error = StorageFull if problem.errno in (errno.ENOSPC, errno.EDQUOT) else StoreUnavailable
+        raise error(problem.strerror or str(problem), operation="index", place=str(path), hint="free some disk space") from problem
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -85,12 +85,45 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 @cache
-def _header(schema: Schema) -> bytes:
-    """Magic and metadata of a container whose writer schema is the event's between our own fields."""
-    definition = {**schema.definition, "fields": [*_HEAD, *schema.definition["fields"], *_SUFFIX]}
+def _header(schema: Schema, kind: str | None) -> bytes:
+    """Magic and metadata of a container, whose writer schema is the event's between our own fields.
+
+    In a container of one kind the others are null, one zero byte each: they are read as fixed bytes before and after
+    the payload, so that DuckDB makes no columns of them. The payload follows its branch byte, a record like any other.
+    """
+    own = schema.definition["fields"] if kind is None else _fields_of(schema, kind)
+    definition = _once({**schema.definition, "fields": [*_HEAD, *own, *_SUFFIX]}, set())
     meta = {"avro.schema": json.dumps(definition).encode(), "avro.codec": b"null"}
     items = b"".join(zigzag(len(key)) + key.encode() + zigzag(len(value)) + value for key, value in meta.items())
     return b"Obj\x01" + zigzag(len(meta)) + items + b"\x00"
+
+
+def _fields_of(schema: Schema, kind: str) -> list[dict[str, Any]]:
+    """Envelope and one payload."""
+    number = list(schema.kinds).index(kind)
+    after = len(schema.kinds) - 1 - number
+    before = {"name": "_before", "type": {"type": "fixed", "name": "Before", "size": number + 1}}
+    rest = [{"name": "_after", "type": {"type": "fixed", "name": "After", "size": after}}] if after else []
+    envelope = [field for field in schema.definition["fields"] if field["name"] not in schema.kinds]
+    return [*envelope, before, {"name": kind, "type": schema.kinds[kind]}, *rest]
+
+
+def _once(schema: Any, defined: set[str]) -> Any:
+    """The schema with each named type defined where it first occurs, and only there."""
+    if isinstance(schema, list):
+        return [_once(item, defined) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema["type"] in ("record", "fixed", "enum"):
+        if schema["name"] in defined:
+            return schema["name"]
+        defined.add(schema["name"])
+    result = dict(schema)
+    if "fields" in schema:
+        result["fields"] = [{**field, "type": _once(field["type"], defined)} for field in schema["fields"]]
+    if "items" in schema:
+        result["items"] = _once(schema["items"], defined)
+    return result
 
 
 def _suffixes(records: Records, mark: bytes) -> list[bytes]:

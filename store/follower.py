@@ -16,6 +16,8 @@ from store.log.base import Log
 _WAIT_S = 0.1
 # A round that is not full is held back this long for company, since each commit costs milliseconds.
 _LINGER_S = 0.3
+# A round that could be handed over waits this long for a fetch that is on its way.
+_FETCH_S = 0.01
 # Rounds waiting to be inserted; one is in the making besides.
 _AHEAD = 2
 # A round ends here whatever its number of records, so that large events do not fill the memory.
@@ -105,25 +107,30 @@ class Follower(threading.Thread):
         }
 
     def _round(self, active: dict[int, int]) -> Round:
-        """What there is, waiting a little for company while the indexer is not in a hurry."""
+        """What there is, waiting a little for company while nobody is in a hurry."""
         found = Round()
         deadline = time.monotonic() + _LINGER_S
         while active and not self._over.is_set():
-            left = deadline - time.monotonic()
-            lingering = found.records > 0 and left > 0 and not self.hurry.is_set() and self._until is None
-            if found.records and not lingering:
-                break
             before = time.time_ns() // 1000
-            ready = self._log.wait(active, wait_s=min(_WAIT_S, left) if lingering else _WAIT_S)
+            ready = self._log.wait(active, wait_s=self._patience_s(found, deadline))
             found.caught_up.update({partition: (active[partition], before) for partition in active.keys() - ready})
             for partition in self._oldest(ready):
                 self._read(partition, found)
-            if not ready and not found.records:
-                break
-            if found.records >= self._limit or found.bytes >= _ROUND_BYTES_MAX:
+            full = found.records >= self._limit or found.bytes >= _ROUND_BYTES_MAX
+            if full or time.monotonic() >= deadline or (not ready and not self._lingers(found)):
                 break
             active = self._active()
         return found
+
+    def _lingers(self, found: Round) -> bool:
+        """Whether a round that is not full is held back although nothing is ready."""
+        return found.records > 0 and self._until is None and not self.hurry.is_set()
+
+    def _patience_s(self, found: Round, deadline: float) -> float:
+        """How long to wait for more: a fetch may be on its way even when somebody is in a hurry."""
+        if not found.records:
+            return _WAIT_S
+        return max(0.0, min(_WAIT_S if self._lingers(found) else _FETCH_S, deadline - time.monotonic()))
 
     def _oldest(self, ready: set[int]) -> list[int]:
         """Those of the earliest day: a shard holds one day, so partitions that are behind come first."""

@@ -45,6 +45,7 @@ def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, regis
     catalog = open_catalog(settings.data)
     deadline = time.monotonic() + timeout_s
     asked, stopped = False, {}  # type: bool, dict[int, NewerSchema]
+    before = time.time_ns() // 1000
     targets = {partition: log.bounds(partition)[1] for partition in range(log.partitions)}
     indexer = Indexer(settings, log, registry)
     while behind := _behind(catalog, log.log_id, targets) - stopped.keys():
@@ -57,6 +58,8 @@ def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, regis
         if time.monotonic() > deadline:
             break
         time.sleep(_POLL_S)
+    # What was acknowledged before the question lies below the targets; where they are reached it is there.
+    catalog.caught_up(log.log_id, {partition: (offset, before) for partition, offset in targets.items()})
     return Freshness(_fresh_to(catalog, log), not behind and not stopped, stopped)
 
 

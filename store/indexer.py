@@ -247,7 +247,6 @@ class _Session:
     def follow(self, stop: threading.Event) -> None:
         """Index what comes until `stop` or until the share of partitions changes."""
         self._assign()
-        self._request = max((number for number, _ in self._catalog.seal_requests(0)), default=0)
         assigned_at = time.monotonic()
         follower = self._start_follower()
         while not stop.is_set():

@@ -1,4 +1,4 @@
-"""Records on their way into a tail: grouped by schema, written as containers, and the guilty found when one fails."""
+"""Records on their way into a tail: grouped by schema and kind, written as containers, and the guilty found when one fails."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import duckdb
+import numpy as np
 
 from schemas.codec import ID_SLICE, decode_datum, kind_of
 from schemas.errors import DataError, InvalidEvent, NewerSchema, UnknownSchema
@@ -16,6 +17,7 @@ from schemas.registry import HEADER_BYTES, MAGIC, Schema, SchemaRegistry
 from store import container, tables
 from store.container import Records
 from store.digest import record_hashes
+from store.envelope import IRREGULAR, kinds_of
 from store.log.base import Batch
 
 # From here down a failing batch is decoded record by record: below this a container file costs more than decoding.
@@ -36,9 +38,10 @@ class Bad:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Records that one schema wrote, and the container file that holds them."""
+    """Records of one kind that one schema wrote, and the container file that holds them."""
 
     schema: Schema
+    kind: str
     records: Records
     path: Path
 
@@ -114,7 +117,7 @@ class Preparer:
         whole = Records(batch.partition, range(batch.offset_first, batch.offset_next), batch.appended_at, batch.values)
         prepared = Prepared(batch.partition, batch.offset_first, day, batch.appended_at[-1], hashes, [], [])
         if len(schemas) == 1 and not errors and max(map(len, batch.values)) <= self._bytes_max:
-            return replace(prepared, groups=[self._group(next(iter(schemas.values())), whole)])
+            return self._add_groups(prepared, next(iter(schemas.values())), whole)
         places: dict[bytes, list[int]] = {}
         for index, value in enumerate(batch.values):
             error = errors.get(value[:HEADER_BYTES]) or self._too_large(value)
@@ -122,18 +125,31 @@ class Preparer:
                 places.setdefault(value[:HEADER_BYTES], []).append(index)
             else:
                 prepared.bad.append(_bad(whole, index, error, hashes[index]))
-        groups = [self._group(schemas[header], whole.pick(indexes)) for header, indexes in places.items()]
-        return replace(prepared, groups=groups)
+        for header, indexes in places.items():
+            self._add_groups(prepared, schemas[header], whole.pick(indexes))
+        return prepared
+
+    def _add_groups(self, prepared: Prepared, schema: Schema, records: Records) -> Prepared:
+        """Add records of one schema by kind; those whose kind cannot be made out are bad."""
+        kinds = kinds_of(records.values, schema)
+        for number, kind in enumerate(schema.kinds):
+            places = np.flatnonzero(kinds == number).tolist()
+            if places:
+                prepared.groups.append(self._group(schema, kind, records.pick(places)))
+        for index in np.flatnonzero(kinds == IRREGULAR).tolist():
+            error = self._fault(records.values[index]) or InvalidEvent("the bytes are not canonical", operation="index")
+            prepared.bad.append(_bad(records, index, error, prepared.hashes[records.offsets[index] - prepared.offset_first]))
+        return prepared
 
     def _too_large(self, value: bytes) -> DataError | None:
         if len(value) <= self._bytes_max:
             return None
         return InvalidEvent(f"an event of {len(value)} bytes; the index takes {self._bytes_max}", operation="index")
 
-    def _group(self, schema: Schema, records: Records) -> Group:
+    def _group(self, schema: Schema, kind: str, records: Records) -> Group:
         path = self._folder / f"{next(self._numbers)}.avro"
-        container.write(path, schema, records, self.mark)
-        return Group(schema, records, path)
+        container.write(path, schema, records, self.mark, kind=kind)
+        return Group(schema, kind, records, path)
 
     def discard(self, prepared: Sequence[Prepared]) -> None:
         """Remove the files."""
@@ -148,7 +164,7 @@ class Preparer:
         groups: list[Group] = []
         bad = list(prepared.bad)
         for group in prepared.groups:
-            guilty = dict(self._guilty(group.schema, group.records, 0, connection))
+            guilty = dict(self._guilty(group, group.records, 0, connection))
             if not guilty:
                 groups.append(group)
                 continue
@@ -157,31 +173,31 @@ class Preparer:
             bad += [_bad(group.records, i, error, prepared.hashes[group.records.offsets[i] - first]) for i, error in guilty.items()]
             left = [index for index in range(len(group.records)) if index not in guilty]
             if left:
-                groups.append(self._group(group.schema, group.records.pick(left)))
+                groups.append(self._group(group.schema, group.kind, group.records.pick(left)))
         return replace(prepared, groups=groups, bad=sorted(bad, key=lambda item: item.offset))
 
-    def _guilty(self, schema: Schema, records: Records, start: int, connection: duckdb.DuckDBPyConnection) -> list[tuple[int, DataError]]:
+    def _guilty(self, group: Group, records: Records, start: int, connection: duckdb.DuckDBPyConnection) -> list[tuple[int, DataError]]:
         """Place and fault of each record that cannot be read: halves of a failing batch, then records one by one."""
-        if self._comes_out(schema, records, connection):
+        if self._comes_out(group, records, connection):
             return []
         if len(records) > _SINGLY:
             half = len(records) // 2
-            left = self._guilty(schema, records.part(0, half), start, connection)
-            return left + self._guilty(schema, records.part(half, len(records)), start + half, connection)
+            left = self._guilty(group, records.part(0, half), start, connection)
+            return left + self._guilty(group, records.part(half, len(records)), start + half, connection)
         found = [(start + i, error) for i, value in enumerate(records.values) if (error := self._fault(value)) is not None]
         guilty = {index - start for index, _ in found}
         left_over = [index for index in range(len(records)) if index not in guilty]
-        if not left_over or self._comes_out(schema, records.pick(left_over), connection):
+        if not left_over or self._comes_out(group, records.pick(left_over), connection):
             return found
         refused = InvalidEvent("decodes singly, but DuckDB does not read it", operation="index")
-        alone = [i for i in left_over if not self._comes_out(schema, records.pick([i]), connection)]
+        alone = [i for i in left_over if not self._comes_out(group, records.pick([i]), connection)]
         return sorted(found + [(start + i, refused) for i in alone], key=lambda item: item[0])
 
-    def _comes_out(self, schema: Schema, records: Records, connection: duckdb.DuckDBPyConnection) -> bool:
+    def _comes_out(self, like: Group, records: Records, connection: duckdb.DuckDBPyConnection) -> bool:
         """Whether DuckDB reads exactly these records from a container of them."""
-        group = self._group(schema, records)
+        group = self._group(like.schema, like.kind, records)
         try:
-            query = tables.select_container(schema, "", self.mark)
+            query = tables.select_container(group.schema, "", self.mark, kind=group.kind)
             rows = connection.execute(f'SELECT "offset", event_id FROM ({query})', [[str(group.path)]]).fetchall()
         except duckdb.Error:
             return False

@@ -106,12 +106,13 @@ def _prepared(preparer: Preparer, record: _Readable, day: str) -> Prepared:
 
 def _fill(draft: Path, name: str, day: str, log_id: str, prepared: list[Prepared], mark: bytes) -> tuple[bytes, bytes, int, int, int]:
     with open_file(draft) as connection:
-        tables.create_events(connection)
         connection.execute(tables.STATE_TABLES[0])
         connection.execute("INSERT INTO meta VALUES (?, 'requeued', ?, ?)", [name, day, log_id])
         for group in (group for item in prepared for group in item.groups):
-            select = tables.select_container(group.schema, log_id, mark)
-            connection.execute(f"INSERT INTO events {select}", [[str(group.path)]])
+            tables.create_kind(connection, group.kind)
+            select = tables.select_container(group.schema, log_id, mark, kind=group.kind)
+            connection.execute(f"INSERT INTO {tables.kind_table(group.kind)} {select}", [[str(group.path)]])
+        tables.create_view(connection)
         facts = shard_facts(connection, "events")
         connection.execute("CHECKPOINT")
     if facts[4] != len(prepared):

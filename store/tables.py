@@ -31,30 +31,67 @@ def create_events(connection: duckdb.DuckDBPyConnection, database: str = "") -> 
     connection.execute(f"CREATE TABLE {database + '.' if database else ''}events ({definition})")
 
 
-def select_container(schema: Schema, log_id: str, mark: bytes) -> str:
-    """SELECT that gives rows of `events` from container files, whose list is its one parameter.
+# A tail has a table for each kind: thirty columns of which one is there cost five times as much to insert as they need to.
 
-    Only whole records come out: the end mark in its place and exactly one payload. What an older schema lacks is
-    null, inside records as well, where a cast goes by name.
+
+def kind_table(kind: str) -> str:
+    """Name of the table that holds the rows of one kind in a tail."""
+    return f"events_{kind}"
+
+
+def kind_columns(kind: str) -> dict[str, str]:
+    """Columns of a kind's table: those of `events` without the other kinds."""
+    return {name: type for name, type in current_columns().items() if name == kind or name not in CURRENT.kinds}
+
+
+def create_kind(connection: duckdb.DuckDBPyConnection, kind: str) -> None:
+    """Make a kind's table unless it is there."""
+    definition = ", ".join(f'"{name}" {type}' for name, type in kind_columns(kind).items())
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {kind_table(kind)} ({definition})")
+
+
+def create_view(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make `events`, the rows of all kinds with null for the payloads that they are not."""
+    connection.execute(f"CREATE OR REPLACE VIEW events AS {_union(present_kinds(connection))}")
+
+
+def present_kinds(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Kinds that have a table here."""
+    rows = connection.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
+    names = {name for (name,) in rows}
+    return [kind for kind in CURRENT.kinds if kind_table(kind) in names]
+
+
+def _union(kinds: list[str]) -> str:
+    everything = current_columns().items()
+    empty = "SELECT " + ", ".join(f'CAST(NULL AS {type}) AS "{name}"' for name, type in everything) + " WHERE false"
+    parts = []
+    for kind in kinds:
+        own = kind_columns(kind)
+        chosen = [f'"{name}"' if name in own else f'CAST(NULL AS {type}) AS "{name}"' for name, type in everything]
+        parts.append(f"SELECT {', '.join(chosen)} FROM {kind_table(kind)}")
+    return " UNION ALL ".join(parts or [empty])
+
+
+def select_container(schema: Schema, log_id: str, mark: bytes, *, kind: str | None = None) -> str:
+    """SELECT that gives rows of `events`, or of a kind's table, from container files, whose list is its one parameter.
+
+    Only whole records come out, those with the end mark in its place. What an older schema lacks is null, inside
+    records as well, where a cast goes by name.
     """
-    known = set(schema.fields)
-    kinds = [kind for kind in schema.kinds if kind in CURRENT.kinds]
-    cases = " ".join(f"WHEN {kind} IS NOT NULL THEN '{kind}'" for kind in sorted(kinds, key=_commonest_first))
-    payloads = " + ".join(f"({kind} IS NOT NULL)::UTINYINT" for kind in schema.kinds)
+    known = set(schema.fields) if kind is None else {*(name for name in schema.fields if name not in schema.kinds), kind}
     own = [
-        f'CAST("{name}" AS {kind}) AS "{name}"' if name in known else f'CAST(NULL AS {kind}) AS "{name}"'
-        for name, kind in current_columns().items()
+        f'CAST("{name}" AS {type}) AS "{name}"' if name in known else f'CAST(NULL AS {type}) AS "{name}"'
+        for name, type in (current_columns() if kind is None else kind_columns(kind)).items()
         if name not in LOG_COLUMNS
     ]
+    cases = " ".join(f"WHEN {name} IS NOT NULL THEN '{name}'" for name in schema.kinds if name in CURRENT.kinds)
+    named = f"CASE {cases} END" if kind is None else f"'{kind}'"
     return (
-        f'SELECT CASE {cases} END AS kind, \'{log_id}\' AS log_id, _partition::INTEGER AS "partition", _offset AS "offset",'
+        f'SELECT {named} AS kind, \'{log_id}\' AS log_id, _partition::INTEGER AS "partition", _offset AS "offset",'
         f" _appended_at AS appended_at, {blob(schema.fingerprint)} AS schema, {', '.join(own)}"
-        f" FROM read_avro(?) WHERE _mark = {blob(mark)} AND _frame = {blob(schema.header)} AND {payloads} = 1"
+        f" FROM read_avro(?) WHERE _mark = {blob(mark)} AND _frame = {blob(schema.header)}"
     )
-
-
-def _commonest_first(kind: str) -> tuple[bool, str]:
-    return kind != "token_chunk", kind
 
 
 def blob(value: bytes) -> str:

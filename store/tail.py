@@ -20,12 +20,16 @@ from schemas.errors import CorruptStore, StorageFull
 from store import duck, tables
 from store.crashpoints import crash_point
 from store.digest import DIGEST_START, advance
-from store.ingest_batch import Prepared, Preparer
+from store.ingest_batch import Group, Prepared, Preparer
 from store.sequence import Judgement, judge
 
 # Two cores insert as fast as the log can be read; more memory than this only delays writing.
 _THREADS = 2
 _MEMORY = "2GB"
+# Whole row groups go straight into the file, the rest of a commit through the write-ahead log, at ten times the bytes.
+_ROW_GROUP = 16_384
+# The write-ahead log is folded in when the tail is sealed, which is soon.
+_WAL_MAX = "1GB"
 # Rows of one statement when small tables are filled.
 _VALUES_MAX = 500
 
@@ -80,7 +84,6 @@ class Tail:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.connection = open_file(path)
         with self._mapped("create tail"), self._transaction():
-            tables.create_events(self.connection)
             for statement in tables.STATE_TABLES:
                 self.connection.execute(statement)
             self.connection.execute("INSERT INTO meta VALUES (?, 'sealed', ?, ?)", [self.name, day, log_id])
@@ -137,26 +140,29 @@ class Tail:
         return total
 
     def _insert_rows(self, batch: Sequence[Prepared]) -> int:
-        """Let DuckDB read the container files, those of one schema in one statement; how many rows came out."""
-        by_schema: dict[bytes, list[Any]] = {}
+        """Let DuckDB read the container files, those of one schema and kind in one statement; how many rows came out."""
+        together: dict[tuple[bytes, str], list[Group]] = {}
         for item in batch:
             for group in item.groups:
-                by_schema.setdefault(group.schema.fingerprint, []).append(group)
+                together.setdefault((group.schema.fingerprint, group.kind), []).append(group)
         inserted = 0
-        for groups in by_schema.values():
-            select = tables.select_container(groups[0].schema, self._log_id, self._preparer.mark)
-            row = self.connection.execute(f"INSERT INTO events {select}", [[str(group.path) for group in groups]]).fetchone()
+        for (_, kind), groups in together.items():
+            tables.create_kind(self.connection, kind)
+            select = tables.select_container(groups[0].schema, self._log_id, self._preparer.mark, kind=kind)
+            files = [str(group.path) for group in groups]
+            row = self.connection.execute(f"INSERT INTO {tables.kind_table(kind)} {select}", [files]).fetchone()
             inserted += row[0] if row else 0
         return inserted
 
     def _arrived(self, batch: Sequence[Prepared]) -> _Arrived:
         """Ids, producers and numbers of the rows just inserted, in the order of partition and offset."""
         spans = [f'("partition" = {item.partition} AND "offset" BETWEEN {item.offset_first} AND {item.offset_next - 1})' for item in batch]
-        table = self.connection.execute(
-            'SELECT "partition", "offset", appended_at, event_id, producer_id, producer_seq,'
-            f" kind = 'producer_heartbeat' AS heartbeat FROM events WHERE {' OR '.join(spans)}"
-        ).to_arrow_table()
-        return _Arrived.of(table)
+        columns = '"partition", "offset", appended_at, event_id, producer_id, producer_seq, kind = \'producer_heartbeat\' AS heartbeat'
+        kinds = sorted({group.kind for item in batch for group in item.groups})
+        selects = [f"SELECT {columns} FROM {tables.kind_table(kind)} WHERE {' OR '.join(spans)}" for kind in kinds]
+        if not selects:
+            return _Arrived.nothing()
+        return _Arrived.of(self.connection.execute(" UNION ALL ".join(selects)).to_arrow_table())
 
     def _bring_forward(self, batch: Sequence[Prepared], states: dict[int, PartitionState], arrived: _Arrived) -> Committed:
         """Judge duplicates and gaps, fill the small tables, and advance the states."""
@@ -188,7 +194,9 @@ class Tail:
         offsets = [int(mine.offsets[index]) for index in judgement.duplicates]
         if offsets:
             listed = ", ".join(map(str, offsets))
-            self.connection.execute(f'DELETE FROM events WHERE "partition" = {partition} AND "offset" IN ({listed})')
+            for kind in sorted({group.kind for group in item.groups}):
+                where = f'"partition" = {partition} AND "offset" IN ({listed})'
+                self.connection.execute(f"DELETE FROM {tables.kind_table(kind)} WHERE {where}")
         self._fill("duplicate", [(partition, offset, item.hashes[offset - item.offset_first]) for offset in offsets])
         self._fill("mark", [(partition, producer, seq) for producer, seq in judgement.marks.items()])
         at = [(int(mine.offsets[index]), int(mine.appended_at[index])) for index, *_ in judgement.gaps]
@@ -201,8 +209,8 @@ class Tail:
         """What heartbeats say that their producers gave out, in whatever partition."""
         self.connection.execute(
             "INSERT INTO claim_seq SELECT position.partition, producer_id, max(position.seq), max(epoch_us(appended_at)) FROM"
-            " (SELECT producer_id, appended_at, unnest(producer_heartbeat.positions) AS position FROM events WHERE"
-            f" kind = 'producer_heartbeat' AND \"partition\" = {item.partition}"
+            " (SELECT producer_id, appended_at, unnest(producer_heartbeat.positions) AS position FROM"
+            f' {tables.kind_table("producer_heartbeat")} WHERE "partition" = {item.partition}'
             f' AND "offset" BETWEEN {item.offset_first} AND {item.offset_next - 1}) GROUP BY ALL'
         )
 
@@ -263,6 +271,11 @@ class _Arrived:
     producers: np.ndarray[Any, Any]
     seqs: np.ndarray[Any, Any]
     heartbeats: np.ndarray[Any, Any]
+
+    @classmethod
+    def nothing(cls) -> _Arrived:
+        none = np.empty(0, np.int64)
+        return cls(none, none, none, np.empty((0, 2), np.uint64), np.empty(0, np.uint64), none, np.empty(0, bool))
 
     @classmethod
     def of(cls, table: Any) -> _Arrived:
@@ -342,7 +355,16 @@ def open_file(path: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnecti
     Raises:
         CorruptStore: the file is damaged. StorageFull: no room.
     """
-    return duck.connect(path, read_only=read_only, extensions=() if read_only else ("avro",), threads=_THREADS, memory_limit=_MEMORY)
+    connection = duck.connect(extensions=() if read_only else ("avro",), threads=_THREADS, memory_limit=_MEMORY)
+    options = "READ_ONLY" if read_only else f"ROW_GROUP_SIZE {_ROW_GROUP}"
+    try:
+        connection.execute("ATTACH '{}' AS tail ({})".format(str(path.absolute()).replace("'", "''"), options))
+        connection.execute("USE tail")
+        connection.execute(f"SET wal_autocheckpoint = '{_WAL_MAX}'")
+    except duckdb.Error as problem:
+        connection.close()
+        raise duck.mapped(problem, operation="open", place=str(path)) from problem
+    return connection
 
 
 def sync_file(path: Path) -> None:
