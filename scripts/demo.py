@@ -288,37 +288,46 @@ def replay(session: str, same: str, changed: str) -> None:
 
 
 class ChangedModel(threading.Thread):
-    """Starts a second vLLM, whose weights were perturbed, while the demo goes on."""
+    """Starts a second vLLM, whose weights were perturbed, while the demo goes on.
+
+    The thread lives until `finish`: a service that is tied to its starter ends with the thread that started it.
+    """
 
     def __init__(self, services: Services) -> None:
         super().__init__(daemon=True)
         self._services = services
-        self.error: BaseException | None = None
+        self._ready, self._finished = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Start it; what went wrong is raised by `url`."""
+        """Start it and stay; what went wrong is raised by `url`."""
         try:
             self._services.up(["vllm"])
         except BaseException as error:
-            self.error = error
+            self._error = error
+        self._ready.set()
+        self._finished.wait()
 
     def url(self) -> str:
         """Its address, once it answers."""
         began = time.monotonic()
-        while self.is_alive():
-            self.join(10)
-            if self.is_alive():
-                say(f"{DIM}the changed model is still starting … {time.monotonic() - began:.0f} s{OFF}")
-        if self.error is not None:
-            raise self.error
+        while not self._ready.wait(10):
+            say(f"{DIM}the changed model is still starting … {time.monotonic() - began:.0f} s{OFF}")
+        if self._error is not None:
+            raise self._error
         return self._services.address("vllm")["url"]
+
+    def finish(self) -> None:
+        """Let the thread end."""
+        self._finished.set()
 
 
 def models() -> tuple[Path, Path]:
-    """A tiny model made on the spot, and a copy with one percent of noise on its weights."""
+    """A tiny model made on the spot, and a copy with noise on its weights: a twentieth of their spread."""
     original, changed = OUTPUT / "models" / "original", OUTPUT / "models" / "changed"
+    quiet = {**os.environ, "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     for arguments in ([str(original)], [str(changed), "--from", str(original), "--perturb", "0.05"]):
-        subprocess.run([sys.executable, "-m", "scripts.tiny_model", *arguments], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "scripts.tiny_model", *arguments], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=quiet)
     return original.resolve(), changed.resolve()
 
 
@@ -331,8 +340,8 @@ def run(deployment: str) -> None:
         heading(1, "A real engine: a tiny Llama made on the spot, served by vLLM on the CPU")
         original, changed = models()
         engines = [
-            Services(OUTPUT / name, say=say, tied=True, components=[Vllm(path)])
-            for name, path in (("engine", original), ("changed", changed))
+            Services(OUTPUT / "engine", say=say, tied=True, components=[Vllm(original)]),
+            Services(OUTPUT / "changed", say=lambda _: None, tied=True, components=[Vllm(changed)]),
         ]
         for services in engines:
             stack.callback(services.down)
@@ -345,6 +354,7 @@ def run(deployment: str) -> None:
         say("starting vLLM (about two minutes on two cores) …")
         upstream = engines[0].up(["vllm"])["vllm"]["url"]
         second = ChangedModel(engines[1])
+        stack.callback(second.finish)
         write_config(deployment, upstream, addresses)
         heading(2, "Clients talk to it through the gateway")
         with gateway() as url:

@@ -17,12 +17,12 @@ def all_jobs(installation: Installation) -> list[Job]:
     every = installation.settings.jobs
     return [
         Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
-        Job("tier", "move closed days into cold segments", every.tier_s, lambda dry: _tiering(installation).run(dry_run=dry)),
+        Job("tier", "move closed days into cold segments", every.tier_s, lambda dry: _tier(installation, dry)),
         Job(
             "checkpoint",
             "sign the ledger's head and the partitions' digests",
             installation.settings.ledger.checkpoint_s,
-            lambda dry: Checkpoints(installation.catalog, installation.ledger).run(dry_run=dry),
+            lambda dry: _checkpoints(installation).run(dry_run=dry),
         ),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
@@ -30,13 +30,25 @@ def all_jobs(installation: Installation) -> list[Job]:
 
 def tier_now(installation: Installation) -> Job:
     """Tiering of every sealed shard, today's included."""
-    return Job("tier", "move all events into cold segments", 0, lambda dry: _tiering(installation).run(all_days=True, dry_run=dry))
+    return Job("tier", "move all events into cold segments", 0, lambda dry: _tier(installation, dry, all_days=True))
 
 
 def _tiering(installation: Installation) -> Tiering:
     return Tiering(
         installation.settings, installation.catalog, installation.objects, installation.ledger, installation.registry, installation.recorder
     )
+
+
+def _tier(installation: Installation, dry_run: bool, *, all_days: bool = False) -> dict[str, Any]:
+    """Tier, then sign the ledger's new head at once: until then its end could be cut off unnoticed."""
+    summary = _tiering(installation).run(all_days=all_days, dry_run=dry_run)
+    if summary.get("segments"):
+        summary["checkpoint"] = _checkpoints(installation).run()["ledger_size"]
+    return summary
+
+
+def _checkpoints(installation: Installation) -> Checkpoints:
+    return Checkpoints(installation.catalog, installation.ledger)
 
 
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from tokentape.installation import Installation
 from tokentape.output import err, out, write_rows, write_table
 
 SESSIONS = """
-    SELECT started_at, session_id, coalesce("user", actor) AS who, duration_ms, requests, tokens, failures, tags
+    SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
+        requests, tokens, failures, tags
     FROM sessions WHERE requests > 0 OR replays > 0 ORDER BY started_at DESC LIMIT {limit}"""
 
 
