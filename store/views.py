@@ -5,7 +5,7 @@ per kind, of which the one of the row's kind is not NULL. Ids there are BLOBs. T
 UUID text, digests as hex, times as UTC timestamps and durations in milliseconds:
 
 =============== =================================================================================================
-sessions        one row per session of a customer: who, when, how many requests, tokens and failures
+sessions        one row per session of a customer: who, when, how many requests, tokens and failures; looks alone are none
 generations     one row per generation: model, parameters, time to first token, tokens/s, outcome
 messages        one row per request and message in it, with the body where the session held it
 edits           one row per edit a person made to a stopped request
@@ -54,7 +54,7 @@ _SESSIONS = """
         count(*) AS events, count(request_submitted) AS requests, count(generation_failed) AS failures, count(request_edited) AS edits,
         CAST(coalesce(sum(sequence_finished.tokens), 0) AS BIGINT) AS tokens, count(replay_started) AS replays,
         uuid_text(any_value(session_opened.parent_session)) AS parent_session_id, any_value(session_closed.reason) AS closed
-    FROM events WHERE tenant <> '_platform' GROUP BY events.session_id"""
+    FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)"""
 
 _GENERATION_KINDS = (
     *("request_submitted", "generation_started", "sequence_started", "token_chunk", "sequence_finished"),
