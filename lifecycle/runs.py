@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConflictError, CorruptStore
+from schemas.errors import ConflictError, CorruptStore, StorageFull, StoreUnavailable, TokentapeError
 
 LEASE_S = 120.0
 """How long a run counts as alive without a sign of life; its owner renews it at a third of this."""
@@ -46,6 +46,7 @@ class RunLedger:
     """`jobs.sqlite`: append-only but for the end of each run."""
 
     def __init__(self, path: Path) -> None:
+        """Raises StoreUnavailable, StorageFull, CorruptStore: the file cannot be opened, or is something else."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
@@ -55,12 +56,15 @@ class RunLedger:
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """One short connection per operation: nothing to share between threads or to carry over a fork."""
-        connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
+        try:
+            connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise _mapped(error, self._path) from error
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             yield connection
-        except sqlite3.DatabaseError as error:
-            raise CorruptStore(str(error), operation="job runs", place=str(self._path)) from error
+        except sqlite3.Error as error:
+            raise _mapped(error, self._path) from error
         finally:
             connection.close()
 
@@ -117,3 +121,13 @@ class RunLedger:
             Run(run_id, name, owner, trigger, started_at, finished_at, outcome or "running", json.loads(summary or "{}"))
             for run_id, name, owner, trigger, started_at, finished_at, outcome, summary in rows
         ]
+
+
+def _mapped(error: sqlite3.Error, path: Path) -> TokentapeError:
+    """The tokentape error that stands for one of SQLite's."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return StorageFull("the disk is full", operation="job runs", place=str(path), hint="free space and try again")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        return StoreUnavailable(str(error), operation="job runs", place=str(path), hint="check the disk and the rights on the folder")
+    return CorruptStore(str(error), operation="job runs", place=str(path), hint="move the file away: it only tells what ran")
