@@ -1,4 +1,4 @@
-"""Records on their way into a tail: grouped by schema and kind, written as containers, and the guilty found when one fails."""
+"""Records on their way into a tail: grouped by schema and table, written as containers, and the guilty found when one fails."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Bad:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Records of one kind that one schema wrote, and the container file that holds them."""
+    """Records that one schema wrote, of one narrow kind or (None) of any other, and the container file that holds them."""
 
     schema: Schema
-    kind: str
+    kind: str | None
     records: Records
     path: Path
 
@@ -130,12 +130,18 @@ class Preparer:
         return prepared
 
     def _add_groups(self, prepared: Prepared, schema: Schema, records: Records) -> Prepared:
-        """Add records of one schema by kind; those whose kind cannot be made out are bad."""
+        """Add records of one schema, those of a narrow kind apart; those whose kind cannot be made out are bad."""
         kinds = kinds_of(records.values, schema)
-        for number, kind in enumerate(schema.kinds):
-            places = np.flatnonzero(kinds == number).tolist()
-            if places:
-                prepared.groups.append(self._group(schema, kind, records.pick(places)))
+        wide = kinds != IRREGULAR
+        for kind in tables.NARROW:
+            chosen = kinds == list(schema.kinds).index(kind)
+            if np.count_nonzero(chosen) >= tables.NARROW_ROWS_MIN:
+                prepared.groups.append(self._group(schema, kind, records.pick(np.flatnonzero(chosen).tolist())))
+                wide &= ~chosen
+        places = np.flatnonzero(wide).tolist()
+        if places:
+            rest = records if len(places) == len(records) else records.pick(places)
+            prepared.groups.append(self._group(schema, None, rest))
         for index in np.flatnonzero(kinds == IRREGULAR).tolist():
             error = self._fault(records.values[index]) or InvalidEvent("the bytes are not canonical", operation="index")
             prepared.bad.append(_bad(records, index, error, prepared.hashes[records.offsets[index] - prepared.offset_first]))
@@ -146,7 +152,7 @@ class Preparer:
             return None
         return InvalidEvent(f"an event of {len(value)} bytes; the index takes {self._bytes_max}", operation="index")
 
-    def _group(self, schema: Schema, kind: str, records: Records) -> Group:
+    def _group(self, schema: Schema, kind: str | None, records: Records) -> Group:
         path = self._folder / f"{next(self._numbers)}.avro"
         container.write(path, schema, records, self.mark, kind=kind)
         return Group(schema, kind, records, path)

@@ -44,6 +44,10 @@ _CLAIM_S = 3600.0
 # Who claims: one name for all merges, of which a lock lets one go at a time, so that the next frees what a killed one held.
 _OWNER = "merge"
 _MEMORY = "2GB"
+# Small enough that a look-up of one session reads little, large enough to compress.
+_ROW_GROUP = 32_768
+# Merged shards below this have one wide table only: their number counts in every query, their size does not.
+_NARROW_ROWS_MIN = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,19 +155,34 @@ def _write(settings: Settings, catalog: Catalog, item: Plan) -> Shard:
 
 def _fill(draft: Path, name: str, item: Plan, scratch: Path) -> tuple[bytes, bytes, int, int, int]:
     """Write the rows in the order of session, partition and offset; facts about them for the catalog."""
+    expected = sum(shard.rows for shard in item.shards)
     with duck.connect(threads=2, memory_limit=_MEMORY, temp_directory=str(scratch)) as connection:
         relation = attach(connection, [shard for shard in item.shards if shard.rows])
-        connection.execute("ATTACH '{}' AS merged".format(str(draft.absolute()).replace("'", "''")))
-        tables.create_events(connection, "merged")
-        connection.execute(tables.STATE_TABLES[0].replace("TABLE meta", "TABLE merged.meta"))
-        connection.execute("INSERT INTO merged.meta VALUES (?, ?, ?, '')", [name, item.level, item.day])
-        connection.execute(f'INSERT INTO merged.events SELECT * FROM {relation} ORDER BY session_id, "partition", "offset"')
-        facts = shard_facts(connection, "merged.events")
-        if facts[4] != sum(shard.rows for shard in item.shards):
-            raise duckdb.Error(f"{facts[4]} rows of {sum(shard.rows for shard in item.shards)} arrived")
-        connection.execute("CHECKPOINT merged")
+        connection.execute("ATTACH '{}' AS merged (ROW_GROUP_SIZE {})".format(str(draft.absolute()).replace("'", "''"), _ROW_GROUP))
+        connection.execute("USE merged")
+        connection.execute(tables.STATE_TABLES[0])
+        connection.execute("INSERT INTO meta VALUES (?, ?, ?, '')", [name, item.level, item.day])
+        narrow = tables.NARROW if expected >= _NARROW_ROWS_MIN else ()
+        for kind in (*narrow, None):
+            tables.create_table(connection, kind)
+            columns = ", ".join(f'"{column}"' for column in tables.table_columns(kind))
+            rows = f"SELECT {columns} FROM {relation} WHERE {_belongs(kind, narrow)}"
+            connection.execute(f'INSERT INTO {tables.table_of(kind)} {rows} ORDER BY session_id, "partition", "offset"')
+        tables.finish(connection)
+        facts = shard_facts(connection, "events")
+        if facts[4] != expected:
+            raise duckdb.Error(f"{facts[4]} rows of {expected} arrived")
+        connection.execute("CHECKPOINT")
+        connection.execute("USE memory")
         connection.execute("DETACH merged")
     return facts
+
+
+def _belongs(kind: str | None, narrow: Sequence[str]) -> str:
+    """Condition on the rows of one table."""
+    if kind is not None:
+        return f"kind = '{kind}'"
+    return " AND ".join(["true", *(f"kind <> '{other}'" for other in narrow)])
 
 
 def joined(shards: Sequence[Shard]) -> tuple[Range, ...]:

@@ -109,10 +109,10 @@ def _fill(draft: Path, name: str, day: str, log_id: str, prepared: list[Prepared
         connection.execute(tables.STATE_TABLES[0])
         connection.execute("INSERT INTO meta VALUES (?, 'requeued', ?, ?)", [name, day, log_id])
         for group in (group for item in prepared for group in item.groups):
-            tables.create_kind(connection, group.kind)
+            tables.create_table(connection, group.kind)
             select = tables.select_container(group.schema, log_id, mark, kind=group.kind)
-            connection.execute(f"INSERT INTO {tables.kind_table(group.kind)} {select}", [[str(group.path)]])
-        tables.create_view(connection)
+            connection.execute(f"INSERT INTO {tables.table_of(group.kind)} {select}", [[str(group.path)]])
+        tables.finish(connection)
         facts = shard_facts(connection, "events")
         connection.execute("CHECKPOINT")
     if facts[4] != len(prepared):

@@ -79,8 +79,7 @@ def read_sealed(connection: duckdb.DuckDBPyConnection, target: Path) -> Sealed |
     positions = connection.execute("SELECT * FROM position ORDER BY partition").fetchall()
     if meta is None or not positions:
         return None
-    if meta[1] == "sealed" and not connection.execute("SELECT 1 FROM duckdb_views() WHERE view_name = 'events'").fetchone():
-        tables.create_view(connection)
+    tables.finish(connection)
     _check(connection, positions, target)
     name, _, day, log_id = meta
     ranges = tuple(Range(log_id, row[0], row[1], row[3], row[2], row[4]) for row in positions)

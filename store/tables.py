@@ -31,50 +31,55 @@ def create_events(connection: duckdb.DuckDBPyConnection, database: str = "") -> 
     connection.execute(f"CREATE TABLE {database + '.' if database else ''}events ({definition})")
 
 
-# A tail has a table for each kind: thirty columns of which one is there cost five times as much to insert as they need to.
+NARROW = ("token_chunk",)
+"""Kinds that may have a table of their own in a shard: most events are of these, and the thirty payload columns of the
+wide table, of which a row uses one, cost seven times as much to write."""
+
+NARROW_ROWS_MIN = 500
+"""Fewer records of such a kind than this go into the wide table: each table makes every query's plan longer."""
+
+_WIDE = "events_wide"
 
 
-def kind_table(kind: str) -> str:
-    """Name of the table that holds the rows of one kind in a tail."""
-    return f"events_{kind}"
+def table_of(kind: str | None) -> str:
+    """Name of the table, while a shard is being written, for rows of a narrow kind; None is the wide one for all others."""
+    return _WIDE if kind is None else f"events_{kind}"
 
 
-def kind_columns(kind: str) -> dict[str, str]:
-    """Columns of a kind's table: those of `events` without the other kinds."""
-    return {name: type for name, type in current_columns().items() if name == kind or name not in CURRENT.kinds}
+def table_columns(kind: str | None) -> dict[str, str]:
+    """Columns of such a table: those of `events`, without other kinds in a narrow one."""
+    return {name: type for name, type in current_columns().items() if kind in (None, name) or name not in CURRENT.kinds}
 
 
-def create_kind(connection: duckdb.DuckDBPyConnection, kind: str) -> None:
-    """Make a kind's table unless it is there."""
-    definition = ", ".join(f'"{name}" {type}' for name, type in kind_columns(kind).items())
-    connection.execute(f"CREATE TABLE IF NOT EXISTS {kind_table(kind)} ({definition})")
+def create_table(connection: duckdb.DuckDBPyConnection, kind: str | None) -> None:
+    """Make such a table unless it is there."""
+    definition = ", ".join(f'"{name}" {type}' for name, type in table_columns(kind).items())
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {table_of(kind)} ({definition})")
 
 
-def create_view(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make `events`, the rows of all kinds with null for the payloads that they are not."""
-    connection.execute(f"CREATE OR REPLACE VIEW events AS {_union(present_kinds(connection))}")
+def finish(connection: duckdb.DuckDBPyConnection) -> None:
+    """Make `events` out of what was written: the wide table itself, or a view over it and the narrow ones."""
+    here = "SELECT table_name FROM information_schema.tables WHERE table_catalog = current_database()"
+    names = {name for (name,) in connection.execute(here).fetchall()}
+    if "events" in names:
+        return
+    create_table(connection, None)
+    narrow = [kind for kind in NARROW if table_of(kind) in names]
+    if not narrow:
+        connection.execute(f"ALTER TABLE {_WIDE} RENAME TO events")
+        return
+    parts = [f"SELECT * FROM {_WIDE}", *(f"SELECT {_chosen(kind)} FROM {table_of(kind)}" for kind in narrow)]
+    connection.execute(f"CREATE VIEW events AS {' UNION ALL '.join(parts)}")
 
 
-def present_kinds(connection: duckdb.DuckDBPyConnection) -> list[str]:
-    """Kinds that have a table here."""
-    rows = connection.execute("SELECT table_name FROM duckdb_tables() WHERE NOT internal").fetchall()
-    names = {name for (name,) in rows}
-    return [kind for kind in CURRENT.kinds if kind_table(kind) in names]
-
-
-def _union(kinds: list[str]) -> str:
-    everything = current_columns().items()
-    empty = "SELECT " + ", ".join(f'CAST(NULL AS {type}) AS "{name}"' for name, type in everything) + " WHERE false"
-    parts = []
-    for kind in kinds:
-        own = kind_columns(kind)
-        chosen = [f'"{name}"' if name in own else f'CAST(NULL AS {type}) AS "{name}"' for name, type in everything]
-        parts.append(f"SELECT {', '.join(chosen)} FROM {kind_table(kind)}")
-    return " UNION ALL ".join(parts or [empty])
+def _chosen(kind: str) -> str:
+    """All columns of `events` out of a narrow table, null for the payloads that it lacks."""
+    own = table_columns(kind)
+    return ", ".join(f'"{name}"' if name in own else f'CAST(NULL AS {type}) AS "{name}"' for name, type in current_columns().items())
 
 
 def select_container(schema: Schema, log_id: str, mark: bytes, *, kind: str | None = None) -> str:
-    """SELECT that gives rows of `events`, or of a kind's table, from container files, whose list is its one parameter.
+    """SELECT that gives rows of `events`, or of a narrow kind's table, from container files, whose list is its one parameter.
 
     Only whole records come out, those with the end mark in its place. What an older schema lacks is null, inside
     records as well, where a cast goes by name.
@@ -82,7 +87,7 @@ def select_container(schema: Schema, log_id: str, mark: bytes, *, kind: str | No
     known = set(schema.fields) if kind is None else {*(name for name in schema.fields if name not in schema.kinds), kind}
     own = [
         f'CAST("{name}" AS {type}) AS "{name}"' if name in known else f'CAST(NULL AS {type}) AS "{name}"'
-        for name, type in (current_columns() if kind is None else kind_columns(kind)).items()
+        for name, type in table_columns(kind).items()
         if name not in LOG_COLUMNS
     ]
     cases = " ".join(f"WHEN {name} IS NOT NULL THEN '{name}'" for name in schema.kinds if name in CURRENT.kinds)

@@ -140,17 +140,17 @@ class Tail:
         return total
 
     def _insert_rows(self, batch: Sequence[Prepared]) -> int:
-        """Let DuckDB read the container files, those of one schema and kind in one statement; how many rows came out."""
-        together: dict[tuple[bytes, str], list[Group]] = {}
+        """Let DuckDB read the container files, those of one schema and table in one statement; how many rows came out."""
+        together: dict[tuple[bytes, str | None], list[Group]] = {}
         for item in batch:
             for group in item.groups:
                 together.setdefault((group.schema.fingerprint, group.kind), []).append(group)
         inserted = 0
         for (_, kind), groups in together.items():
-            tables.create_kind(self.connection, kind)
+            tables.create_table(self.connection, kind)
             select = tables.select_container(groups[0].schema, self._log_id, self._preparer.mark, kind=kind)
             files = [str(group.path) for group in groups]
-            row = self.connection.execute(f"INSERT INTO {tables.kind_table(kind)} {select}", [files]).fetchone()
+            row = self.connection.execute(f"INSERT INTO {tables.table_of(kind)} {select}", [files]).fetchone()
             inserted += row[0] if row else 0
         return inserted
 
@@ -158,8 +158,8 @@ class Tail:
         """Ids, producers and numbers of the rows just inserted, in the order of partition and offset."""
         spans = [f'("partition" = {item.partition} AND "offset" BETWEEN {item.offset_first} AND {item.offset_next - 1})' for item in batch]
         columns = '"partition", "offset", appended_at, event_id, producer_id, producer_seq, kind = \'producer_heartbeat\' AS heartbeat'
-        kinds = sorted({group.kind for item in batch for group in item.groups})
-        selects = [f"SELECT {columns} FROM {tables.kind_table(kind)} WHERE {' OR '.join(spans)}" for kind in kinds]
+        kinds = {group.kind for item in batch for group in item.groups}
+        selects = [f"SELECT {columns} FROM {tables.table_of(kind)} WHERE {' OR '.join(spans)}" for kind in kinds]
         if not selects:
             return _Arrived.nothing()
         return _Arrived.of(self.connection.execute(" UNION ALL ".join(selects)).to_arrow_table())
@@ -194,9 +194,9 @@ class Tail:
         offsets = [int(mine.offsets[index]) for index in judgement.duplicates]
         if offsets:
             listed = ", ".join(map(str, offsets))
-            for kind in sorted({group.kind for group in item.groups}):
+            for kind in {group.kind for group in item.groups}:
                 where = f'"partition" = {partition} AND "offset" IN ({listed})'
-                self.connection.execute(f"DELETE FROM {tables.kind_table(kind)} WHERE {where}")
+                self.connection.execute(f"DELETE FROM {tables.table_of(kind)} WHERE {where}")
         self._fill("duplicate", [(partition, offset, item.hashes[offset - item.offset_first]) for offset in offsets])
         self._fill("mark", [(partition, producer, seq) for producer, seq in judgement.marks.items()])
         at = [(int(mine.offsets[index]), int(mine.appended_at[index])) for index, *_ in judgement.gaps]
@@ -210,7 +210,7 @@ class Tail:
         self.connection.execute(
             "INSERT INTO claim_seq SELECT position.partition, producer_id, max(position.seq), max(epoch_us(appended_at)) FROM"
             " (SELECT producer_id, appended_at, unnest(producer_heartbeat.positions) AS position FROM"
-            f' {tables.kind_table("producer_heartbeat")} WHERE "partition" = {item.partition}'
+            f" {tables.table_of(None)} WHERE kind = 'producer_heartbeat' AND \"partition\" = {item.partition}"
             f' AND "offset" BETWEEN {item.offset_first} AND {item.offset_next - 1}) GROUP BY ALL'
         )
 

@@ -146,7 +146,7 @@ class TestDamage:
         _killed(settings_embedded.data, "index", "indexer.before_seal")
         (tail,) = (settings_embedded.data / "hot" / "tail").glob("*.duckdb")
         with duckdb.connect(str(tail)) as connection:
-            connection.execute('DELETE FROM events_token_chunk WHERE "offset" = 7')
+            connection.execute('DELETE FROM events_wide WHERE "offset" = 7')
         Indexer(settings_embedded, log).run_once()
 
         assert rows(open_catalog(settings_embedded.data)) == offsets(log)
