@@ -284,7 +284,7 @@ def replay(session: str, same: str, changed: str) -> None:
     tokentape("replay", session, "--mode", "compare", "--engine", same)
     heading(12, "The same question to a model whose weights were changed a little")
     tokentape("replay", session, "--mode", "compare", "--engine", changed, "--loose")
-    tokentape("sql", "SELECT mode, engine, verdict, tokens, reason FROM replays ORDER BY started_at")
+    tokentape("sql", "SELECT engine, verdict, tokens, drift_max, noise_floor FROM replays ORDER BY started_at")
 
 
 class ChangedModel(threading.Thread):
