@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import duckdb
 import pyarrow as pa
 
-from schemas.errors import QueryError, TokentapeError
+from schemas.errors import CorruptStore, QueryError, TokentapeError
 from store import views
 from store.allowlist import check_statement
 from store.confinement import confine
@@ -78,7 +78,7 @@ def main() -> None:
         confine(network=request.network, memory_bytes=(request.memory_mb << 20) + _HEADROOM_BYTES, cpu_s=_cpu_s(request))
         answer(connection, request, output)
     except TokentapeError as error:
-        _say(output, {"error": _first_line(error.fault, request), "hint": error.hint})
+        _say(output, {"error": _first_line(error.fault, request), "hint": error.hint, "damaged": isinstance(error, CorruptStore)})
     except duckdb.Error as error:
         fault = explained(error, request)
         _say(output, {"error": fault.fault, "hint": fault.hint})
@@ -138,8 +138,11 @@ def _attach(connection: duckdb.DuckDBPyConnection, name: str, path: str) -> None
     try:
         connection.execute(f"ATTACH {views.literal(path)} AS {name} (READ_ONLY)")
     except duckdb.Error as error:
-        hint = "run `tokentape rebuild` to make the index again" if os.path.exists(path) else RETRY
-        raise QueryError(str(error).splitlines()[0], operation="attach", place=path, hint=hint) from error
+        fault = str(error).splitlines()[0]
+        if os.path.exists(path):
+            hint = "run `tokentape rebuild` to make the index again"
+            raise CorruptStore(fault, operation="attach", place=path, hint=hint) from error
+        raise QueryError(fault, operation="attach", place=path, hint=RETRY) from error
 
 
 def answer(connection: duckdb.DuckDBPyConnection, request: Request, output: BinaryIO) -> None:

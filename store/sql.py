@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from schemas.errors import QueryError, TokentapeError
+from schemas.errors import CorruptStore, QueryError, TokentapeError
 from schemas.settings import Settings
 from store.catalog import Catalog, open_catalog
 from store.objects import open_store
@@ -74,6 +74,7 @@ class SqlService:
         Raises:
             QueryError: invalid, refused or over a limit, in one line.
             StoreUnavailable: the object store does not answer.
+            CorruptStore: a hot shard is no database.
         """
         for attempt in range(_ATTEMPTS):
             completeness = self._completeness()
@@ -237,7 +238,8 @@ def _read_message(stdout: IO[bytes]) -> dict[str, Any]:
         raise EOFError("the process ended")
     message: dict[str, Any] = json.loads(line)
     if "error" in message:
-        raise QueryError(message["error"], operation="query", hint=message["hint"])
+        kind = CorruptStore if message.get("damaged") else QueryError
+        raise kind(message["error"], operation="query", hint=message["hint"])
     return message
 
 

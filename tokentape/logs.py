@@ -33,3 +33,4 @@ def configure(settings: LoggingSettings, *, part: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processor=renderer))
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
+    logging.getLogger("urllib3").setLevel(max(level, logging.ERROR))  # each retry would be a line; what fails in the end says so
