@@ -209,7 +209,9 @@ def read_content(data: bytes, registry: SchemaRegistry, *, sha256: str, place: s
 
 def _recoded(data: bytes, registry: SchemaRegistry, place: str) -> Iterator[Recoded]:
     try:
-        for batch in pq.ParquetFile(pa.BufferReader(data)).iter_batches(batch_size=ROW_GROUP_ROWS):
+        # Without Arrow's threads, which a process that ends at once after reading can trip over; encoding takes the time anyway.
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        for batch in file.iter_batches(batch_size=ROW_GROUP_ROWS, use_threads=False):
             yield from recode(batch, registry)
     except CorruptStore as error:
         raise CorruptStore(error.fault, operation="read segment", place=place) from error

@@ -237,7 +237,7 @@ def from_parquet(data: bytes, spans: Sequence[Coverage], *, place: str) -> list[
         CorruptStore: not a coverage object, or its runs do not make up the spans without overlap or gap.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), columns=_SCHEMA.names)
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns=_SCHEMA.names, use_threads=False)
         columns = [table.column(name).to_pylist() for name in _SCHEMA.names]
     except (OSError, ValueError, KeyError) as error:  # Arrow's errors derive from these
         raise CorruptStore(f"not a coverage manifest: {error}", operation="read coverage", place=place) from error
