@@ -28,7 +28,7 @@ from store.log.base import Entry, Log
 from tests.eventgen import Producer, many
 
 # Enough for several batches of the default size on each partition.
-_EVENTS = 100_000
+_EVENTS = 200_000
 # Decoding in Python is so slow that a part of them says it.
 _DECODED = 20_000
 # The best of so many runs of each side, taken in turn: the machine is shared.

@@ -50,6 +50,8 @@ __all__ = [
 
 # Seal requests older than this are forgotten: whoever asked has given up.
 _REQUEST_S = 600
+# Facts whose key begins so are alarms.
+_ALARM = "alarm."
 
 
 def open_catalog(data: Path) -> Catalog:
@@ -331,6 +333,19 @@ class Catalog(CatalogFile):
             connection.execute("INSERT OR IGNORE INTO fact VALUES (?, ?)", (key, value))
             row = connection.execute("SELECT value FROM fact WHERE key = ?", (key,)).fetchone()
         return str(row[0])
+
+    def alarm(self, partition: int, text: str | None) -> None:
+        """Note why a partition stands still, or with None that it does not."""
+        with self._writing("alarm") as connection:
+            connection.execute("DELETE FROM fact WHERE key = ?", (f"{_ALARM}{partition}",))
+            if text is not None:
+                connection.execute("INSERT INTO fact VALUES (?, ?)", (f"{_ALARM}{partition}", text))
+
+    def alarms(self) -> dict[int, str]:
+        """Why partitions stand still: those that wait for a newer version of this program."""
+        with self._reading("alarms") as connection:
+            rows = connection.execute("SELECT key, value FROM fact WHERE key LIKE ? ORDER BY key", (f"{_ALARM}%",)).fetchall()
+        return {int(key.removeprefix(_ALARM)): str(value) for key, value in rows}
 
     def _ranges(self, connection: sqlite3.Connection) -> dict[str, tuple[Range, ...]]:
         found: dict[str, list[Range]] = {}

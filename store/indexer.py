@@ -217,6 +217,7 @@ class _Session:
             state = PartitionState(partition, at.offset_next, at.digest, at.day, at.appended_at, at.duplicates, at.quarantined)
             state.marks = self._catalog.marks(log_id, partition)
             self._states[partition] = state
+            self._catalog.alarm(partition, None)
         self.done.partitions = tuple(sorted(self._fences))
 
     def _start_follower(self, until: dict[int, int] | None = None) -> Follower:
@@ -348,6 +349,7 @@ class _Session:
         for partition, problem in list(follower.newer.items()):
             if partition not in self.done.stopped:
                 self.done.stopped[partition] = problem
+                self._catalog.alarm(partition, str(problem))
                 log.error("indexer.stopped", partition=partition, error=str(problem), hint=problem.hint)
 
     # Sharing partitions with other indexers

@@ -220,6 +220,7 @@ class TestSchemas:
         assert (done.rows, done.quarantined, list(done.stopped)) == (5, 0, [2])
         assert "session_closed.mood" in str(done.stopped[2])
         assert (fresh.complete, list(fresh.stopped)) == (False, [2])
+        assert list(_catalog(settings_embedded).alarms()) == [2]
 
 
 class TestNumbers:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from schemas import events
-from schemas.errors import Fenced
+from schemas.errors import Fenced, Unavailable
 from schemas.settings import Settings
 from store.catalog import Catalog, Range, open_catalog
 from store.crashpoints import VARIABLE
@@ -36,8 +36,9 @@ _REBUILD_STEPS = ("rebuild.indexed", "rebuild.before_replace", "rebuild.replaced
 
 # Works in a process of its own that is killed at a step: argv is the data directory and what to do.
 _WORKER = """
-import sys
+import resource, signal, sys
 from pathlib import Path
+from schemas.errors import Unavailable
 from schemas.settings import IndexSettings, Settings
 from store.catalog import open_catalog
 from store.indexer import Indexer
@@ -48,6 +49,15 @@ from store.rebuild import rebuild
 
 settings = Settings(data=Path(sys.argv[1]), index=IndexSettings(batch_events_max=60))
 log = open_log(settings.log, settings.data)
+if len(sys.argv) > 3:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    indexer = Indexer(settings, log)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+    try:
+        indexer.run_once()
+    except Unavailable as problem:
+        sys.exit(problem.exit_code)
+    sys.exit(0)
 if sys.argv[2] == "index":
     Indexer(settings, log).run_once()
 elif sys.argv[2] == "merge":
@@ -66,10 +76,10 @@ def log(settings_embedded: Settings) -> Iterator[Log]:
     log.close()
 
 
-def _killed(data: Path, work: str, step: str) -> int:
-    """Exit status of a process that works and is killed at a step."""
+def _killed(data: Path, work: str, step: str, *more: str) -> int:
+    """Exit status of a process that works and is killed at a step, or may write no file larger than `more` says."""
     environment = {**os.environ, VARIABLE: step, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-c", _WORKER, str(data), work]
+    command = [sys.executable, "-c", _WORKER, str(data), work, *more]
     return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=120).returncode
 
 
@@ -160,6 +170,18 @@ class TestDamage:
         tail.write_bytes(os.urandom(20_000))
         Indexer(settings_embedded, log).run_once()
 
+        assert rows(open_catalog(settings_embedded.data)) == offsets(log)
+
+
+class TestFullDisk:
+    @pytest.mark.parametrize("size", [20_000, 400_000, 1_100_000])
+    def test_a_full_disk_is_one_error_and_costs_nothing(self, settings_embedded: Settings, log: Log, size: int) -> None:
+        """Wherever writing stops it is `Unavailable`, and with room again every event is there once."""
+        log.append(list(many(Producer(seed=4), 1500)))
+        status = _killed(settings_embedded.data, "index", "", str(size))
+        Indexer(settings_embedded, log).run_once()
+
+        assert status == Unavailable.exit_code
         assert rows(open_catalog(settings_embedded.data)) == offsets(log)
 
 
