@@ -291,7 +291,8 @@ class Catalog(CatalogFile):
                 "SELECT raw FROM quarantine WHERE log_id = ? AND partition = ? AND offset = ? AND requeued = 0", (log_id, partition, offset)
             ).fetchone()
         if row is None:
-            raise UsageError(f"partition {partition}, offset {offset} is not in quarantine", operation="show quarantine")
+            fault = f"partition {partition}, offset {offset} is not in quarantine"
+            raise UsageError(fault, operation="show quarantine", hint="`tokentape quarantine list` shows what is")
         return bytes(row[0])
 
     def duplicates(self, log_id: str, partition: int, offset_first: int, offset_next: int) -> list[Duplicate]:

@@ -68,7 +68,8 @@ def load_public(path: Path) -> Verifier:
     try:
         return Verifier.parse(path.read_text())
     except (OSError, UsageError, ValueError) as error:
-        raise SettingsError(f"no usable public key: {error}", operation="load key", place=str(path)) from error
+        hint = "name the file ledger.pub of the installation that signed"
+        raise SettingsError(f"no usable public key: {error}", operation="load key", place=str(path), hint=hint) from error
 
 
 def _write_new(path: Path, text: str, mode: int) -> None:

@@ -67,7 +67,9 @@ def _run(installation: Installation, name: str, dry_run: bool) -> None:
 def _print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
     out.print(f"[bold]{name}[/bold]{' (dry run, nothing changed)' if dry_run else ''}")
     for key, value in summary.items():
-        if isinstance(value, list):
+        if value == []:
+            out.print(f"  {key}: none")
+        elif isinstance(value, list):
             out.print(f"  {key}:")
             for item in value:
                 out.print(f"    {item}", markup=False)

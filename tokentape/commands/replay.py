@@ -76,7 +76,8 @@ def _fast(player: Player, to: str | None) -> None:
     stops = {"breakpoint": at_breakpoint, "failure": at_trouble}
     stop = player.fast(stops[to]) if to in stops else player.fast(until=Until.parse(to) if to else None)
     if to in stops and stop.reason != "condition":
-        raise UsageError(f"the session has no {to} from here on", operation="replay fast")
+        hint = "`tokentape timeline SESSION` shows what it has"
+        raise UsageError(f"the session has no {to} from here on", operation="replay fast", hint=hint)
     out.print(SessionPage(stop.state, total=len(player)))
 
 
