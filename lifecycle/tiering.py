@@ -31,10 +31,11 @@ from schemas.settings import Settings
 from schemas.sink import EventSink, platform_session
 from store import duck
 from store.catalog import Catalog, Range, Segment, Shard
-from store.cold import SEGMENT_BYTES_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
+from store.cold import ATTACHED_MAX, SEGMENT_BYTES_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
 from store.coverage import Coverage, cover, coverage_from_json, coverage_to_json, from_parquet, spans_of, to_parquet
 from store.crashpoints import crash_point
 from store.fences import FileLock
+from store.hot import attach
 from store.ledger import Entry, Ledger
 from store.objects.base import NO_LOCK, Lock, ObjectStore
 
@@ -173,14 +174,16 @@ class Tiering:
         sql, staged = self.settings.sql, folder / "staged.duckdb"
         memory = f"{sql.memory_mb}MB"
         with duck.connect(staged, threads=sql.threads, memory_limit=memory, temp_directory=str(folder)) as connection:
-            rows = stage(connection, filled)
+            in_place = len(filled) <= ATTACHED_MAX
+            relation = attach(connection, filled, day=True) if in_place else stage(connection, filled)
+            size = sum(shard.bytes for shard in filled) if in_place else staged.stat().st_size
             crash_point("tier.staged")
-            if rows != expected:
+            parts = plan_parts(connection, relation, size / expected, self.segment_bytes_max)
+            if (rows := sum(part.rows for part in parts)) != expected:
                 raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
-            parts = plan_parts(connection, staged.stat().st_size / rows, self.segment_bytes_max)
-            drafts = [write_part(connection, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+            drafts = [write_part(connection, relation, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
         crash_point("tier.written")
-        staged.unlink()
+        staged.unlink(missing_ok=True)
         return drafts
 
     def _keyed(self, drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft]]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from lifecycle.tiering import ENTRY_TYPE, says
 from schemas.errors import CorruptStore, DataError
 from schemas.events import Pair, VerificationFinished
@@ -31,6 +33,8 @@ from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
 from store.ledger.verify import Finding, Kind, Report, verify_ledger
 from store.objects.base import ObjectStore
 from store.objects.local import LocalStore
+
+log = structlog.get_logger("tokentape.verification")
 
 FINDINGS_MAX = 50
 """Findings that stand in the event of a run; the ledger and its objects can be asked again for the rest."""
@@ -85,6 +89,8 @@ class Verification:
         took = (time.perf_counter_ns() - began) // 1000
         if sink is not None:
             sink.record(platform_session("lifecycle", "job:verify"), _event(found, took))
+        if found.exit_code:
+            log.error("verify.not_good", outcome=outcome(found), findings=len(found.findings), first=_line(found.findings[0]))
         counts = {"entries": found.ledger.entries, "segments": found.segments, "events": found.events}
         return {
             "outcome": outcome(found),

@@ -43,8 +43,8 @@ _COPY = (
 _NAME_MAX = 100
 """Characters of a tenant or class in a key; longer ones are cut and get a hash."""
 
-_STAGED_AT_ONCE = 32
-"""Shards attached at a time: each holds a file open."""
+ATTACHED_MAX = 32
+"""Shards read in place; each holds a file open, and a plan over more gets slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +83,39 @@ def _name(text: str) -> str:
     return quoted if len(quoted) <= _NAME_MAX else f"{quoted[:_NAME_MAX]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-STAGED = "staged"
-"""Name of the table that `stage` fills."""
-
-
-def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> int:
-    """Copy the rows of shards, and the day that each was filed under, into one table; how many.
+def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> str:
+    """Rows of many shards, with the `day` that each was filed under, in one table of the connection's own file; its name.
 
     Raises:
         CorruptStore: a shard is damaged. StoreUnavailable: one is gone. StorageFull: no room.
     """
     definition = ", ".join(f'"{name}" {kind}' for name, kind in {**current_columns(), "day": "VARCHAR"}.items())
-    total = 0
     try:
-        connection.execute(f"CREATE TABLE {STAGED} ({definition})")
-        for start in range(0, len(shards), _STAGED_AT_ONCE):
-            group = shards[start : start + _STAGED_AT_ONCE]
-            relation = attach(connection, group, day=True)
-            total += connection.execute(f"INSERT INTO {STAGED} BY NAME SELECT * FROM {relation}").fetchall()[0][0]
+        connection.execute(f"CREATE TABLE staged ({definition})")
+        for start in range(0, len(shards), ATTACHED_MAX):
+            group = shards[start : start + ATTACHED_MAX]
+            connection.execute(f"INSERT INTO staged BY NAME SELECT * FROM {attach(connection, group, day=True)}")
             detach(connection, group)
         connection.execute("CHECKPOINT")
     except duckdb.Error as error:
-        raise duck.mapped(error, operation="stage shards", place=STAGED) from error
-    return total
+        raise duck.mapped(error, operation="stage shards", place="staged") from error
+    return "staged"
 
 
-def plan_parts(connection: duckdb.DuckDBPyConnection, bytes_per_row: float, bytes_max: int = SEGMENT_BYTES_MAX) -> list[Part]:
-    """Cut the staged rows into parts, between sessions, each below `bytes_max` if it can be."""
+def plan_parts(
+    connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float, bytes_max: int = SEGMENT_BYTES_MAX
+) -> list[Part]:
+    """Cut the rows of a relation with a `day` column into parts, between sessions, each below `bytes_max` if it can be.
+
+    Raises:
+        CorruptStore: the rows cannot be read.
+    """
     rows_max = max(1, int(bytes_max / max(bytes_per_row, 1.0)))
-    groups = connection.execute(
-        f"SELECT tenant, day, retention_class, session_id, count(*) FROM {STAGED} GROUP BY ALL ORDER BY ALL"
-    ).fetchall()
+    query = f"SELECT tenant, day, retention_class, session_id, count(*) FROM {relation} GROUP BY ALL ORDER BY ALL"
+    try:
+        groups = connection.execute(query).fetchall()
+    except duckdb.Error as error:
+        raise duck.mapped(error, operation="plan segments", place="hot") from error
     parts: list[Part] = []
     for tenant, day, retention_class, session, count in groups:
         last = parts[-1] if parts else None
@@ -124,7 +126,7 @@ def plan_parts(connection: duckdb.DuckDBPyConnection, bytes_per_row: float, byte
     return parts
 
 
-def write_part(connection: duckdb.DuckDBPyConnection, part: Part, path: Path) -> Draft:
+def write_part(connection: duckdb.DuckDBPyConnection, relation: str, part: Part, path: Path) -> Draft:
     """Write one part to a local Parquet file, sorted by session, partition and offset.
 
     Raises:
@@ -138,7 +140,7 @@ def write_part(connection: duckdb.DuckDBPyConnection, part: Part, path: Path) ->
         "first": part.session_first,
         "last": part.session_last,
     }
-    select = f'SELECT * EXCLUDE (day) FROM {STAGED} WHERE {where} ORDER BY session_id, "partition", "offset"'
+    select = f'SELECT * EXCLUDE (day) FROM {relation} WHERE {where} ORDER BY session_id, "partition", "offset"'
     try:
         connection.execute(f"COPY ({select}) TO {_literal(path)} ({_COPY})", values)
         facts = "epoch_us(min(recorded_at)), epoch_us(max(recorded_at)), count(*)"

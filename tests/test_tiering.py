@@ -138,6 +138,17 @@ class TestRows:
         assert rig.records() == offsets(rig.log)
         assert rig.verification().report().exit_code == 0
 
+    def test_more_shards_than_are_attached_at_once(self, local: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are put together in a file of their own first."""
+        for module in ("lifecycle.tiering", "store.cold"):
+            monkeypatch.setattr(f"{module}.ATTACHED_MAX", 1)
+        for _ in range(3):
+            local.ingest(mixed(local.producer, 1))
+        local.tier()
+
+        assert local.records() == offsets(local.log)
+        assert local.catalog.snapshot().shards == ()
+
     def test_a_dry_run_changes_nothing(self, local: Tiered) -> None:
         """It says what would be done, by day."""
         local.ingest(mixed(local.producer))
@@ -195,8 +206,8 @@ class TestRows:
 class TestSegments:
     def test_segments_roll_between_sessions(self, local: Tiered) -> None:
         """A segment holds one tenant, day and class, ends where it gets too large, and no session is cut."""
-        local.ingest([entry for _ in range(6) for entry in mixed(local.producer, 4)])
-        summary = local.tier(segment_bytes_max=20_000)
+        local.ingest([entry for _ in range(3) for entry in mixed(local.producer, 4)])
+        summary = local.tier(segment_bytes_max=40_000)
         held: dict[bytes, set[str]] = {}
         for segment in local.catalog.snapshot().segments:
             table = pq.read_table(pa.BufferReader(local.objects.get(segment.key)), columns=["session_id", "tenant", "retention_class"])
@@ -212,15 +223,18 @@ class TestSegments:
         assert local.records() == offsets(local.log)
         assert local.verification().report().exit_code == 0
 
-    @pytest.mark.parametrize("tenant", ["", ".", "..", "a/b", "ünï code", "x" * 300, "a\0b", "tenant=x"])
-    def test_no_name_of_a_tenant_blocks_the_tier(self, local: Tiered, tenant: str) -> None:
-        """Whatever a producer sent as tenant becomes a safe key."""
-        context = dataclasses.replace(local.producer.session(tenant=tenant), retention_class=tenant)
-        local.ingest(list(conversation(local.producer, chunks=1, session=context)))
+    def test_no_name_of_a_tenant_blocks_the_tier(self, local: Tiered) -> None:
+        """Whatever producers sent as tenant becomes a safe key."""
+        tenants = ["", ".", "..", "a/b", "ünï code", "x" * 300, "x" * 301, "a\0b", "tenant=x"]
+        entries: list[Entry] = []
+        for tenant in tenants:
+            context = dataclasses.replace(local.producer.session(tenant=tenant), retention_class=tenant)
+            entries += conversation(local.producer, chunks=1, session=context)
+        local.ingest(entries)
         local.tier()
 
         assert local.records() == offsets(local.log)
-        assert local.catalog.snapshot().segments[0].tenant == tenant
+        assert sorted(segment.tenant for segment in local.catalog.snapshot().segments) == sorted(tenants)
 
     def test_plain_readers_read_a_segment(self, rig: Tiered, tmp_path: Path) -> None:
         """Plain pyarrow and plain DuckDB give the rows, and looking up by any id gives what a full scan gives."""
@@ -234,7 +248,7 @@ class TestSegments:
         whole = ds.dataset(files).to_table()
         plain = duckdb.connect()
         for name in ("event_id", "session_id"):
-            for value in whole.column(name).unique().to_pylist():
+            for value in whole.column(name).unique().to_pylist()[::3]:
                 expected = whole.filter(pc.equal(whole.column(name), pa.scalar(value))).num_rows
                 found = plain.execute(f"SELECT count(*) FROM read_parquet(?) WHERE {name} = ?", [files, value]).fetchone()
 

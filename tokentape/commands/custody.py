@@ -71,9 +71,9 @@ def _read(path: Path) -> bytes:
 
 def _print(found: Verified, *, deep: bool, key: Path) -> None:
     """Findings one a line, then what was held against what, then the verdict."""
-    for finding in found.findings:
+    for finding in sorted(found.findings, key=lambda finding: list(_STYLES).index(finding.kind)):
         style = _STYLES[finding.kind]
-        out.print(f"[{style}]{finding.kind:18}[/{style}] {escape(finding.key)}: {escape(finding.detail)}")
+        out.print(f"[{style}]{finding.kind:18}[/{style}] {escape(finding.key)}: {escape(finding.detail)}", soft_wrap=True)
     if found.findings:
         out.print()
     ledger = found.ledger
@@ -84,11 +84,10 @@ def _print(found: Verified, *, deep: bool, key: Path) -> None:
         ("rows", _rows(found) if deep else "not read (--shallow)"),
     ]
     for name, text in rows:
-        out.print(f"{name:<12}{text}", markup=False)
+        out.print(f"{name:<12}{text}", markup=False, soft_wrap=True)
     good = found.exit_code == 0
-    out.print(
-        f"{'verdict':<12}" + (f"[green]good[/green]: {_good(found)}" if good else f"[red bold]{outcome(found)}[/red bold]: {_bad(found)}")
-    )
+    verdict = f"[green]good[/green]: {_good(found)}" if good else f"[red bold]{outcome(found)}[/red bold]: {_bad(found)}"
+    out.print(f"{'verdict':<12}{verdict}", soft_wrap=True)
 
 
 def _count(number: int, one: str, many: str = "") -> str:
