@@ -195,8 +195,10 @@ class BrokenUpstream:
     paths: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     version: bytes | None = None
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.append(writer)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 peer = await _read(reader, writer)
@@ -238,8 +240,13 @@ def broken(act: Act, **options: Any) -> Iterator[BrokenUpstream]:
         started.set()
         await over.wait()
         server.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in upstream.writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # a transport lets go of its socket in the loop's next round
 
     thread = threading.Thread(target=asyncio.run, args=(run(),))
     thread.start()

@@ -8,6 +8,7 @@ from lifecycle.checkpoints import Checkpoints
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
+from schemas.errors import ProofError
 from store.merge import merge
 from tokentape.installation import Installation
 
@@ -60,7 +61,10 @@ def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
 def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         return {"would_verify_entries": installation.ledger.head()}
-    return verification(installation).run(sink=installation.recorder)
+    summary = verification(installation).run(sink=installation.recorder)
+    if summary["outcome"] != "good":
+        raise ProofError(f"verification found {summary['outcome']} data", operation="verify", hint="`tokentape verify` names each object")
+    return summary
 
 
 def verification(installation: Installation) -> Verification:

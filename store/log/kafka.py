@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Sequence
 
@@ -63,6 +64,8 @@ class KafkaLog(TopicLog):
                 max_block_ms=int(self._settings.timeout_s * 1000),
                 allow_auto_create_topics=False,
             )
+            # At exit it would close itself before the recorder, which was registered earlier, has sent the last events.
+            atexit.unregister(self._producer._cleanup)
         return self._producer
 
     def _abandon_producer(self) -> None:
