@@ -79,8 +79,17 @@ def test_a_good_copy_is_good(copy: Copy) -> None:
         path.chmod(0o755)
 
     assert found.to_dict() | {"bytes": 0} == {
-        "segments": 3, "events": 39, "covered_offsets": 48, "entries": 3, "checkpoints": 6, "objects": 9, "bytes": 0,
-        "covered": 3, "exit_code": 0, "findings": [], "digests": found.digests,
+        "segments": 3,
+        "events": 39,
+        "covered_offsets": 48,
+        "entries": 3,
+        "checkpoints": 6,
+        "objects": 9,
+        "bytes": 0,
+        "covered": 3,
+        "exit_code": 0,
+        "findings": [],
+        "digests": found.digests,
     }
     assert found.digests > 3
     assert sorted(copy.root.rglob("*")) == before
