@@ -15,11 +15,9 @@ from schemas.settings import GatewaySettings, JobsSettings, RecorderSettings, Se
 from store.log import open_log
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.eventgen import Producer, conversation
-from tests.faults import Crowd, differences, read_tape, talkative, watched
+from tests.faults import Crowd, differences, talkative, watched
 from tests.gateway_rig import free_port
 from tests.program import Program, until
-
-pytestmark = pytest.mark.filterwarnings("ignore:(read|open)_text is deprecated:DeprecationWarning")  # kafka-python on Python 3.11
 
 
 def recording(settings: Settings, upstream: str) -> Settings:
@@ -81,7 +79,8 @@ def test_broker_and_store_restart_in_the_middle(kafka_private: KafkaService, min
     assert code == 0
     assert differences(crowd, program) == {}
 
-    before = read_tape(program).texts
+    spoken = "SELECT text FROM tokens ORDER BY ALL"
+    before = program.sql(spoken)
     program.run("tier", "--now")
     minio_private.stop()
     lines = [program.fails(*command, code=8) for command in (["sql", "SELECT count(*) FROM tokens"], ["tier", "--now"], ["verify"])]
@@ -90,7 +89,7 @@ def test_broker_and_store_restart_in_the_middle(kafka_private: KafkaService, min
 
     assert [line for line in lines if minio_private.endpoint not in line] == []
     assert minio_private.endpoint in shown
-    assert read_tape(program).texts == before
+    assert program.sql(spoken) == before
     assert program.run("verify").code == 0
 
     kafka_private.stop()

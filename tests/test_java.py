@@ -24,8 +24,6 @@ from tests.conftest import KafkaService
 from tests.strategies import sample
 from tests.tape import incident
 
-pytestmark = pytest.mark.filterwarnings("ignore:(read|open)_text is deprecated:DeprecationWarning")  # kafka-python on Python 3.11
-
 SOURCE = Path(__file__).parents[1] / "scripts" / "java" / "ReadEvents.java"
 SCHEMA = Path(__file__).parents[1] / "schemas" / "event.avsc"
 MARK = "--4711-end-of-record--"

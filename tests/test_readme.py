@@ -1,0 +1,90 @@
+"""Every command that the README shows is run as it stands there, on an installation with a session on its tape."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from schemas.settings import GatewaySettings, Settings
+from tests.conftest import VllmService
+from tests.program import ROOT, Program
+
+README = ROOT / "README.md"
+ELSEWHERE = ("git clone", "make ", "docker ")
+"""Beginnings of commands that set up a machine; the frame's and the services' own tests run those."""
+ENGINE = "http://127.0.0.1:8000"
+"""Where the README's reader has an engine."""
+
+
+def shown() -> list[str]:
+    """The command lines in the README's shell blocks, comments taken away."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def runnable() -> list[str]:
+    """Those that end by themselves and need nothing that the tests do not have."""
+    return [line for line in shown() if not line.startswith(ELSEWHERE) and not re.search(r"\bup$", line)]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> Program:
+    """An installation on whose tape a real client talked to a real engine, and a folder in which `tokentape` is a command."""
+    folder = tmp_path_factory.mktemp("readme")
+    made = Program(folder, Settings(data=folder / "data", gateway=GatewaySettings(port=0, upstream=vllm.url)))
+    with made.up() as up, openai.OpenAI(base_url=f"{up.ready().url}/v1", api_key="sk-test-0123456789", max_retries=0) as client:
+        client.chat.completions.create(model=vllm.model, messages=[{"role": "user", "content": "hello"}], max_tokens=8)
+    _install(folder)
+    return made
+
+
+def _install(folder: Path) -> None:
+    """`tokentape` on the PATH and `.venv/bin/tokentape`, as in a checkout that was set up."""
+    program = folder / ".venv" / "bin" / "tokentape"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tokentape.cli "$@"\n')
+    program.chmod(0o755)
+
+
+def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
+    """Each ends with exit code 0, says nothing of an error, and leaves an answer where there is one."""
+    session = program.sql("SELECT session_id, started_at FROM sessions WHERE requests > 0")[0]
+    search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**program.environment, "PATH": search}
+    moment = str(session["started_at"])[:23].replace(" ", "T")
+    wrong = {}
+    for line in runnable():
+        words = re.sub(r"--at \S+", f"--at {moment}", line.replace("SESSION", session["session_id"]).replace(ENGINE, vllm.url))
+        ran = subprocess.run(
+            ["sh", "-c", words], capture_output=True, text=True, cwd=program.folder, env=environment, timeout=90, check=False
+        )
+        if ran.returncode or "Traceback" in ran.stderr or "tokentape: " in ran.stderr or not (ran.stdout or ">" in words):
+            wrong[words] = (ran.returncode, ran.stdout[-300:], ran.stderr[-1000:])
+
+    assert wrong == {}
+    assert (program.folder / "failures.csv").read_text().startswith('"session_id"')
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    """The four jobs are there, so that the test above has something to run."""
+    commands = {line.split()[1] for line in runnable()}
+
+    assert {"sessions", "sql", "timeline", "show", "replay", "tier", "verify", "jobs"} <= commands
+    assert [line for line in shown() if line.endswith(" up")] != []
+
+
+def test_targets_of_the_readme() -> None:
+    """Every `make` target that it names is one."""
+    named = {word for line in shown() if line.startswith("make ") for word in line.split()[1:] if "=" not in word}
+    there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert "demo" in named
+    assert named - there == set()
