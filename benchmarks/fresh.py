@@ -21,7 +21,7 @@ from store.indexer import ensure_fresh
 from store.log import open_log
 from store.sql import SqlService
 
-ROUNDS = 25
+ROUNDS = 15
 
 
 def run() -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def run() -> list[dict[str, Any]]:
         service = SqlService(settings, keep_warm=True)
         try:
             asked = [_until_seen(settings, log, recorder, service, ask=True) for _ in range(ROUNDS)]
-            waited = [_until_seen(settings, log, recorder, service, ask=False) for _ in range(8)]
+            waited = [_until_seen(settings, log, recorder, service, ask=False) for _ in range(5)]
             plain = [_query(service) for _ in range(ROUNDS)]
         finally:
             service.close()
