@@ -105,15 +105,17 @@ class Tape:
 
 def read_tape(program: Program) -> Tape:
     """Ask for everything in SQL."""
-    spoken = program.sql("""
+    spoken, counts = program.ask(
+        """
         SELECT json_extract_string(m.body, '$.content') AS question, g.outcome,
             (SELECT string_agg(t.text, '' ORDER BY t."position") FROM tokens t WHERE t.generation_id = g.generation_id) AS answer
-        FROM generations g JOIN messages m USING (generation_id) ORDER BY g.submitted_at""")
+        FROM generations g JOIN messages m USING (generation_id) ORDER BY g.submitted_at""",
+        "SELECT event_id, count(*) AS n FROM events GROUP BY event_id",
+    )
     texts, outcomes = collections.defaultdict(list), collections.defaultdict(list)
     for row in spoken:
         texts[row["question"]].append(row["answer"] or "")
         outcomes[row["question"]].append(row["outcome"])
-    counts = program.sql("SELECT event_id, count(*) AS n FROM events GROUP BY event_id")
     return Tape(dict(texts), dict(outcomes), {row["event_id"]: row["n"] for row in counts})
 
 
@@ -151,8 +153,7 @@ def differences(crowd: Crowd, program: Program) -> dict[str, Any]:
 
 
 def _missing(program: Program) -> dict[str, int]:
-    missing: dict[str, int] = json.loads(program.run("status", "--format", "json").stdout)["missing"]
-    return {what: count for what, count in missing.items() if count and what != "duplicates_dropped"}
+    return {what: count for what, count in program.status["missing"].items() if count and what != "duplicates_dropped"}
 
 
 def watched(crowd: Crowd, *steps: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -21,6 +22,19 @@ from schemas.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 90.0
+DRIVER = """
+import base64, contextlib, io, json, sys
+from tokentape.cli import main
+for words in json.load(sys.stdin):
+    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(words)
+        except SystemExit as ended:
+            code = ended.code or 0
+    print(json.dumps([code, base64.b64encode(out.buffer.getvalue()).decode(), err.getvalue()]), flush=True)
+"""
+"""Calls the command line again and again in one process: starting Python takes longer than most answers."""
 T = TypeVar("T")
 
 
@@ -73,16 +87,36 @@ class Program:
     def run(self, *arguments: str, stdin: bytes | None = None, code: int | None = 0) -> Ran:
         """Run one command to its end; whatever happens, it shows no traceback and leaves no process."""
         command, given = self.command(*arguments), {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-        how: Any = {"capture_output": True, "env": self.environment, "cwd": self.folder, "timeout": DEADLINE_S, **given}
-        ended = subprocess.run(command, check=False, **how)
-        ran = Ran(ended.returncode, ended.stdout, ended.stderr.decode())
-        assert "Traceback" not in ran.stderr + ran.stdout.decode(errors="replace"), f"{arguments}: {ran.stderr[-3000:]}"
-        assert code is None or ran.code == code, f"{arguments} ended with {ran.code}: {ran.stderr[-2000:]} {ran.stdout[-500:]!r}"
-        return ran
+        ended = self._process(command, **given)
+        return _checked(Ran(ended.returncode, ended.stdout, ended.stderr.decode()), arguments, code)
+
+    def batch(self, *commands: Sequence[str], code: int | None = 0) -> list[Ran]:
+        """Run commands one after another in one process, each as `run` would."""
+        calls = [["--config", str(self.file), *arguments] for arguments in commands]
+        ended = self._process([sys.executable, "-c", DRIVER], input=json.dumps(calls).encode())
+        answers = [json.loads(line) for line in ended.stdout.splitlines()]
+        assert len(answers) == len(calls), ended.stderr.decode()[-3000:]
+        rans = [Ran(status, base64.b64decode(out), err) for status, out, err in answers]
+        return [_checked(ran, arguments, code) for ran, arguments in zip(rans, commands, strict=True)]
+
+    def _process(self, command: list[str], **how: Any) -> subprocess.CompletedProcess[bytes]:
+        kept: Any = {"capture_output": True, "env": self.environment, "cwd": self.folder, "timeout": DEADLINE_S, **how}
+        ended: subprocess.CompletedProcess[bytes] = subprocess.run(command, check=False, **kept)
+        return ended
 
     def sql(self, statement: str) -> list[dict[str, Any]]:
         """The rows of a query."""
-        return self.run("sql", statement, "--format", "json").rows
+        return self.ask(statement)[0]
+
+    def ask(self, *statements: str) -> list[list[dict[str, Any]]]:
+        """The rows of each of some queries."""
+        return [ran.rows for ran in self.batch(*(["sql", statement, "--format", "json"] for statement in statements))]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What `status` says."""
+        found: dict[str, Any] = json.loads(self.run("status", "--format", "json").stdout)
+        return found
 
     def fails(self, *arguments: str, code: int, stdin: bytes | None = None) -> str:
         """Run a command that must fail with this code and one line; returns the line."""
@@ -152,16 +186,28 @@ class Up:
         """Base URL of the gateway that runs now."""
         return str(until(lambda: self.program.parts().get("gateway") or self._failed())["url"])  # type: ignore[index]
 
-    def kill(self, part: str) -> None:
-        """SIGKILL a part, and return when its successor runs."""
-        victim = until(lambda: self.program.parts().get(part))["pid"]
-        os.kill(victim, signal.SIGKILL)
-        until(lambda: self.program.parts().get(part, {}).get("pid", victim) != victim or self._failed())
+    def kill(self, *parts: str) -> None:
+        """SIGKILL parts at once, and return when their successors run."""
+        self.ready()
+        victims = {part: self.program.parts()[part]["pid"] for part in parts}
+        for victim in victims.values():
+            os.kill(victim, signal.SIGKILL)
+        until(lambda: self._replaced(victims) or self._failed())
+
+    def _replaced(self, victims: dict[str, int]) -> bool:
+        found = self.program.parts()
+        return all(part in found and found[part]["pid"] != victim for part, victim in victims.items())
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
         self.process.terminate()
         return self.process.wait(DEADLINE_S)
+
+
+def _checked(ran: Ran, arguments: Sequence[str], code: int | None) -> Ran:
+    assert "Traceback" not in ran.stderr + ran.stdout.decode(errors="replace"), f"{arguments}: {ran.stderr[-3000:]}"
+    assert code is None or ran.code == code, f"{arguments} ended with {ran.code}: {ran.stderr[-2000:]} {ran.stdout[-500:]!r}"
+    return ran
 
 
 def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:

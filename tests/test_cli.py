@@ -127,29 +127,11 @@ NONSENSE = [
 ]
 """Words, exit code, and what the one line names."""
 
-DRIVER = """
-import contextlib, io, json, sys
-from tokentape.cli import main
-for words in json.load(sys.stdin):
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            main(words)
-        except SystemExit as ended:
-            code = ended.code
-    print(json.dumps([code, said.getvalue()]))
-"""
-"""Calls the command line again and again in one process: thirty starts of Python take longer than all of the answers."""
-
 
 @pytest.fixture(scope="module")
 def refusals(program: Program, session: str) -> list[Ran]:
     """What each piece of nonsense was answered with."""
-    calls = [["--config", str(program.file), *(session if word == "SESSION" else word for word in words)] for words, _, _ in NONSENSE]
-    ran = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(calls), capture_output=True, text=True, check=True, env=program.environment
-    )
-    return [Ran(code, b"", said) for code, said in map(json.loads, ran.stdout.splitlines())]
+    return program.batch(*([session if word == "SESSION" else word for word in words] for words, _, _ in NONSENSE), code=None)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +149,9 @@ def test_nonsense_is_one_line(number: int, words: list[str], code: int, says: st
 def test_every_format_gives_the_same_rows(program: Program) -> None:
     """JSON, CSV, Arrow and Parquet parse back to the same answer; the table has a line for each row."""
     ask = "SELECT model, stream, finish_reasons, submitted_at, duration_ms FROM generations ORDER BY submitted_at"
-    made = {fmt: program.run("sql", ask, "--format", fmt).stdout for fmt in ("json", "csv", "arrow", "parquet")}
+    formats = ("json", "csv", "arrow", "parquet", "table")
+    answers = program.batch(*(["sql", ask, "--format", fmt] for fmt in formats))
+    made = {fmt: ran.stdout for fmt, ran in zip(formats, answers, strict=True)}
     arrow = pyarrow.ipc.open_stream(made["arrow"]).read_all().to_pylist()
     parquet = pyarrow.parquet.read_table(io.BytesIO(made["parquet"])).to_pylist()
     rows = [json.loads(line) for line in made["json"].splitlines()]
@@ -178,7 +162,8 @@ def test_every_format_gives_the_same_rows(program: Program) -> None:
     assert [row["finish_reasons"] for row in rows] == [row["finish_reasons"] for row in arrow]
     assert [row["finish_reasons"] for row in rows] == [json.loads(line["finish_reasons"]) for line in lines]
     assert [row["duration_ms"] for row in rows] == [float(line["duration_ms"]) for line in lines]
-    assert program.run("sql", stdin=ask.encode()).text.strip().endswith("6 rows")
+    assert made["table"].strip().endswith(b"6 rows")
+    assert program.run("sql", stdin=ask.encode()).stdout == made["table"]
 
 
 def test_tail_follows_the_log(program: Program) -> None:
@@ -203,22 +188,21 @@ def test_quarantine_keeps_what_does_not_read(program: Program) -> None:
     """A poisoned record is listed with its error, shown byte for byte, counted in the status, and stays after a requeue."""
     listed = program.run("quarantine", "list", "--format", "json").rows
     place = (str(listed[0]["partition"]), str(listed[0]["offset"]))
-    page = program.run("quarantine", "show", *place).text
-    raw = program.run("quarantine", "show", *place, "--raw").stdout
-    again = program.run("quarantine", "requeue", ":".join(place)).text
-    status = json.loads(program.run("status", "--format", "json").stdout)
+    page, raw, again = program.batch(
+        ["quarantine", "show", *place], ["quarantine", "show", *place, "--raw"], ["quarantine", "requeue", ":".join(place)]
+    )
 
     assert [(row["partition"], row["bytes"]) for row in listed] == [(2, len(POISON))]
-    assert raw == POISON
-    assert "c3 01 00" in page
-    assert "requeued: 0" in again
-    assert status["missing"]["quarantined"] == 1
+    assert raw.stdout == POISON
+    assert "c3 01 00" in page.text
+    assert "requeued: 0" in again.text
+    assert program.status["missing"]["quarantined"] == 1
 
 
 def test_status_and_doctor(program: Program) -> None:
     """`status` has each part of the installation, `doctor storage` tries each for real and finds nothing bad."""
-    status = json.loads(program.run("status", "--format", "json").stdout)
-    findings = {row["check"]: row["state"] for row in program.run("doctor", "storage", "--format", "json").rows}
+    shown, found = program.batch(["status", "--format", "json"], ["doctor", "storage", "--format", "json"])
+    status, findings = json.loads(shown.stdout), {row["check"]: row["state"] for row in found.rows}
 
     assert status.keys() == {"running", "log", "storage", "missing", "object_store", "checkpoint"}
     assert status["log"]["lag"] == sum(row["end"] - row["indexed"] for row in status["log"]["partitions"])
@@ -235,23 +219,25 @@ def test_dry_runs_change_nothing(tmp_path: Path) -> None:
         program.run("index")
     hot = program.settings.data / "hot" / "shards"
     before = digests(hot)
-    dry = [program.run(*words, "--dry-run").text for words in (["merge"], ["tier"], ["tier", "--now"], ["jobs", "run", "verify"])]
+    dry = program.batch(*([*words, "--dry-run"] for words in (["merge"], ["tier"], ["tier", "--now"], ["jobs", "run", "verify"])))
 
-    assert [page for page in dry if "dry run" not in page] == []
+    assert [ran.text for ran in dry if "dry run" not in ran.text] == []
     assert digests(hot).items() >= before.items()
     assert not list((program.settings.data / "cold").rglob("*.parquet"))
     assert program.run("jobs", "history", "--format", "json").rows == []
 
-    program.run("merge")
-    program.run("tier", "--now")
-    program.run("jobs", "run", "verify")
-    history = program.run("jobs", "history", "--format", "json").rows
+    program.batch(["merge"], ["tier", "--now"], ["jobs", "run", "verify"])
+    ran, last, jobs = program.batch(
+        ["jobs", "history", "--format", "json"],
+        ["jobs", "history", "--job", "tier", "--limit", "1", "--format", "json"],
+        ["jobs", "list", "--format", "json"],
+    )
 
-    assert [(row["job"], row["trigger"], row["outcome"]) for row in history] == [
-        (name, "hand", "ok") for name in ("verify", "tier", "merge")
+    assert [(row["job"], row["trigger"], row["outcome"]) for row in ran.rows] == [
+        (job, "hand", "ok") for job in ("verify", "tier", "merge")
     ]
-    assert {row["job"] for row in program.run("jobs", "list", "--format", "json").rows} == {"merge", "tier", "checkpoint", "verify"}
-    assert [row["job"] for row in program.run("jobs", "history", "--job", "tier", "--limit", "1", "--format", "json").rows] == ["tier"]
+    assert [row["job"] for row in last.rows] == ["tier"]
+    assert {row["job"] for row in jobs.rows} == {"merge", "tier", "checkpoint", "verify"}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -262,11 +248,11 @@ def digests(folder: Path) -> dict[str, str]:
 def test_rebuild_gives_the_same_answers(program: Program) -> None:
     """`rebuild` makes hot anew; digests are equal, answers too."""
     ask = "SELECT kind, count(*) AS n FROM events WHERE kind NOT IN ('access_logged', 'producer_heartbeat') GROUP BY kind ORDER BY kind"
-    before = program.sql(ask)
-    page = program.run("rebuild").text
+    query = ["sql", ask, "--format", "json"]
+    before, page, after = program.batch(query, ["rebuild"], query)
 
-    assert program.sql(ask) == before
-    assert "differ: none" in page
+    assert after.rows == before.rows
+    assert "differ: none" in page.text
 
 
 def test_reader_that_leaves_is_no_error(program: Program) -> None:

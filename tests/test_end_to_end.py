@@ -105,24 +105,25 @@ def _settled(rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
 
 def test_sessions_timeline_and_time_travel(recording: Recording) -> None:
     """A responder finds the session, reads its timeline, and sees it as it stood at any event."""
-    run = recording.program.run
-    listed = {row["session_id"]: row for row in run("sessions", "--format", "json").rows}
-    timeline = json.loads(run("timeline", SESSION, "--format", "json").stdout)
-    page = run("timeline", SESSION).text
-    end = json.loads(run("show", SESSION, "--format", "json").stdout)
-
-    assert listed[SESSION]["requests"] == 2
-    assert SESSION in json.dumps(timeline)
-    assert "two at once" in run("show", SESSION, "--full").text
-    assert page.strip()
-
-    first = recording.program.sql(
+    program = recording.program
+    first = program.sql(
         f"SELECT event_id FROM events WHERE session_id = uuid_blob('{SESSION}') AND kind = 'generation_started' ORDER BY \"offset\" LIMIT 1"
     )[0]["event_id"]
-    then = json.loads(run("show", SESSION[:20], "--at", first, "--format", "json").stdout)
+    listed, document, page, whole, end, then = program.batch(
+        ["sessions", "--format", "json"],
+        ["timeline", SESSION, "--format", "json"],
+        ["timeline", SESSION],
+        ["show", SESSION, "--full"],
+        ["show", SESSION, "--format", "json"],
+        ["show", SESSION[:20], "--at", first, "--format", "json"],
+    )
 
-    assert _tokens(then) == 0
-    assert _tokens(end) > 0
+    assert {row["session_id"]: row["requests"] for row in listed.rows}[SESSION] == 2
+    assert SESSION in json.dumps(document.rows)
+    assert page.text.strip()
+    assert "two at once" in whole.text
+    assert _tokens(then.rows) == 0
+    assert _tokens(end.rows) > 0
 
 
 def _tokens(state: Any) -> int:
@@ -135,22 +136,23 @@ def _tokens(state: Any) -> int:
 def test_replay_against_the_same_engine_is_identical(recording: Recording, vllm: VllmService) -> None:
     """vLLM gives the recorded tokens the recorded probabilities; the verdict is an event that SQL finds."""
     made = recording.program.run("replay", SESSION, "--mode", "compare", "--engine", vllm.url, "--format", "json")
-    verdicts = recording.program.sql("SELECT verdict FROM replays")
-    steps = recording.program.run("replay", SESSION, "--mode", "step").text
+    steps, verdicts = recording.program.batch(
+        ["replay", SESSION, "--mode", "step"], ["sql", "SELECT verdict FROM replays", "--format", "json"]
+    )
 
     assert json.loads(made.stdout)["verdict"] == "identical"
-    assert verdicts == [{"verdict": "identical"}]
-    assert "two at once" in steps
+    assert verdicts.rows == [{"verdict": "identical"}]
+    assert "two at once" in steps.text
 
 
 def test_cold_answers_as_hot_did_and_is_proved(recording: Recording) -> None:
     """The same SQL gives the same rows after tiering; verify passes, finds one flipped bit, and passes again."""
     program = recording.program
     kinds, spoken = KINDS.format(OWN_DOINGS), "SELECT * FROM tokens ORDER BY ALL"
-    hot = [program.sql(kinds), program.sql(spoken)]
+    hot = program.ask(kinds, spoken)
     program.run("tier", "--now")
-    cold = [program.sql(kinds), program.sql(spoken)]
-    status = json.loads(program.run("status", "--format", "json").stdout)
+    cold = program.ask(kinds, spoken)
+    status = program.status
 
     assert cold == hot
     assert status["storage"]["cold"]["files"] > 0
