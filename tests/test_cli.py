@@ -287,3 +287,18 @@ def test_surprise_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert said[0] == "tokentape: sessions: unexpected ZeroDivisionError: nobody foresaw this"
     with pytest.raises(ZeroDivisionError):
         main(["--data", str(tmp_path / "data"), "--set", "logging.level=debug", "sessions"])
+
+
+def test_logs_outlive_their_reader() -> None:
+    """When whoever read standard error has gone, a line is lost and the program goes on."""
+    script = (
+        "import logging, os, structlog, sys; from schemas.settings import LoggingSettings; from tokentape.logs import configure;"
+        "configure(LoggingSettings(), part='test'); structlog.get_logger().warning('seen'); sys.stderr.flush();"
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 2);"
+        "structlog.get_logger().warning('unseen'); logging.getLogger('other').error('unseen'); print('alive', flush=True); os._exit(0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert ended.stdout == "alive\n", ended.stderr
+    assert "seen" in ended.stderr
+    assert "Traceback" not in ended.stderr
