@@ -12,7 +12,7 @@ import pytest
 
 from schemas import events as e
 from schemas.codec import encode
-from schemas.errors import CorruptStore, QueryError
+from schemas.errors import CorruptStore
 from schemas.events import PAYLOADS, Event, Payload
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
