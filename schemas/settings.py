@@ -58,7 +58,7 @@ class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
     seal_s: Seconds = Field(default=5.0, description="how long after its first row a tail shard is sealed for readers")
-    batch_events_max: int = Field(default=50_000, ge=1, description="events in one transaction")
+    batch_events_max: int = Field(default=200_000, ge=1, description="events in one transaction")
     event_bytes_max: int = Field(default=64 << 20, ge=1024, description="a larger event is quarantined")
 
 
