@@ -19,11 +19,14 @@ import uvloop
 from ingest.gateway import errors
 from ingest.gateway.chat import PATH as CHAT
 from ingest.gateway.chat import chat_completions
+from ingest.gateway.debug_api import PREFIX as DEBUG
+from ingest.gateway.debug_api import debug_api
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
+from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
 from ingest.gateway.upstream import Upstream, failure_of
 from ingest.redaction import Redactor
@@ -53,7 +56,9 @@ class Gateway:
         """Raises `StorageFull` if the data directory cannot be written, `LogUnavailable` if the control log does not answer."""
         upstream, sessions = Upstream(settings.gateway), Sessions(settings)
         control = open_control(settings)
-        self.parts = Parts(settings, recorder, upstream, sessions, Redactor.of(settings), control, ControlView(control))
+        shared = ControlView(control)
+        stops = Stops(settings, recorder, control, shared)
+        self.parts = Parts(settings, recorder, upstream, sessions, Redactor.of(settings), control, shared, stops)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),
@@ -76,6 +81,7 @@ class Gateway:
 
     async def drain(self, grace_s: float) -> None:
         """Wait for open exchanges, then end those that are left."""
+        self.parts.stops.end()
         if tasks := {exchange.task for exchange in self.active}:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
@@ -89,6 +95,8 @@ class Gateway:
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
         wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None and path.startswith(DEBUG):
+            return await debug_api(self.parts, exchange)
         if endpoint is None:
             served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
             body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
@@ -108,8 +116,10 @@ class Gateway:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self.parts.upstream.open()
+                await self.parts.stops.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
+                await self.parts.stops.close()
                 await self.parts.upstream.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 

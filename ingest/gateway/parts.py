@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ingest.gateway.sessions import Sessions
+from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
 from ingest.gateway.upstream import Upstream
 from ingest.redaction import Redactor
@@ -23,3 +24,4 @@ class Parts:
     redactor: Redactor
     control: ControlLog
     shared: ControlView
+    stops: Stops
