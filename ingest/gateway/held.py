@@ -117,7 +117,9 @@ class Held:
         """
         self._check_open()
         if version is not None and version != len(self.edits):
-            raise ConflictError(f"edited meanwhile by {self.edits[-1].actor}", operation="edit", hint="look at it again, then edit")
+            newer = version < len(self.edits)
+            fault = f"edited meanwhile by {self.edits[-1].actor}" if newer else f"it was edited {len(self.edits)} times, not {version}"
+            raise ConflictError(fault, operation="edit", hint="look at it again, then edit")
         if len(self.edits) >= EDITS_MAX:
             raise UsageError(f"edited {EDITS_MAX} times already", operation="edit", hint="release or refuse it")
         try:
