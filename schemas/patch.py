@@ -104,6 +104,18 @@ def _diff_arrays(before: list[Any], after: list[Any], path: str) -> list[Operati
     return found
 
 
+def value_at(document: Any, pointer: str) -> Any:
+    """What stands at a place.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    try:
+        return _get(document, _tokens(pointer))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"there is nothing at {pointer!r}") from error
+
+
 def assignment(document: Any, text: str) -> Operation:
     """The operation of `path=value`: a dotted path or a JSON pointer, the value JSON or else taken as a text.
 

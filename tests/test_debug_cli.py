@@ -132,9 +132,9 @@ def test_mistakes_at_the_desk(terminals: Terminals) -> None:
         answer.result(ANSWER_S)
     late = program.fails("stopped", "release", short, code=7)
 
-    assert [(ran.code, says in ran.complaint) for ran, (_, _, says) in zip(rans, wrong, strict=True)] == [
-        (code, True) for _, code, _ in wrong
-    ]
+    found = [(ran.code, says in ran.complaint) for ran, (_, _, says) in zip(rans, wrong, strict=True)]
+
+    assert found == [(code, True) for _, code, _ in wrong]
     assert "was refused by user:" in late
 
 
