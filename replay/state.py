@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ConfigDict
 
-from replay.patch import apply_patch
 from replay.persistent import Map, Vector
 from schemas import events as e
+from schemas.patch import apply_patch
 
 Status = Literal["submitted", "paused", "streaming", "finished", "failed"]
 

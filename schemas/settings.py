@@ -54,6 +54,17 @@ class GatewaySettings(_Section):
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
 
 
+class DebugSettings(_Section):
+    """Requests that stop at breakpoints, and who may decide about them over HTTP."""
+
+    deadline_s: Seconds = Field(default=300.0, description="a stopped request waits at most this long; a breakpoint may say otherwise")
+    default_action: Literal["release", "refuse"] = Field(default="release", description="what happens at the deadline.")
+    stopped_max: int = Field(default=1000, ge=1, description="stopped in one worker at once; for one more the default action holds at once")
+    keepalive_s: Seconds = Field(default=10.0, description="between two comments to a streaming client that waits")
+    answer_timeout_s: Seconds = Field(default=10.0, description="how long a command waits for the worker that holds a request")
+    token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
+
+
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
@@ -118,6 +129,7 @@ class Settings(_Section):
     log: LogSettings = LogSettings()
     recorder: RecorderSettings = RecorderSettings()
     gateway: GatewaySettings = GatewaySettings()
+    debug: DebugSettings = DebugSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()

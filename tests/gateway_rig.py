@@ -21,7 +21,7 @@ from ingest.recorder import Recorder
 from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
-from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
+from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings
 from store.log import open_log
 
 DEADLINE_S = 30.0
@@ -125,11 +125,14 @@ def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
 
 
 @contextlib.contextmanager
-def running(data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, **gateway: Any) -> Iterator[Rig]:
+def running(
+    data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, debug: dict[str, Any] | None = None, **gateway: Any
+) -> Iterator[Rig]:
     """A gateway before an upstream."""
     settings = Settings(
         data=data,
         gateway=GatewaySettings(port=0, upstream=upstream, **gateway),
+        debug=DebugSettings.model_validate(debug or {}),
         log=LogSettings(partitions=2),
         recorder=RecorderSettings.model_validate({"mode": mode, "coalesce_ms": 5.0}),
     )

@@ -24,6 +24,7 @@ COMMANDS = {
     "services": ("up",),
     "query": ("sql", "sessions", "show", "timeline", "tail"),
     "replay": ("replay",),
+    "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "custody": ("verify",),
 }

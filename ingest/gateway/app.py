@@ -19,17 +19,21 @@ import uvloop
 from ingest.gateway import errors
 from ingest.gateway.chat import PATH as CHAT
 from ingest.gateway.chat import chat_completions
+from ingest.gateway.debug_api import PREFIX as DEBUG
+from ingest.gateway.debug_api import debug_api
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
+from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
 from ingest.gateway.upstream import Upstream, failure_of
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
 from schemas.settings import Settings
+from store.control import ControlView, open_control
 
 log = structlog.get_logger(__name__)
 
@@ -49,9 +53,12 @@ class Gateway:
     """The application. Serves from one event loop."""
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
-        """Raises `StorageFull` if the data directory cannot be written."""
-        upstream = Upstream(settings.gateway)
-        self.parts = Parts(settings, recorder, upstream, Sessions(settings), Redactor.of(settings))
+        """Raises `StorageFull` if the data directory cannot be written, `LogUnavailable` if the control log does not answer."""
+        upstream, sessions = Upstream(settings.gateway), Sessions(settings)
+        control = open_control(settings)
+        shared = ControlView(control)
+        stops = Stops(settings, recorder, control, shared)
+        self.parts = Parts(settings, recorder, upstream, sessions, Redactor.of(settings), control, shared, stops)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),
@@ -74,14 +81,22 @@ class Gateway:
 
     async def drain(self, grace_s: float) -> None:
         """Wait for open exchanges, then end those that are left."""
+        self.parts.stops.end()
         if tasks := {exchange.task for exchange in self.active}:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
             exchange.abort(Failure(errors.SHUTDOWN, "The gateway is stopping."))
 
+    def close(self) -> None:
+        """Let go of what was opened; after the last exchange has ended."""
+        self.parts.shared.close()
+        self.parts.control.close()
+
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
         wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None and path.startswith(DEBUG):
+            return await debug_api(self.parts, exchange)
         if endpoint is None:
             served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
             body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
@@ -101,8 +116,10 @@ class Gateway:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self.parts.upstream.open()
+                await self.parts.stops.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
+                await self.parts.stops.close()
                 await self.parts.upstream.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
@@ -177,11 +194,13 @@ def serve(
         ConflictError: the port is in use.
         SettingsError: there is no such address.
         StorageFull: the data directory cannot be written.
+        LogUnavailable: the control log does not answer.
     """
-    gateway = create_app(settings, recorder)
     listener = listen(settings.gateway.host, settings.gateway.port)
     with ExitStack() as stack:
         stack.callback(listener.close)
+        gateway = create_app(settings, recorder)
+        stack.callback(gateway.close)
 
         def started() -> None:
             context = ready(url_of(listener)) if ready else None

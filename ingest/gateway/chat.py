@@ -77,6 +77,9 @@ class Generation:
             extra = {name: value for name, value in added.items() if name not in self.upstream.refused}
             self._submitted(request, extra)
         await self._durable()
+        stopped, request = request, await self._passed(request)
+        if request is not stopped:
+            extra = self._added_again(request, kind, extra)
         try:
             if await self._forward(request, extra, kind, attempt=1):
                 self.upstream.refused.add("stream_options")
@@ -84,6 +87,16 @@ class Generation:
                 await self._forward(request, extra, kind, attempt=2)
         except (aiohttp.ClientError, OSError) as error:
             raise failure_of(error) from error
+
+    async def _passed(self, request: ChatRequest) -> ChatRequest:
+        """The request once no breakpoint holds it, perhaps edited."""
+        key = self.parts.sessions.key_id(self.authorization)
+        return await self.parts.stops.pass_by(self.exchange, self.tape, request, read_chat, self._own_headers(), key)
+
+    def _added_again(self, request: ChatRequest, kind: str, before: dict[str, Any]) -> dict[str, Any]:
+        """What is added to an edited request; a seed that is on the tape as injected stays the same."""
+        added = {name: value for name, value in additions(request, kind).items() if name not in self.upstream.refused}
+        return {name: before.get(name, value) if name == "seed" else value for name, value in added.items()}
 
     def _session(self) -> Session:
         actor = self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""

@@ -33,6 +33,8 @@ TIMEOUT = Fault("upstream_timeout", "upstream", 504, True, "upstream_error")
 DISCONNECTED = Fault("upstream_disconnected", "upstream", 502, True, "upstream_error")
 MALFORMED = Fault("upstream_malformed", "upstream", 502, True, "upstream_error")
 UPSTREAM_ERROR = Fault("upstream_error", "upstream", 502, False, "upstream_error")
+REFUSED = Fault("refused", "gateway", 403, False, "permission_error")
+"""Somebody, or a rule, refused a request that had stopped at a breakpoint."""
 SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
 NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
 """Only in `strict` mode: what cannot be recorded is not served."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
@@ -250,6 +251,10 @@ class Tape:
     @property
     def _position(self) -> int:
         return sum(choice.position for choice in self._choices.values())
+
+    def note(self, payload: Payload, actor: str) -> None:
+        """Somebody other than the client did something to this generation."""
+        self._recorder.record(replace(self._context, actor=actor), payload)
 
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
