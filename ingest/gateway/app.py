@@ -17,10 +17,13 @@ import uvicorn
 import uvloop
 
 from ingest.gateway import errors
-from ingest.gateway.chat import PATH as CHAT
-from ingest.gateway.chat import chat_completions
+from ingest.gateway.endpoints.base import Endpoint
+from ingest.gateway.endpoints.chat import Chat
+from ingest.gateway.endpoints.completions import Completions
+from ingest.gateway.endpoints.embeddings import Embeddings
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
+from ingest.gateway.generation import Generation
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
@@ -42,7 +45,10 @@ SWITCH_INTERVAL_S = 0.0005
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
-Endpoint = Callable[[Parts, Exchange], Awaitable[None]]
+Handler = Callable[[Parts, Exchange], Awaitable[None]]
+
+ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings())
+"""The endpoints that are recorded."""
 
 
 class Gateway:
@@ -53,8 +59,8 @@ class Gateway:
         upstream = Upstream(settings.gateway)
         self.parts = Parts(settings, recorder, upstream, Sessions(settings), Redactor.of(settings))
         self.active: set[Exchange] = set()
-        self._endpoints: dict[str, tuple[str, Endpoint]] = {
-            CHAT: ("POST", chat_completions),
+        self._endpoints: dict[str, tuple[str, Handler]] = {
+            **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
         }
@@ -105,6 +111,13 @@ class Gateway:
             else:
                 await self.parts.upstream.close()
                 return await send({"type": "lifespan.shutdown.complete"})
+
+
+def _recorded(endpoint: Endpoint) -> Handler:
+    async def handle(parts: Parts, exchange: Exchange) -> None:
+        await Generation(parts, exchange, endpoint).serve()
+
+    return handle
 
 
 async def _models(parts: Parts, exchange: Exchange) -> None:
