@@ -46,7 +46,7 @@ class GatewaySettings(_Section):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8400, ge=0, le=65535, description="0 picks a free port")
     upstream: str = Field(default="http://127.0.0.1:8000", description="base URL without /v1")
-    upstream_kind: Literal["auto", "vllm", "openai"] = Field(default="auto", description="auto asks /version once.")
+    upstream_kind: Literal["auto", "vllm", "openai", "anthropic"] = Field(default="auto", description="auto asks /version once.")
     upstream_key: SecretStr | None = Field(default=None, description="bearer token sent upstream; else the client's own")
     connect_timeout_s: Seconds = Field(default=10.0, description="until the upstream accepts a connection")
     first_token_timeout_s: Seconds = Field(default=300.0, description="until the first byte of an answer")

@@ -17,14 +17,17 @@ import uvicorn
 import uvloop
 
 from ingest.gateway import errors
+from ingest.gateway.counting import PATH as COUNT_TOKENS
+from ingest.gateway.counting import count_tokens
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.endpoints.chat import Chat
 from ingest.gateway.endpoints.completions import Completions
 from ingest.gateway.endpoints.embeddings import Embeddings
+from ingest.gateway.endpoints.messages import Messages
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
-from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.headers import answer_headers, authorization_of, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
@@ -47,7 +50,7 @@ _BACKLOG = 2048
 
 Handler = Callable[[Parts, Exchange], Awaitable[None]]
 
-ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings())
+ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings(), Messages())
 """The endpoints that are recorded."""
 
 
@@ -61,6 +64,7 @@ class Gateway:
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
+            COUNT_TOKENS: ("POST", count_tokens),
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
         }
@@ -123,7 +127,7 @@ def _recorded(endpoint: Endpoint) -> Handler:
 async def _models(parts: Parts, exchange: Exchange) -> None:
     """The upstream's models, as it tells them; not recorded."""
     url = parts.upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, parts.upstream.authorization(exchange.header("authorization")))
+    headers = upstream_headers(exchange, parts.upstream.authorization(authorization_of(exchange)), parts.upstream.kind or "")
     try:
         async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
             async with parts.upstream.client.get(url, headers=headers, allow_redirects=False) as answer:

@@ -80,3 +80,28 @@ def _openai_event(failure: Failure) -> bytes:
 
 OPENAI = Shape(_openai_body, _openai_event)
 """OpenAI's clients raise on an error in mid-stream, and the stream ends as they expect."""
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def _anthropic_body(failure: Failure) -> bytes:
+    kind = _ANTHROPIC_TYPES.get(failure.status, "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": failure.message}})
+
+
+def _anthropic_event(failure: Failure) -> bytes:
+    return b"event: error\ndata: " + _anthropic_body(failure) + b"\n\n"
+
+
+ANTHROPIC = Shape(_anthropic_body, _anthropic_event)

@@ -13,7 +13,7 @@ from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
-from ingest.gateway.headers import answer_headers, request_facts, session_facts, upstream_headers
+from ingest.gateway.headers import answer_headers, authorization_of, request_facts, session_facts, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.sse import Block, EventParser, EventTooLong
@@ -42,7 +42,7 @@ class Generation:
         self.upstream = parts.upstream
         self.settings = parts.settings.gateway
         self.strict = parts.settings.recorder.mode == "strict"
-        self.authorization = exchange.header("authorization")
+        self.authorization = authorization_of(exchange)
         self.misnamed: Failure | None = None
         self.session = self._session()
         self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(self.authorization), endpoint.path)
@@ -134,7 +134,7 @@ class Generation:
         """Send the request upstream and pass the answer on; True if it is to be sent again without an addition."""
         deadline = Deadline(self._expired, self.settings.first_token_timeout_s)
         self.tape.forwarded(attempt)
-        sending = self.endpoint.sending(self.exchange, request, extra, kind)
+        sending = self._sending(request, extra, kind)
         url = self.upstream.url_of(sending.path, sending.query)
         headers = self._outgoing_headers(sending, kind)
         try:
@@ -142,8 +142,11 @@ class Generation:
                 self.tape.answered(response.status)
                 answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
                 if response.status >= 300:
-                    return await self._refused(response, may_retry=attempt == 1 and "stream_options" in extra)
-                if response.content_type == "text/event-stream":
+                    return await self._refused(response, answer, may_retry=attempt == 1 and "stream_options" in extra)
+                streams = response.content_type == "text/event-stream"
+                if answer.content_type is not None and streams != request.stream:
+                    raise _malformed(f"{response.content_type} where {'a stream' if request.stream else 'none'} was asked for")
+                if streams:
                     await self._stream(response, answer, deadline)
                 else:
                     await self._whole(response, answer)
@@ -151,8 +154,16 @@ class Generation:
         finally:
             deadline.stop()
 
+    def _sending(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
+        try:
+            return self.endpoint.sending(self.exchange, request, extra, kind)
+        except UsageError as error:
+            raise Failure(errors.INVALID_REQUEST, str(error.fault), param=error.place or None) from error
+
     def _outgoing_headers(self, sending: Sending, kind: str) -> list[tuple[str, str]]:
-        headers = upstream_headers(self.exchange, self.upstream.authorization(self.authorization))
+        headers = upstream_headers(self.exchange, self.upstream.authorization(self.authorization), kind)
+        if sending.translated:
+            headers = [(name, value) for name, value in headers if name != "content-type"] + [("content-type", "application/json")]
         if kind == "vllm":
             headers += [(SESSION_HEADER, self.session.name), (GENERATION_HEADER, self.tape.name)]
         return headers
@@ -160,7 +171,7 @@ class Generation:
     def _expired(self, seconds: float) -> None:
         self.exchange.abort(Failure(errors.TIMEOUT, f"The upstream was silent for {seconds:g} s."))
 
-    async def _refused(self, response: aiohttp.ClientResponse, *, may_retry: bool) -> bool:
+    async def _refused(self, response: aiohttp.ClientResponse, answer: Answer, *, may_retry: bool) -> bool:
         """Pass an error answer on, in its own words if they are JSON; True if it was an addition that was refused."""
         body = await response.read()
         if may_retry and response.status in (400, 422) and b"stream_options" in body:
@@ -168,10 +179,10 @@ class Generation:
         failure = _error_of(body, response.status)
         self.tape.failed(failure)
         await self._durable()
-        if failure.fault is errors.MALFORMED:
+        if failure.fault is errors.MALFORMED or answer.content_type is not None:
             await self.exchange.respond(failure.status, self.exchange.shape.body(failure), [errors.JSON, *self._own_headers()])
         else:
-            await self.exchange.respond(response.status, body, self._headers(response))
+            await self.exchange.respond(response.status, body, self._headers(response, answer))
         return False
 
     async def _whole(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
@@ -184,10 +195,10 @@ class Generation:
         except _ODD as error:
             raise _malformed(f"{response.content_type}: {error}") from error
         await self._finished()
-        await self.exchange.respond(response.status, body, self._headers(response))
+        await self.exchange.respond(response.status, body, self._headers(response, answer))
 
     async def _stream(self, response: aiohttp.ClientResponse, answer: Answer, deadline: Deadline) -> None:
-        self.exchange.answer(response.status, self._headers(response))
+        self.exchange.answer(response.status, self._headers(response, answer))
         parser = EventParser()
         async for piece in _pieces(response):
             if await self._pass_on(_feed(parser, piece), answer, deadline):
@@ -243,7 +254,10 @@ class Generation:
         try:
             event = load(block.data)
             if "error" in event and not event.get("choices"):
-                self.tape.failed(_failure_in(event, 200))
+                failure = _failure_in(event, 200)
+                if answer.content_type is not None:
+                    raise failure
+                self.tape.failed(failure)
                 return answer.end(block.raw)
             chunk = answer.read(event)
             if chunk is not None:
@@ -297,8 +311,11 @@ class Generation:
     def _own_headers(self) -> Headers:
         return [(SESSION_HEADER.encode(), self.session.name.encode()), (GENERATION_HEADER.encode(), self.tape.name.encode())]
 
-    def _headers(self, response: aiohttp.ClientResponse) -> Headers:
-        return answer_headers(response.raw_headers) + self._own_headers()
+    def _headers(self, response: aiohttp.ClientResponse, answer: Answer) -> Headers:
+        headers = answer_headers(response.raw_headers)
+        if answer.content_type is not None:
+            headers = [(name, value) for name, value in headers if name != b"content-type"] + [(b"content-type", answer.content_type)]
+        return headers + self._own_headers()
 
 
 async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

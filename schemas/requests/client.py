@@ -84,6 +84,10 @@ class ChatRequest(ClientRequest):
         return super().max_tokens if limit is None else limit
 
 
+class MessagesRequest(ClientRequest):
+    """A request to Anthropic's messages."""
+
+
 class CompletionRequest(ClientRequest):
     """A request to OpenAI's completions; each prompt is a message."""
 
@@ -117,6 +121,16 @@ def read_chat(body: bytes) -> ChatRequest:
     """
     fields = read_object(body)
     return ChatRequest(body, fields, list_of(fields, "messages"))
+
+
+def read_messages(body: bytes) -> MessagesRequest:
+    """The request for a message of a body.
+
+    Raises:
+        UsageError: not JSON, not an object, or without a list of messages.
+    """
+    fields = read_object(body)
+    return MessagesRequest(body, fields, list_of(fields, "messages"))
 
 
 def read_completion(body: bytes) -> CompletionRequest:

@@ -5,13 +5,13 @@ The tape has one language, the chunks of OpenAI's chat completions: `Answer.read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ingest.gateway.errors import OPENAI, Shape
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.sse import Block
+from schemas.errors import UsageError
 from schemas.requests import ClientRequest, splice
 
 
@@ -22,7 +22,7 @@ class Answer(Protocol):
     """
 
     content_type: bytes | None
-    """The client's content type; None where it is the upstream's own, as are the bytes."""
+    """The client's content type where the answer is translated; None where the upstream's own bytes pass."""
 
     def read(self, event: dict[str, Any]) -> dict[str, Any] | None:
         """An event of the stream as a chunk of a chat completion; None where it says nothing for the tape."""
@@ -50,8 +50,8 @@ class Sending:
     path: str
     body: bytes
     query: bytes = b""
-    headers: Mapping[str, str] | None = None
-    """Headers in place of the client's; None to pass the client's own on."""
+    translated: bool = False
+    """Whether it is another request than the client's: then it goes without the headers that only say how to read that one."""
 
 
 class Endpoint(Protocol):
@@ -76,7 +76,7 @@ class Endpoint(Protocol):
         """What goes upstream.
 
         Raises:
-            Failure: this kind of upstream cannot do what the request asks for.
+            UsageError: this kind of upstream cannot do what the request asks for; `place` names it.
         """
 
     def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> Answer:
@@ -90,5 +90,12 @@ class OpenAiEndpoint:
     shape = OPENAI
 
     def sending(self, exchange: Exchange, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
-        """The client's own bytes and the additions."""
+        """The client's own bytes and the additions.
+
+        Raises:
+            UsageError: the upstream speaks another provider's language.
+        """
+        if kind == "anthropic":
+            hint = "set gateway.upstream to an OpenAI-compatible server, or send the request to /v1/messages"
+            raise UsageError(f"{self.path} is not possible with an Anthropic upstream; {hint}", operation="forward", hint=hint)
         return Sending(self.path, splice(request, extra), exchange.scope["query_string"])
