@@ -280,6 +280,7 @@ class RequestSubmitted(Payload):
     environment_id: Digest | None = None
     redactions: list[Count] = []
     content: RequestContent | None = None
+    priority: Text | None = None
 
 
 class GenerationContent(Record):
@@ -289,7 +290,11 @@ class GenerationContent(Record):
 
 
 class GenerationStarted(Payload):
-    """The upstream answered. `authoritative` is the source whose events views use for this generation."""
+    """The upstream answered. `authoritative` is the source whose events views use for this generation.
+
+    `upstream` and `environment_id` stand here where another upstream than that of `request_submitted` answered;
+    `queued_us` is how long the request waited for its turn, before offset 0.
+    """
 
     KIND = "generation_started"
     generation_id: Id
@@ -301,6 +306,9 @@ class GenerationStarted(Payload):
     prompt_tokens: Long | None = None
     offset_us: Long = 0
     content: GenerationContent | None = None
+    upstream: Text | None = None
+    environment_id: Digest | None = None
+    queued_us: Long | None = None
 
 
 class SequenceStarted(Payload):
@@ -394,7 +402,8 @@ class GenerationFailed(Payload):
 
     Error types: client_disconnected, invalid_request, upstream_unreachable, upstream_timeout, upstream_disconnected,
     upstream_error, upstream_malformed, shutdown, gateway_error, not_recorded (strict mode: the tape did not take the
-    request). Origins: client, upstream, gateway, engine.
+    request), model_not_found, overloaded, invalid_api_key, model_not_allowed, rate_limit_exceeded, insufficient_quota.
+    Origins: client, upstream, gateway, engine.
     """
 
     KIND = "generation_failed"
