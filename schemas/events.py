@@ -402,8 +402,8 @@ class GenerationFailed(Payload):
 
     Error types: client_disconnected, invalid_request, upstream_unreachable, upstream_timeout, upstream_disconnected,
     upstream_error, upstream_malformed, shutdown, gateway_error, not_recorded (strict mode: the tape did not take the
-    request), model_not_found, overloaded, invalid_api_key, model_not_allowed, rate_limit_exceeded, insufficient_quota.
-    Origins: client, upstream, gateway, engine.
+    request), model_not_found, overloaded, invalid_api_key, permission_denied, rate_limit_exceeded, insufficient_quota,
+    keys_unavailable. Origins: client, upstream, gateway, engine.
     """
 
     KIND = "generation_failed"

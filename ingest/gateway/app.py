@@ -23,9 +23,10 @@ from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.parts import Parts
+from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
-from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.upstream import failure_of
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
@@ -50,13 +51,13 @@ class Gateway:
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
         """Raises `StorageFull` if the data directory cannot be written."""
-        upstream = Upstream(settings.gateway)
-        self.parts = Parts(settings, recorder, upstream, Sessions(settings), Redactor.of(settings))
+        self.parts = Parts(settings, recorder, Routes(settings.gateway), Sessions(settings), Redactor.of(settings))
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
+            "/ready": ("GET", _ready),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,28 +93,41 @@ class Gateway:
         return await endpoint(self.parts, exchange)
 
     async def _health(self, parts: Parts, exchange: Exchange) -> None:
-        """That this process serves; the upstream has a health of its own."""
-        answer = {"status": "ok", "upstream": parts.upstream.name, "upstream_kind": parts.upstream.kind, "active": len(self.active) - 1}
+        """That this process serves, and what it last knew of its upstreams."""
+        first = parts.routes.lanes[0].upstream
+        answer: dict[str, Any] = {"status": "ok", "upstream": first.name, "upstream_kind": first.kind, "active": len(self.active) - 1}
+        answer |= {"upstreams": [lane.facts for lane in parts.routes.lanes]}
         await exchange.respond(200, dump(answer), [errors.JSON])
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.parts.upstream.open()
+                await self.parts.routes.open()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self.parts.upstream.close()
+                await self.parts.routes.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
+async def _ready(parts: Parts, exchange: Exchange) -> None:
+    """Whether an upstream can take a request now: they are asked. 200 if one can, else 503."""
+    await parts.routes.probe()
+    ready = any(lane.ready for lane in parts.routes.lanes)
+    answer = {"status": "ready" if ready else "not ready", "upstreams": [lane.facts for lane in parts.routes.lanes]}
+    await exchange.respond(200 if ready else 503, dump(answer), [errors.JSON])
+
+
 async def _models(parts: Parts, exchange: Exchange) -> None:
-    """The upstream's models, as it tells them; not recorded."""
-    url = parts.upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, parts.upstream.authorization(exchange.header("authorization")))
+    """The models of all upstreams; those of a single one as it tells them itself. Not recorded."""
+    if parts.routes.several:
+        return await exchange.respond(200, await parts.routes.models(lambda _: True), [errors.JSON])
+    upstream = parts.routes.lanes[0].upstream
+    url = upstream.url_of("/v1/models", exchange.scope["query_string"])
+    headers = upstream_headers(exchange, upstream.authorization(exchange.header("authorization")))
     try:
         async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
-            async with parts.upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
+            async with upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
                 body = await answer.read()
     except TimeoutError:
         return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])

@@ -14,10 +14,11 @@ from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
 from ingest.gateway.headers import answer_headers, request_facts, session_facts, upstream_headers
 from ingest.gateway.parts import Parts
+from ingest.gateway.passage import Passage
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.sse import Block, EventParser, EventTooLong
 from ingest.gateway.tape import Tape
-from ingest.gateway.upstream import failure_of
+from ingest.gateway.upstream import Upstream, failure_of
 from ingest.gateway.veil import Veil, additions
 from schemas.errors import TokentapeError, UsageError
 from schemas.requests import ChatRequest, load, read_chat, splice
@@ -44,13 +45,18 @@ class Generation:
     def __init__(self, parts: Parts, exchange: Exchange) -> None:
         self.parts = parts
         self.exchange = exchange
-        self.upstream = parts.upstream
+        self.passage = Passage(parts.routes, exchange)
         self.settings = parts.settings.gateway
         self.strict = parts.settings.recorder.mode == "strict"
-        self.authorization = exchange.header("authorization")
+        self.authorization = self.passage.authorization
         self.misnamed: Failure | None = None
         self.session = self._session()
         self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(self.authorization), PATH)
+
+    @property
+    def upstream(self) -> Upstream:
+        """The upstream that answers, or will."""
+        return self.passage.upstream
 
     async def serve(self) -> None:
         """From the request to the last byte."""
@@ -71,19 +77,30 @@ class Generation:
         self.exchange.watch()
         kind = ""
         try:
-            kind = await self.upstream.ready(self.authorization)
+            kind = await self.passage.ready(request.model)
         finally:  # also where nothing answers: the request is recorded before its failure
             added = additions(request, kind) if kind else {}
             extra = {name: value for name, value in added.items() if name not in self.upstream.refused}
             self._submitted(request, extra)
         await self._durable()
+        while not await self._attempted(request, extra, kind):
+            added = additions(request, kind := self.upstream.kind or "openai")
+            extra = {name: value for name, value in extra.items() if name in added and name not in self.upstream.refused}
+
+    async def _attempted(self, request: ChatRequest, extra: dict[str, Any], kind: str) -> bool:
+        """Ask the chosen upstream; False if another one is to be asked."""
         try:
-            if await self._forward(request, extra, kind, attempt=1):
-                self.upstream.refused.add("stream_options")
-                del extra["stream_options"]
-                await self._forward(request, extra, kind, attempt=2)
-        except (aiohttp.ClientError, OSError) as error:
-            raise failure_of(error) from error
+            async with self.passage.turn(self.tape):
+                if await self._forward(request, extra, kind):
+                    self.upstream.refused.add("stream_options")
+                    del extra["stream_options"]
+                    self.passage.attempt += 1
+                    await self._forward(request, extra, kind)
+            return True
+        except (aiohttp.ClientError, OSError, Failure) as error:
+            failure = error if isinstance(error, Failure) else failure_of(error)
+            await self.passage.elsewhere(failure, self.tape)
+            return False
 
     def _session(self) -> Session:
         actor = self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
@@ -122,7 +139,7 @@ class Generation:
         environment = self.upstream.environment
         self.tape.environment(environment)
         facts = self._facts(request.body)
-        facts["environment_id"] = environment.environment_id if environment else None
+        facts |= {"environment_id": environment.environment_id if environment else None, "priority": self.passage.priority}
         self.tape.submitted(request, facts, extra)
 
     def _open(self) -> None:
@@ -130,25 +147,26 @@ class Generation:
 
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
-            "upstream": self.upstream.name,
+            "upstream": self.passage.upstream_name,
             "api_key_id": self.parts.sessions.key_id(self.authorization),
             "request_digest": self.session.digest(body),
         }
 
-    async def _forward(self, request: ChatRequest, extra: dict[str, Any], kind: str, *, attempt: int) -> bool:
+    async def _forward(self, request: ChatRequest, extra: dict[str, Any], kind: str) -> bool:
         """Send the request upstream and pass the answer on; True if it is to be sent again without an addition."""
         deadline = Deadline(self._expired, self.settings.first_token_timeout_s)
-        self.tape.forwarded(attempt)
+        self.tape.forwarded(self.passage.attempt)
         url = self.upstream.url_of(PATH, self.exchange.scope["query_string"])
-        headers = upstream_headers(self.exchange, self.upstream.authorization(self.authorization))
+        headers = upstream_headers(self.exchange, self.passage.authorization_upstream)
         if kind == "vllm":
             headers += [(SESSION_HEADER, self.session.name), (GENERATION_HEADER, self.tape.name)]
         try:
             async with self.upstream.client.post(url, data=splice(request, extra), headers=headers, allow_redirects=False) as response:
                 self.tape.answered(response.status)
+                self.passage.answered(response.status)
                 veil = Veil(extra, kind, request.n, self.upstream.fingerprint)
                 if response.status >= 300:
-                    return await self._refused(response, may_retry=attempt == 1 and "stream_options" in extra)
+                    return await self._refused(response, may_retry="stream_options" in extra)
                 if response.content_type == "text/event-stream":
                     await self._stream(response, veil, deadline)
                 else:
@@ -166,6 +184,8 @@ class Generation:
         if may_retry and response.status in (400, 422) and b"stream_options" in body:
             return True
         failure = _error_of(body, response.status)
+        if self.passage.spare(response.status):
+            raise failure
         self.tape.failed(failure)
         await self._durable()
         if failure.fault is errors.MALFORMED:

@@ -132,7 +132,7 @@ class Exchange:
                 if self.started:
                     await self.end(failure.event)
                 else:
-                    await self.respond(failure.status, failure.body, [errors.JSON, *headers])
+                    await self.respond(failure.status, failure.body, [errors.JSON, *failure.headers, *headers])
         except TimeoutError:
             pass  # returning with an incomplete answer closes the connection
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
-from ingest.gateway.upstream import Upstream
 from ingest.redaction import Redactor
 from schemas.settings import Settings
 
@@ -17,6 +17,6 @@ class Parts:
 
     settings: Settings
     recorder: Recording
-    upstream: Upstream
+    routes: Routes
     sessions: Sessions
     redactor: Redactor

@@ -79,10 +79,12 @@ class Tape:
         self._context = session.context
         self._redactor = redactor
         self._endpoint = endpoint
+        self.started = False
+        self.queued_us = 0
+        self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
         self._attempt = 1
         self._status = 200
         self._begun_ns = time.monotonic_ns()
-        self._started = False
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
@@ -157,6 +159,11 @@ class Tape:
         self._attempt = attempt
         self._begun_ns = time.monotonic_ns()
 
+    def moved(self, upstream: str, environment: EnvironmentCaptured | None) -> None:
+        """The request goes to another upstream than `submitted` named."""
+        self.environment(environment)
+        self._moved = {"upstream": upstream, "environment_id": environment.environment_id if environment else None}
+
     def answered(self, status: int) -> None:
         """The upstream answered with this status."""
         self._status = status
@@ -167,7 +174,7 @@ class Tape:
         Raises:
             TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
         """
-        if not self._started:
+        if not self.started:
             self._start(chunk, offset_us)
         if usage := chunk.get("usage"):
             self._usage = dict(usage)
@@ -262,7 +269,7 @@ class Tape:
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
-        self._started = True
+        self.started = True
         ids = answer.get("prompt_token_ids")
         self._record(
             GenerationStarted(
@@ -275,6 +282,8 @@ class Tape:
                 prompt_tokens=len(ids) if ids else None,
                 offset_us=offset_us,
                 content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
+                queued_us=self.queued_us or None,
+                **self._moved,
             )
         )
 
