@@ -22,6 +22,8 @@ Priority = Literal["interactive", "batch"]
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 """In the order in which they go."""
 
+PRIORITY_HEADER = "x-tokentape-priority"
+
 OLDEST_EVERY = 8
 """One turn in so many goes by age alone."""
 
@@ -68,14 +70,15 @@ class Turnstile:
         Raises:
             Failure: the queue is full, or the turn did not come in time.
         """
-        came_ns = time.monotonic_ns()
+        began_ns, waited_us = time.monotonic_ns(), 0
         if self.free:
             self.open += 1
         else:
             await self._wait(priority)
-        began_ns = time.monotonic_ns()
+            waited_us = (time.monotonic_ns() - began_ns) // 1000
+            began_ns = time.monotonic_ns()
         try:
-            yield (began_ns - came_ns) // 1000
+            yield waited_us
         finally:
             self._held_s += _SMOOTHING * ((time.monotonic_ns() - began_ns) / 1e9 - self._held_s)
             self._leave()
@@ -138,6 +141,3 @@ def priority_of(value: str | None) -> Priority:
             return priority
     message = f"{PRIORITY_HEADER} must be one of {', '.join(PRIORITIES)}."
     raise Failure(errors.INVALID_REQUEST, message, param=PRIORITY_HEADER)
-
-
-PRIORITY_HEADER = "x-tokentape-priority"
