@@ -136,7 +136,8 @@ class ControlCase:
         """A worker's copy holds what was there before and what comes, and says it in order."""
         heard: list[tuple[str, Any]] = []
         log.append("thing", "a", {"n": 1})
-        view = ControlView(log, lambda record: heard.append((record.key, record.value)))
+        view = ControlView(log)
+        view.listen(lambda record: heard.append((record.key, record.value)))
         try:
             assert {"a": {"n": 1}} == view.latest("thing")
             other = reopen()

@@ -59,7 +59,8 @@ class TestEmbeddedControl(ControlCase):
         """A worker whose log was emptied under it drops what is no more."""
         log.append("thing", "a", {"n": 1})
         heard: list[tuple[str, object]] = []
-        view = ControlView(log, lambda record: heard.append((record.key, record.value)))
+        view = ControlView(log)
+        view.listen(lambda record: heard.append((record.key, record.value)))
         try:
             with sqlite3.connect(_path(settings)) as other:
                 other.execute("DELETE FROM fact")

@@ -31,6 +31,7 @@ from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
 from schemas.settings import Settings
+from store.control import ControlView, open_control
 
 log = structlog.get_logger(__name__)
 
@@ -50,8 +51,10 @@ class Gateway:
     """The application. Serves from one event loop."""
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
-        """Raises `StorageFull` if the data directory cannot be written."""
-        self.parts = Parts(settings, recorder, Routes(settings.gateway), Sessions(settings), Redactor.of(settings))
+        """Raises `StorageFull` if the data directory cannot be written, `LogUnavailable` if the control log does not answer."""
+        routes, sessions = Routes(settings.gateway), Sessions(settings)
+        control = open_control(settings)
+        self.parts = Parts(settings, recorder, routes, sessions, Redactor.of(settings), control, ControlView(control))
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),
@@ -79,6 +82,11 @@ class Gateway:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
             exchange.abort(Failure(errors.SHUTDOWN, "The gateway is stopping."))
+
+    def close(self) -> None:
+        """Let go of what was opened; after the last exchange has ended."""
+        self.parts.shared.close()
+        self.parts.control.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
@@ -191,11 +199,13 @@ def serve(
         ConflictError: the port is in use.
         SettingsError: there is no such address.
         StorageFull: the data directory cannot be written.
+        LogUnavailable: the control log does not answer.
     """
-    gateway = create_app(settings, recorder)
     listener = listen(settings.gateway.host, settings.gateway.port)
     with ExitStack() as stack:
         stack.callback(listener.close)
+        gateway = create_app(settings, recorder)
+        stack.callback(gateway.close)
 
         def started() -> None:
             context = ready(url_of(listener)) if ready else None

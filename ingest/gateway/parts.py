@@ -9,14 +9,17 @@ from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
 from ingest.redaction import Redactor
 from schemas.settings import Settings
+from store.control import ControlLog, ControlView
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one gateway process."""
+    """The parts of one gateway process. `shared` is its copy of the control log, which is asked without waiting."""
 
     settings: Settings
     recorder: Recording
     routes: Routes
     sessions: Sessions
     redactor: Redactor
+    control: ControlLog
+    shared: ControlView

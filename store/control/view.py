@@ -25,22 +25,18 @@ _RETRY_S = 0.5
 
 
 class ControlView:
-    """What holds now, by kind and key. `listeners` are called in the following thread, in the log's order.
+    """What holds now, by kind and key."""
 
-    A listener hears of each fact that holds, then of each change. After a log that was replaced, or was away for so
-    long that a deletion may have been missed, it hears all facts again, and first a deletion for each that is no more.
-    """
-
-    def __init__(self, control: ControlLog, *listeners: Listener) -> None:
+    def __init__(self, control: ControlLog) -> None:
         """Read all that holds, so that the first request meets it, then follow.
 
         Raises:
             LogUnavailable: the log does not answer.
         """
         self._control = control
-        self._listeners = listeners
+        self._listeners: list[Listener] = []
         self._facts: dict[str, dict[str, Value]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._position = 0
         self._read_at = time.monotonic()
         self._stop = threading.Event()
@@ -53,6 +49,19 @@ class ControlView:
     def away(self) -> bool:
         """Whether the log did not answer when it was last asked: what is here may be old."""
         return self._away
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` with each fact that holds now, then with each change, in the log's order and one at a time.
+
+        It is called in the following thread (the facts of now: in this one) and MUST be quick. After a log that was
+        replaced, or was away for so long that a deletion may have been missed, it hears all facts again, and first a
+        deletion for each that is no more.
+        """
+        with self._lock:
+            for kind, facts in self._facts.items():
+                for key, value in facts.items():
+                    listener(ControlRecord(0, kind, key, value, time.time()))
+            self._listeners.append(listener)
 
     def get(self, kind: str, key: str) -> Value | None:
         """One fact as far as this copy is. MUST NOT be changed by the caller."""
@@ -106,9 +115,14 @@ class ControlView:
                     facts.pop(record.key, None)
                 else:
                     facts[record.key] = record.value
+                for listener in self._listeners:
+                    _tell(listener, record)
             self._position = max(self._position, record.position)
-            for listener in self._listeners:
-                try:
-                    listener(record)
-                except Exception:
-                    log.exception("a listener of the control log failed", kind=record.kind)
+
+
+def _tell(listener: Listener, record: ControlRecord) -> None:
+    """Call a listener; one that fails keeps no other from hearing."""
+    try:
+        listener(record)
+    except Exception:
+        log.exception("a listener of the control log failed", kind=record.kind)
