@@ -547,7 +547,7 @@ class TestRequests:
         """Another path is a 404 that says what is served; another method is a 405."""
         with running(tmp_path, f"http://127.0.0.1:{free_port()}") as rig:
             with pytest.raises(openai.NotFoundError) as raised:
-                rig.client().embeddings.create(model="m", input="x")
+                rig.client().images.generate(model="m", prompt="x")
             refused = httpx.get(f"{rig.url}/v1/chat/completions")
             health = httpx.get(f"{rig.url}/health").json()
 

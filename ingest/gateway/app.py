@@ -17,10 +17,13 @@ import uvicorn
 import uvloop
 
 from ingest.gateway import errors
-from ingest.gateway.chat import PATH as CHAT
-from ingest.gateway.chat import chat_completions
+from ingest.gateway.endpoints.base import Endpoint
+from ingest.gateway.endpoints.chat import Chat
+from ingest.gateway.endpoints.completions import Completions
+from ingest.gateway.endpoints.embeddings import Embeddings
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
+from ingest.gateway.generation import Generation
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.routes import Routes
@@ -44,7 +47,10 @@ SWITCH_INTERVAL_S = 0.0005
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
-Endpoint = Callable[[Parts, Exchange], Awaitable[None]]
+Handler = Callable[[Parts, Exchange], Awaitable[None]]
+
+ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings())
+"""The endpoints that are recorded."""
 
 
 class Gateway:
@@ -56,8 +62,8 @@ class Gateway:
         control = open_control(settings)
         self.parts = Parts(settings, recorder, routes, sessions, Redactor.of(settings), control, ControlView(control))
         self.active: set[Exchange] = set()
-        self._endpoints: dict[str, tuple[str, Endpoint]] = {
-            CHAT: ("POST", chat_completions),
+        self._endpoints: dict[str, tuple[str, Handler]] = {
+            **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
@@ -124,6 +130,13 @@ async def _ready(parts: Parts, exchange: Exchange) -> None:
     ready = any(lane.ready for lane in parts.routes.lanes)
     answer = {"status": "ready" if ready else "not ready", "upstreams": [lane.facts for lane in parts.routes.lanes]}
     await exchange.respond(200 if ready else 503, dump(answer), [errors.JSON])
+
+
+def _recorded(endpoint: Endpoint) -> Handler:
+    async def handle(parts: Parts, exchange: Exchange) -> None:
+        await Generation(parts, exchange, endpoint).serve()
+
+    return handle
 
 
 async def _models(parts: Parts, exchange: Exchange) -> None:

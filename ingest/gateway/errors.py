@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import orjson
@@ -76,17 +77,29 @@ class Failure(Exception):
             return [(b"x-should-retry", b"false")]
         return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
-    @property
-    def body(self) -> bytes:
-        """The error as OpenAI's API words it."""
-        return error_body(self.message, self.fault.api_type, self.fault.error_type, self.param)
 
-    @property
-    def event(self) -> bytes:
-        """The error as the last chunk of a stream: OpenAI's clients raise on it, and the stream ends as they expect."""
-        return b"data: " + self.body + b"\n\n" + DONE
+@dataclass(frozen=True)
+class Shape:
+    """How the clients of one provider are told of a failure: their own exceptions come of it."""
+
+    body: Callable[[Failure], bytes]
+    """The body of an error answer."""
+    event: Callable[[Failure], bytes]
+    """The last bytes of a stream that has begun."""
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
     """`{"error": {message, type, param, code}}`."""
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _openai_body(failure: Failure) -> bytes:
+    return error_body(failure.message, failure.fault.api_type, failure.fault.error_type, failure.param)
+
+
+def _openai_event(failure: Failure) -> bytes:
+    return b"data: " + _openai_body(failure) + b"\n\n" + DONE
+
+
+OPENAI = Shape(_openai_body, _openai_event)
+"""OpenAI's clients raise on an error in mid-stream, and the stream ends as they expect."""

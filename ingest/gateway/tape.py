@@ -1,6 +1,6 @@
 """What happens in one generation, as events: each method is one fact, and the first ending counts.
 
-Reads what an upstream sends once, in its own words: `choices`, `delta`, `token_ids`. Nothing here waits.
+Reads every answer in the words of chat completions (`choices`, `delta`, `token_ids`). Nothing here waits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from schemas.events import (
     ToolCall,
     ToolCallContent,
 )
-from schemas.requests import ChatRequest, double_of, dump, long_of, text_of
+from schemas.requests import ClientRequest, dump, long_of, text_of
 from schemas.sink import SessionContext, new_id
 
 UNREADABLE_BYTES_MAX = 32 << 10
@@ -88,6 +88,7 @@ class Tape:
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
+        self._results = 0  # of an answer that has no sequences
         self._first_token_us: int | None = None
 
     @property
@@ -115,7 +116,7 @@ class Tape:
             self.session.environments.add(event.environment_id)
             self._record(event)
 
-    def submitted(self, request: ChatRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
+    def submitted(self, request: ClientRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
         """A readable request came; `extra` is what the gateway adds to it, `facts` what else is known about it."""
         parameters, taken = self._redactor(request.parameters)
         messages = []
@@ -125,7 +126,6 @@ class Tape:
             taken += redacted
         new = [message for message in messages if self.session.first_seen(message.message_id)]
         self._keep_prompt = taken == 0  # the prompt's tokens would spell out what was taken from its text
-        fields = request.fields
         self._record(
             RequestSubmitted(
                 generation_id=self.generation_id,
@@ -133,8 +133,8 @@ class Tape:
                 model=self._redactor.clean(request.model),
                 stream=request.stream,
                 n=request.n,
-                seed=long_of(extra.get("seed", fields.get("seed"))),
-                temperature=double_of(fields.get("temperature")),
+                seed=long_of(extra.get("seed", request.seed)),
+                temperature=request.temperature,
                 max_tokens=request.max_tokens,
                 message_ids=[message.message_id for message in messages],
                 tools=request.tools,
@@ -196,6 +196,7 @@ class Tape:
         self._start(answer, offset_us)
         self._usage = dict(answer.get("usage") or {})
         self.fingerprint = text_of(answer.get("system_fingerprint"))
+        self._results = answer.get("results", 0)
         for entry in answer["choices"]:
             message = entry.get("message") or {}
             choice = self._choice(entry, message, offset_us)
@@ -219,7 +220,7 @@ class Tape:
         self._record(
             GenerationFinished(
                 generation_id=self.generation_id,
-                sequences=len(self._choices),
+                sequences=len(self._choices) or self._results,
                 tokens_recorded=self._position,
                 prompt_tokens=long_of(self._usage.get("prompt_tokens")),
                 completion_tokens=long_of(self._usage.get("completion_tokens")),
