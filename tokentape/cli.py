@@ -25,6 +25,7 @@ COMMANDS = {
     "query": ("sql", "sessions", "show", "timeline", "tail"),
     "replay": ("replay",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "keys": ("keys",),
     "custody": ("verify",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

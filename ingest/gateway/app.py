@@ -25,7 +25,9 @@ from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
 from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.keys import Keyring
 from ingest.gateway.parts import Parts
+from ingest.gateway.quotas import Quotas, WorkerName
 from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
@@ -60,7 +62,11 @@ class Gateway:
         """Raises `StorageFull` if the data directory cannot be written, `LogUnavailable` if the control log does not answer."""
         routes, sessions = Routes(settings.gateway), Sessions(settings)
         control = open_control(settings)
-        self.parts = Parts(settings, recorder, routes, sessions, Redactor.of(settings), control, ControlView(control))
+        shared = ControlView(control)
+        self._worker = WorkerName(settings.data / "control", sessions.installation)
+        keyring = Keyring(shared, required=settings.gateway.auth == "required")
+        quotas = Quotas(control, shared, self._worker.name)
+        self.parts = Parts(settings, recorder, routes, sessions, Redactor.of(settings), control, shared, keyring, quotas)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
@@ -93,6 +99,7 @@ class Gateway:
         """Let go of what was opened; after the last exchange has ended."""
         self.parts.shared.close()
         self.parts.control.close()
+        self._worker.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
@@ -108,9 +115,10 @@ class Gateway:
 
     async def _health(self, parts: Parts, exchange: Exchange) -> None:
         """That this process serves, and what it last knew of its upstreams."""
-        first = parts.routes.lanes[0].upstream
-        answer: dict[str, Any] = {"status": "ok", "upstream": first.name, "upstream_kind": first.kind, "active": len(self.active) - 1}
-        answer |= {"upstreams": [lane.facts for lane in parts.routes.lanes]}
+        answer: dict[str, Any] = {"status": "ok", "active": len(self.active) - 1, "upstreams": [lane.facts for lane in parts.routes.lanes]}
+        if parts.settings.gateway.auth == "off":  # where everybody may ask, addresses are no secret
+            first = parts.routes.lanes[0].upstream
+            answer |= {"upstream": first.name, "upstream_kind": first.kind}
         await exchange.respond(200, dump(answer), [errors.JSON])
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -118,8 +126,12 @@ class Gateway:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self.parts.routes.open()
+                self.parts.keyring.open()
+                self.parts.quotas.open()
                 await send({"type": "lifespan.startup.complete"})
             else:
+                await self.parts.keyring.close()
+                await self.parts.quotas.close()
                 await self.parts.routes.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
@@ -134,18 +146,22 @@ async def _ready(parts: Parts, exchange: Exchange) -> None:
 
 def _recorded(endpoint: Endpoint) -> Handler:
     async def handle(parts: Parts, exchange: Exchange) -> None:
-        await Generation(parts, exchange, endpoint).serve()
+        await Generation(parts, exchange, endpoint, await parts.keyring.caller(exchange)).serve()
 
     return handle
 
 
 async def _models(parts: Parts, exchange: Exchange) -> None:
     """The models of all upstreams; those of a single one as it tells them itself. Not recorded."""
-    if parts.routes.several:
-        return await exchange.respond(200, await parts.routes.models(lambda _: True), [errors.JSON])
+    caller = await parts.keyring.caller(exchange)
+    if caller.refusal:
+        return await exchange.fail(caller.refusal, [])
+    if parts.routes.several or (caller.key and "*" not in caller.key.models):
+        allowed = caller.key.allows if caller.key else lambda _: True
+        return await exchange.respond(200, await parts.routes.models(allowed), [errors.JSON])
     upstream = parts.routes.lanes[0].upstream
     url = upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, upstream.authorization(exchange.header("authorization")))
+    headers = upstream_headers(exchange, upstream.authorization(caller.authorization))
     try:
         async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
             async with upstream.client.get(url, headers=headers, allow_redirects=False) as answer:

@@ -14,6 +14,7 @@ from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
 from ingest.gateway.headers import answer_headers, request_facts, session_facts, upstream_headers
+from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
@@ -35,18 +36,19 @@ _ODD = (TypeError, AttributeError, LookupError, ValueError)
 class Generation:
     """One request to an endpoint and its answer; every way in which it can end is recorded and told to the client."""
 
-    def __init__(self, parts: Parts, exchange: Exchange, endpoint: Endpoint) -> None:
+    def __init__(self, parts: Parts, exchange: Exchange, endpoint: Endpoint, caller: Caller) -> None:
         self.parts = parts
         self.exchange = exchange
         self.endpoint = endpoint
         exchange.shape = endpoint.shape
-        self.passage = Passage(parts.routes, exchange)
+        self.passage = Passage(parts, exchange, caller)
         self.settings = parts.settings.gateway
         self.strict = parts.settings.recorder.mode == "strict"
         self.authorization = self.passage.authorization
+        self.caller = caller
         self.misnamed: Failure | None = None
         self.session = self._session()
-        self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(self.authorization), endpoint.path)
+        self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(caller.credential), endpoint.path)
 
     @property
     def upstream(self) -> Upstream:
@@ -65,6 +67,7 @@ class Generation:
             log.exception("gateway failed", generation=self.tape.generation_id.hex())
             await self._fail(Failure(errors.INTERNAL, "The gateway failed.", detail=repr(error)))
         finally:
+            self.passage.close(self.tape.tokens)
             self.exchange.close()
 
     async def _serve(self) -> None:
@@ -98,12 +101,14 @@ class Generation:
             return False
 
     def _session(self) -> Session:
-        actor = self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
+        key = self.caller.key
+        actor = key.owner if key else self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
+        tenant = key.tenant if key else None
         try:
-            return self.parts.sessions.find(self.exchange.header(SESSION_HEADER), actor)
+            return self.parts.sessions.find(self.exchange.header(SESSION_HEADER) if not self.caller.refusal else None, actor, tenant)
         except Failure as failure:
             self.misnamed = failure
-            return self.parts.sessions.find(None, actor)
+            return self.parts.sessions.find(None, actor, tenant)
 
     async def _request(self) -> ClientRequest:
         """The request, or the record of what came in its place.
@@ -113,6 +118,8 @@ class Generation:
         """
         body = b""
         try:
+            if self.caller.refusal:  # whoever that is, nothing of the body is kept
+                raise self.caller.refusal
             body = await self.exchange.body()
             if self.misnamed:
                 raise self.misnamed
@@ -143,7 +150,7 @@ class Generation:
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
             "upstream": self.passage.upstream_name,
-            "api_key_id": self.parts.sessions.key_id(self.authorization),
+            "api_key_id": self.caller.key.key_id if self.caller.key else self.parts.sessions.key_id(self.authorization),
             "request_digest": self.session.digest(body),
         }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ingest.gateway.keys import Keyring
+from ingest.gateway.quotas import Quotas
 from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
@@ -23,3 +25,5 @@ class Parts:
     redactor: Redactor
     control: ControlLog
     shared: ControlView
+    keyring: Keyring
+    quotas: Quotas

@@ -14,8 +14,10 @@ import structlog
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange
+from ingest.gateway.keys import Caller
+from ingest.gateway.parts import Parts
 from ingest.gateway.queueing import PRIORITY_HEADER, Priority, priority_of
-from ingest.gateway.routes import HARDWARE_HEADER, Lane, Routes, wishes
+from ingest.gateway.routes import HARDWARE_HEADER, Lane, wishes
 from ingest.gateway.tape import Tape
 from ingest.gateway.upstream import Upstream
 
@@ -28,12 +30,15 @@ ELSEWHERE = frozenset((502, 503, 504))
 class Passage:
     """The way of one request. `ready`, then `turn` around each attempt, then `elsewhere` after one that failed."""
 
-    def __init__(self, routes: Routes, exchange: Exchange) -> None:
-        self.authorization = exchange.header("authorization")
+    def __init__(self, parts: Parts, exchange: Exchange, caller: Caller) -> None:
+        self.caller = caller
+        self.authorization = caller.authorization
         self.priority: Priority | None = None  # None until it is known to be a valid one
         self.lane: Lane | None = None
         self.attempt = 1
-        self._routes = routes
+        self._parts = parts
+        self._routes = parts.routes
+        self._admitted = False
         self._exchange = exchange
         self._hardware = wishes(exchange.header(HARDWARE_HEADER))
         self._model: str | None = None
@@ -58,16 +63,36 @@ class Passage:
         """Choose an upstream for this model and return its kind.
 
         Raises:
-            Failure: the request names no valid priority, nobody serves the model, or nobody who does answers.
+            Failure: the caller may not ask for it or not so much, the request names no valid priority, nobody serves the model, or
+                nobody who does answers.
         """
         self._model = model
         self.priority = priority_of(self._exchange.header(PRIORITY_HEADER))
+        await self._admit(model)
         self.lane = await self._routes.find(model, self._hardware, self.priority, self.allowed)
         return await self._kind()
 
     def allowed(self, model: str) -> bool:
         """Whether the caller may ask for a model."""
-        return True
+        return self.caller.key is None or self.caller.key.allows(model)
+
+    async def _admit(self, model: str | None) -> None:
+        key = self.caller.key
+        if key is None:
+            return
+        if not self.allowed(model or ""):
+            may = f"It may ask for: {', '.join(key.models)}." if key.models else "It may ask for none."
+            raise Failure(errors.FORBIDDEN, f"This key may not ask for the model {str(model)[:200]!r}. {may}", param="model")
+        if not self._admitted:
+            await self._parts.quotas.admit(key)
+            self._parts.keyring.enter(key, self._exchange)
+            self._admitted = True
+
+    def close(self, tokens: int) -> None:
+        """The request is over, and took this many tokens."""
+        if self.caller.key is not None and self._admitted:
+            self._parts.keyring.leave(self.caller.key, self._exchange)
+            self._parts.quotas.spend(self.caller.key, tokens)
 
     @asynccontextmanager
     async def turn(self, tape: Tape) -> AsyncIterator[None]:

@@ -81,6 +81,7 @@ class Tape:
         self._endpoint = endpoint
         self.started = False
         self.queued_us = 0
+        self._prompt_tokens = 0
         self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
         self._attempt = 1
         self._status = 200
@@ -259,6 +260,13 @@ class Tape:
     def _position(self) -> int:
         return sum(choice.position for choice in self._choices.values())
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of prompt and answer: as the upstream's usage says, else as they were counted here."""
+        said = [long_of(self._usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        counted = (self._prompt_tokens, self._position)
+        return sum(here if told is None else told for told, here in zip(said, counted, strict=True))
+
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
 
@@ -272,6 +280,7 @@ class Tape:
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
         self.started = True
         ids = answer.get("prompt_token_ids")
+        self._prompt_tokens = len(ids) if ids else 0
         self._record(
             GenerationStarted(
                 generation_id=self.generation_id,
