@@ -94,11 +94,10 @@ def revoke(installation: Installation, key_id: str) -> None:
     with _control(installation) as control:
         key = _find(control, key_id, "keys revoke")
         if key.revoked_at is not None:
-            err.print(f"{key.key_id} was revoked before", markup=False)
-            return
+            return click.echo(f"{key.key_id} was revoked before")
         with installation.accessing("keys revoke", key.key_id):
             control.append(KIND, key.key_id, key.model_copy(update={"revoked_at": time.time()}).model_dump(mode="json"))
-    err.print(f"{key.key_id} is revoked", markup=False)
+    return click.echo(f"{key.key_id} is revoked")
 
 
 @contextmanager
