@@ -287,6 +287,7 @@ class RequestSubmitted(Payload):
     environment_id: Digest | None = None
     redactions: list[Count] = []
     content: RequestContent | None = None
+    priority: Text | None = None
 
 
 class GenerationContent(Record):
@@ -296,7 +297,11 @@ class GenerationContent(Record):
 
 
 class GenerationStarted(Payload):
-    """The upstream answered. `authoritative` is the source whose events views use for this generation."""
+    """The upstream answered. `authoritative` is the source whose events views use for this generation.
+
+    `upstream` and `environment_id` stand here where another upstream than that of `request_submitted` answered;
+    `queued_us` is how long the request waited for its turn, before offset 0.
+    """
 
     KIND = "generation_started"
     generation_id: Id
@@ -308,6 +313,9 @@ class GenerationStarted(Payload):
     prompt_tokens: Long | None = None
     offset_us: Long = 0
     content: GenerationContent | None = None
+    upstream: Text | None = None
+    environment_id: Digest | None = None
+    queued_us: Long | None = None
 
 
 class SequenceStarted(Payload):
@@ -401,7 +409,8 @@ class GenerationFailed(Payload):
 
     Error types: client_disconnected, invalid_request, upstream_unreachable, upstream_timeout, upstream_disconnected,
     upstream_error, upstream_malformed, shutdown, gateway_error, not_recorded (strict mode: the tape did not take the
-    request), refused (at a breakpoint). Origins: client, upstream, gateway, engine.
+    request), refused (at a breakpoint), model_not_found, overloaded, invalid_api_key, permission_denied,
+    rate_limit_exceeded, insufficient_quota, keys_unavailable. Origins: client, upstream, gateway, engine.
     """
 
     KIND = "generation_failed"

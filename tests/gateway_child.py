@@ -1,4 +1,4 @@
-"""A gateway in a process of its own, to be killed: `python -m tests.gateway_child DATA UPSTREAM [LOG]` prints its URL."""
+"""A gateway in a process of its own, to be killed: `python -m tests.gateway_child DATA UPSTREAM [LOG [AUTH]]` prints its URL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from store.log import open_log
 if __name__ == "__main__":
     settings = Settings(
         data=Path(sys.argv[1]),
-        gateway=GatewaySettings(port=0, upstream=sys.argv[2]),
+        gateway=GatewaySettings.model_validate({"port": 0, "upstream": sys.argv[2], "auth": sys.argv[4] if sys.argv[4:] else "off"}),
         recorder=RecorderSettings(mode="strict"),
         log=LogSettings.model_validate_json(sys.argv[3] if len(sys.argv) > 3 else "{}"),
     )

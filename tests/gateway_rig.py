@@ -201,6 +201,8 @@ class BrokenUpstream:
     paths: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     version: bytes | None = None
+    models: tuple[str, ...] = ()
+    port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -212,6 +214,9 @@ class BrokenUpstream:
                 if not peer.path.startswith(RECORDED):
                     if peer.path == "/version" and self.version:
                         await peer.whole(b"200 OK", b"application/json", self.version)
+                    elif peer.path == "/v1/models" and self.models:
+                        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+                        await peer.whole(b"200 OK", b"application/json", orjson.dumps(listed))
                     else:
                         await peer.whole(b"404 Not Found", b"application/json", b"{}")
                     continue
@@ -238,7 +243,7 @@ def broken(act: Act, **options: Any) -> Iterator[BrokenUpstream]:
     stop: list[Callable[[], Any]] = []
 
     async def run() -> None:
-        server = await asyncio.start_server(upstream._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(upstream._serve, "127.0.0.1", upstream.port)
         upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         over = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -26,6 +26,7 @@ COMMANDS = {
     "replay": ("replay",),
     "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "keys": ("keys",),
     "custody": ("verify",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

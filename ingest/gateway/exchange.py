@@ -135,7 +135,7 @@ class Exchange:
                 if self.started:
                     await self.end(self.shape.event(failure))
                 else:
-                    await self.respond(failure.status, self.shape.body(failure), [errors.JSON, *headers])
+                    await self.respond(failure.status, self.shape.body(failure), [errors.JSON, *failure.headers, *headers])
         except TimeoutError:
             pass  # returning with an incomplete answer closes the connection
 

@@ -80,10 +80,13 @@ class Tape:
         self._context = session.context
         self._redactor = redactor
         self._endpoint = endpoint
+        self.started = False
+        self.queued_us = 0
+        self._prompt_tokens = 0
+        self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
         self._attempt = 1
         self._status = 200
         self._begun_ns = time.monotonic_ns()
-        self._started = False
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
@@ -159,6 +162,11 @@ class Tape:
         self._attempt = attempt
         self._begun_ns = time.monotonic_ns()
 
+    def moved(self, upstream: str, environment: EnvironmentCaptured | None) -> None:
+        """The request goes to another upstream than `submitted` named."""
+        self.environment(environment)
+        self._moved = {"upstream": upstream, "environment_id": environment.environment_id if environment else None}
+
     def answered(self, status: int) -> None:
         """The upstream answered with this status."""
         self._status = status
@@ -169,7 +177,7 @@ class Tape:
         Raises:
             TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
         """
-        if not self._started:
+        if not self.started:
             self._start(chunk, offset_us)
         if usage := chunk.get("usage"):
             self._usage = dict(usage)
@@ -202,11 +210,6 @@ class Tape:
     def complete(self) -> bool:
         """Whether every sequence that began has ended."""
         return bool(self._choices) and all(choice.finished for choice in self._choices.values())
-
-    @property
-    def begun(self) -> bool:
-        """Whether the upstream's answer has begun."""
-        return self._started
 
     @property
     def unreconciled(self) -> dict[str, int]:
@@ -267,6 +270,13 @@ class Tape:
     def _position(self) -> int:
         return sum(choice.position for choice in self._choices.values())
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of prompt and answer: as the upstream's usage says, else as they were counted here."""
+        said = [long_of(self._usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        counted = (self._prompt_tokens, self._position)
+        return sum(here if told is None else told for told, here in zip(said, counted, strict=True))
+
     def note(self, payload: Payload, actor: str) -> None:
         """Somebody other than the client did something to this generation."""
         self._recorder.record(replace(self._context, actor=actor), payload)
@@ -282,8 +292,9 @@ class Tape:
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
-        self._started = True
+        self.started = True
         ids = answer.get("prompt_token_ids")
+        self._prompt_tokens = len(ids) if ids else 0
         self._record(
             GenerationStarted(
                 generation_id=self.generation_id,
@@ -295,6 +306,8 @@ class Tape:
                 prompt_tokens=len(ids) if ids else None,
                 offset_us=offset_us,
                 content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
+                queued_us=self.queued_us or None,
+                **self._moved,
             )
         )
 
