@@ -148,7 +148,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 def test_every_name_has_a_value() -> None:
     """The names of the language are those that a request answers to, however odd it is."""
-    odd = {"messages": [], "tools": "x", "n": None, "temperature": "hot", "model": 5}
+    odd: dict[str, Any] = {"messages": [], "tools": "x", "n": None, "temperature": "hot", "model": 5}
     for asked in (facts(), facts(odd)):
         assert set(asked) == set(NAMES)
         for name in NAMES:
