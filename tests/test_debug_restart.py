@@ -111,7 +111,7 @@ class TestWorkers:
         pool = ThreadPoolExecutor(3)
         body = {"model": "m", "messages": HELLO}
         answers = [pool.submit(httpx.post, f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S) for _ in range(3)]
-        until(lambda: len(desk.stopped()) == 3)
+        until(lambda: len(desk.stopped()) == len(payloads(events_of(settings), BreakpointHit)) == 3)
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert all(isinstance(answer.exception(DEADLINE_S), httpx.HTTPError) for answer in answers)
