@@ -34,7 +34,7 @@ class Debugged:
     def stop(self, **document: Any) -> str:
         """Set a breakpoint and return when the worker knows it."""
         made = self.desk.add(document)
-        wait_known(self.rig, made.breakpoint_id)
+        wait_known(self.rig.url, made.breakpoint_id)
         return made.breakpoint_id
 
     def ask(self, **request: Any) -> Future[Any]:
@@ -54,9 +54,9 @@ class Debugged:
         return [row["generation"] for row in rows]
 
 
-def wait_known(rig: Rig, name: str) -> None:
+def wait_known(url: str, name: str) -> None:
     """Return when the gateway has read a breakpoint."""
-    until(lambda: any(known["breakpoint_id"] == name for known in httpx.get(f"{rig.url}/api/v1/breakpoints").json()["breakpoints"]))
+    until(lambda: any(known["breakpoint_id"] == name for known in httpx.get(f"{url}/api/v1/breakpoints").json()["breakpoints"]))
 
 
 def payloads(events: list[Event], kind: type[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ import pytest
 
 from schemas.settings import GatewaySettings, Settings
 from tests.conftest import VllmService
+from tests.debug_rig import wait_known
 from tests.program import ROOT, Program, until
 
 README = ROOT / "README.md"
@@ -89,6 +90,7 @@ def test_two_terminals(program: Program, vllm: VllmService) -> None:
     with program.up("--only", "gateway") as up:
         client = client.replace(GATEWAY, up.ready(("gateway",)).url).replace("MODEL", vllm.model)
         subprocess.run(["sh", "-c", setup], check=True, stdout=subprocess.DEVNULL, **how)
+        wait_known(up.url, "refunds")
         waiting = subprocess.Popen(["sh", "-c", client], stdout=subprocess.PIPE, **how)
         rows = until(lambda: program.run("stopped", "list", "--format", "json").rows or None)
         said = []
@@ -99,7 +101,7 @@ def test_two_terminals(program: Program, vllm: VllmService) -> None:
             said.append(ran.stdout)
         answer = waiting.communicate(timeout=90)[0]
 
-    assert answer.startswith(": stopped at a breakpoint\n\ndata: {")
+    assert re.match(r"(: stopped at a breakpoint\n\n)+data: {", answer)
     assert answer.endswith("data: [DONE]\n\n")
     assert "I want a refund." in said[1]
     assert said[5].endswith("edited\n")
