@@ -291,7 +291,7 @@ def _stream(rig: Rig, token: str) -> int:
 @contextlib.contextmanager
 def worker(data: Path, upstream: str) -> Iterator[str]:
     """A gateway in a process of its own, which wants keys."""
-    command = [sys.executable, "-m", "tests.gateway_child", str(data), upstream, "required"]
+    command = [sys.executable, "-m", "tests.gateway_child", str(data), upstream, "{}", "required"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

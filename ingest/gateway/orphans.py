@@ -46,16 +46,16 @@ class Orphans:
         dead = {worker for worker in lost | known.keys() - {self._worker_id} if self._workers.dead(worker, known)}
         for generation, fact in stopped.items():
             if fact.get("worker") in dead and not fact.get("outcome"):
-                await self._settle(generation, fact, known, write)
+                await self._settle(generation, fact, write)
         for worker in dead & known.keys():
             await write(workers.KIND, worker, None)
 
-    async def _settle(self, generation: str, fact: Mapping[str, Any], known: Mapping[str, Value], write: Write) -> None:
+    async def _settle(self, generation: str, fact: Mapping[str, Any], write: Write) -> None:
         claim = f"{generation}/{self._worker_id}"
         if not await write(CLAIM, claim, {"at": time.time()}):
             return
         try:
-            if await asyncio.to_thread(self._first, generation, known) != self._worker_id:
+            if await asyncio.to_thread(self._first, generation) != self._worker_id:
                 return
             self._record(generation, fact)
             async with asyncio.timeout(DURABLE_WAIT_S):
@@ -66,10 +66,18 @@ class Orphans:
         finally:
             await write(CLAIM, claim, None)
 
-    def _first(self, generation: str, known: Mapping[str, Value]) -> str | None:
-        """The living worker whose claim came first, as the log itself has it; None where the request was settled meanwhile."""
+    def _first(self, generation: str) -> str | None:
+        """The living worker whose claim came first, as the log itself has it; None where the request was settled meanwhile.
+
+        Who lives is read there too: a worker says that it does before it claims anything.
+        """
         claims: dict[str, int] = {}
+        known: dict[str, Value] = {}
         for record in self._control.follow(0):
+            if record.kind == workers.KIND:
+                known.pop(record.key, None)
+                if record.value is not None:
+                    known[record.key] = record.value
             if record.kind == commands.STOPPED and record.key == generation and (record.value or {"outcome": 1}).get("outcome"):
                 return None
             if record.kind == CLAIM and record.key.startswith(f"{generation}/"):
