@@ -337,6 +337,28 @@ class TestWorkers:
 
         assert (spent, stopped) == ([200, 200], True)
 
+    def test_two_workers_share_a_limit_through_kafka(self, settings_distributed: Settings) -> None:
+        """The same where the control log is a topic, and each worker has a data directory of its own."""
+        limit = 40
+
+        def story() -> Counter[int]:
+            token, _ = made.add(requests_per_minute=limit)
+            with ThreadPoolExecutor(8) as pool:
+                return Counter(pool.map(lambda number: ask(rigs[number % 2].url, token).status_code, range(2 * limit)))
+
+        with broken(_answers) as upstream, contextlib.ExitStack() as stack:
+            gateway = GatewaySettings.model_validate({"port": 0, "upstream": upstream.url, "upstream_kind": "openai", "auth": "required"})
+            settings = settings_distributed.model_copy(update={"gateway": gateway})
+            rigs = [Rig(settings.model_copy(update={"data": settings.data / name})) for name in "ab"]
+            for rig in rigs:
+                stack.callback(rig.close)
+            made = Keys(settings)
+            stack.callback(made.control.close)
+            counts = in_one_minute(story)
+
+        assert set(counts) == {200, 429}
+        assert limit - limit // LEASES <= counts[200] <= limit
+
     def test_control_log_away(self, tmp_path: Path) -> None:
         """While the control log is away known keys go on within their worker's part of a limit, and new ones wait."""
         with broken(_answers) as upstream, guarded(tmp_path, upstream.url) as (rig, made):
