@@ -22,11 +22,13 @@ import pytest
 from pydantic import SecretStr
 
 from ingest.gateway import keys
-from ingest.gateway.keys import VirtualKey, make
+from ingest.gateway.errors import Failure
+from ingest.gateway.exchange import Exchange
+from ingest.gateway.keys import Keyring, VirtualKey, make
 from ingest.gateway.quotas import LEASES, MINUTE_S
 from schemas.events import GenerationFailed, RequestSubmitted
 from schemas.settings import GatewaySettings, RecorderSettings, Settings, UpstreamSettings
-from store.control import open_control
+from store.control import ControlView, open_control
 from tests.conftest import VllmService
 from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, until
 from tests.program import ROOT, Program
@@ -193,6 +195,34 @@ class TestWho:
         assert b"authorization" not in upstream.heads[1].lower()
 
 
+def test_roles(tmp_path: Path) -> None:
+    """A key opens what needs one of its roles, an admin's opens all; another key is a 403 that names both, none a 401."""
+    settings = Settings(data=tmp_path)
+    made = Keys(settings)
+    tokens = {roles: made.add(roles=roles)[0] for roles in ((), ("debugger",), ("admin",))}
+    shared = ControlView(made.control)
+
+    async def asked(token: str) -> str:
+        headers = [(b"authorization", f"Bearer {token}".encode())]
+        exchange = Exchange({"headers": headers, "query_string": b""}, _never, _never, 1024)
+        try:
+            return (await Keyring(shared, required=True).require(exchange, "debugger")).owner
+        except Failure as failure:
+            return f"{failure.status} {failure.message}"
+
+    told = [asyncio.run(asked(token)) for token in (*tokens.values(), "")]
+    shared.close()
+    made.control.close()
+
+    assert told[0] == "403 This needs a key with the role debugger; this key has none."
+    assert told[1:3] == ["ann", "ann"]
+    assert told[3].startswith("401 A key is needed")
+
+
+async def _never(*_: Any) -> Any:
+    raise AssertionError("nothing is received or sent here")
+
+
 class TestWhat:
     def test_models(self, tmp_path: Path) -> None:
         """A key opens the models that it names: others are a 403, and are not listed."""
@@ -336,6 +366,28 @@ class TestWorkers:
             spent, stopped = in_one_minute(story)
 
         assert (spent, stopped) == ([200, 200], True)
+
+    def test_two_workers_share_a_limit_through_kafka(self, settings_distributed: Settings) -> None:
+        """The same where the control log is a topic, and each worker has a data directory of its own."""
+        limit = 40
+
+        def story() -> Counter[int]:
+            token, _ = made.add(requests_per_minute=limit)
+            with ThreadPoolExecutor(8) as pool:
+                return Counter(pool.map(lambda number: ask(rigs[number % 2].url, token).status_code, range(2 * limit)))
+
+        with broken(_answers) as upstream, contextlib.ExitStack() as stack:
+            gateway = GatewaySettings.model_validate({"port": 0, "upstream": upstream.url, "upstream_kind": "openai", "auth": "required"})
+            settings = settings_distributed.model_copy(update={"gateway": gateway})
+            rigs = [Rig(settings.model_copy(update={"data": settings.data / name})) for name in "ab"]
+            for rig in rigs:
+                stack.callback(rig.close)
+            made = Keys(settings)
+            stack.callback(made.control.close)
+            counts = in_one_minute(story)
+
+        assert set(counts) == {200, 429}
+        assert limit - limit // LEASES <= counts[200] <= limit
 
     def test_control_log_away(self, tmp_path: Path) -> None:
         """While the control log is away known keys go on within their worker's part of a limit, and new ones wait."""

@@ -218,8 +218,9 @@ def _unknown(message: str) -> Failure:
 def _credential(exchange: Exchange) -> str | None:
     """What the client sent as its key, wherever its provider's clients put it."""
     for name in _HEADERS:
-        if value := exchange.header(name):
-            return value.strip().rpartition(" ")[2] or None
+        token = (exchange.header(name) or "").strip().rpartition(" ")[2]
+        if token and token.lower() != "bearer":
+            return token
     named = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("key")
     return named[0] if named else None
 
