@@ -22,13 +22,11 @@ import pytest
 from pydantic import SecretStr
 
 from ingest.gateway import keys
-from ingest.gateway.errors import Failure
-from ingest.gateway.exchange import Exchange
-from ingest.gateway.keys import Keyring, VirtualKey, make
+from ingest.gateway.keys import VirtualKey, make
 from ingest.gateway.quotas import LEASES, MINUTE_S
 from schemas.events import GenerationFailed, RequestSubmitted
 from schemas.settings import GatewaySettings, RecorderSettings, Settings, UpstreamSettings
-from store.control import ControlView, open_control
+from store.control import open_control
 from tests.conftest import VllmService
 from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, until
 from tests.program import ROOT, Program
@@ -196,31 +194,16 @@ class TestWho:
 
 
 def test_roles(tmp_path: Path) -> None:
-    """A key opens what needs one of its roles, an admin's opens all; another key is a 403 that names both, none a 401."""
-    settings = Settings(data=tmp_path)
-    made = Keys(settings)
-    tokens = {roles: made.add(roles=roles)[0] for roles in ((), ("debugger",), ("admin",))}
-    shared = ControlView(made.control)
+    """The debug API takes a debugger's or an admin's key and records its owner; another key is a 403 that names both, none a 401."""
+    with broken(_answers) as upstream, guarded(tmp_path, upstream.url) as (rig, made):
+        tokens = [made.add(roles=roles)[0] for roles in (("debugger",), ("admin",), ())]
+        sent = [{"authorization": f"Bearer {token}"} for token in tokens] + [{}]
+        told = [httpx.post(f"{rig.url}/api/v1/breakpoints", json={"tag": f"t{i}"}, headers=headers) for i, headers in enumerate(sent)]
 
-    async def asked(token: str) -> str:
-        headers = [(b"authorization", f"Bearer {token}".encode())]
-        exchange = Exchange({"headers": headers, "query_string": b""}, _never, _never, 1024)
-        try:
-            return (await Keyring(shared, required=True).require(exchange, "debugger")).owner
-        except Failure as failure:
-            return f"{failure.status} {failure.message}"
-
-    told = [asyncio.run(asked(token)) for token in (*tokens.values(), "")]
-    shared.close()
-    made.control.close()
-
-    assert told[0] == "403 This needs a key with the role debugger; this key has none."
-    assert told[1:3] == ["ann", "ann"]
-    assert told[3].startswith("401 A key is needed")
-
-
-async def _never(*_: Any) -> Any:
-    raise AssertionError("nothing is received or sent here")
+    assert [answer.status_code for answer in told] == [201, 201, 403, 401]
+    assert told[0].json()["created_by"] == "key:ann"
+    assert told[2].json()["detail"] == "This needs a key with the role debugger; this key has none."
+    assert told[3].json()["detail"].startswith("A key is needed")
 
 
 class TestWhat:

@@ -1,7 +1,8 @@
 """Debug mode over HTTP, under `/api/v1`: breakpoints, and the requests that stopped at them; errors are RFC 9457 problems.
 
-Without a token only this machine may ask, and no web page may ask for it: a request that a browser made for another site,
-or that a proxy passed on, is refused.
+Where keys are required, one with the role of a debugger opens it, and so does `debug.token`. Without either only this
+machine may ask, and no web page may ask for it: a request that a browser made for another site, or that a proxy passed on,
+is refused.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Problem(Exception):
 async def debug_api(parts: Parts, exchange: Exchange) -> None:
     """Serve one request under `PREFIX`."""
     try:
-        _admit(parts, exchange)
+        exchange.scope["actor"] = await _admit(parts, exchange)
         status, answer = await _route(parts, exchange)
         await exchange.respond(status, dump(answer) if answer is not None else b"", [_JSON] if answer is not None else [])
     except Problem as problem:
@@ -86,15 +87,25 @@ def _status_of(error: TokentapeError) -> int:
 # Who may ask
 
 
-def _admit(parts: Parts, exchange: Exchange) -> None:
-    """Raises `Problem` unless the caller may decide about other people's requests."""
-    token = parts.settings.debug.token
+async def _admit(parts: Parts, exchange: Exchange) -> str:
+    """Who asks.
+
+    Raises:
+        Problem: somebody who may not decide about other people's requests.
+        Failure: keys are required, and this one is not valid or lacks the role of a debugger.
+    """
+    token, named = parts.settings.debug.token, exchange.header("x-tokentape-user") or "somebody"
     if token is not None:
         given = (exchange.header("authorization") or "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), token.get_secret_value().encode()):
-            raise Problem(401, "the debug API needs its token", "send Authorization: Bearer with the value of debug.token")
-    elif not _from_here(exchange):
+        if hmac.compare_digest(given.encode(), token.get_secret_value().encode()):
+            return f"api:{named[:ACTOR_CHARACTERS_MAX]}"
+    if parts.settings.gateway.auth == "required":
+        return f"key:{(await parts.keyring.require(exchange, 'debugger')).owner}"
+    if token is not None:
+        raise Problem(401, "the debug API needs its token", "send Authorization: Bearer with the value of debug.token")
+    if not _from_here(exchange):
         raise Problem(403, "without a token only this machine may use the debug API", "set debug.token")
+    return f"api:{named[:ACTOR_CHARACTERS_MAX]}"
 
 
 def _from_here(exchange: Exchange) -> bool:
@@ -115,8 +126,8 @@ def _loopback(address: str) -> bool:
 
 
 def _actor(exchange: Exchange) -> str:
-    """Who decides, as the caller says."""
-    return f"api:{(exchange.header('x-tokentape-user') or 'somebody')[:ACTOR_CHARACTERS_MAX]}"
+    """Who decides: the key's owner, or whoever the caller says."""
+    return str(exchange.scope["actor"])
 
 
 # What may be asked
