@@ -116,7 +116,7 @@ NONSENSE = [
     (["breakpoints", "add"], 2, "say which requests to stop"),
     (["breakpoints", "add", "--everything", "--tag", "x"], 2, "say which requests to stop"),
     (["breakpoints", "add", "a b", "--everything"], 2, "breakpoint_id: "),
-    (["breakpoints", "add", "--where", "len(last) > "], 2, "column 13: invalid syntax"),
+    (["breakpoints", "add", "--where", "len(last) > "], 2, "column 12: invalid syntax"),
     (["breakpoints", "add", "--where", "lst == 1"], 2, "no name 'lst'"),
     (["breakpoints", "add", "--tag", "x", "--default", "eat"], 2, "default_action: "),
     (["breakpoints", "add", "--tag", "x", "--deadline", "0"], 2, "deadline_s: "),

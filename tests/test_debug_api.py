@@ -89,7 +89,7 @@ def test_the_whole_round(api: Api) -> None:
         ("POST", "breakpoints", b"{", 400, "not valid JSON"),
         ("POST", "breakpoints", [], 400, "not a JSON object"),
         ("POST", "breakpoints", {"tags": 1}, 400, "unknown field 'tags'"),
-        ("POST", "breakpoints", {"where": "last."}, 400, "column 1: invalid syntax"),
+        ("POST", "breakpoints", {"where": "last."}, 400, "column 6: invalid syntax"),
         ("POST", "breakpoints", {"deadline_s": "soon"}, 400, "deadline_s: "),
         ("DELETE", "breakpoints/none", None, 404, "no breakpoint is called 'none'"),
         ("GET", "stopped/ffffffff", None, 404, "no stopped request is called 'ffffffff'"),

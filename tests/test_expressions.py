@@ -93,7 +93,7 @@ def test_what_holds(text: str, expected: bool) -> None:
         ('matches(last, "(")', 15, "no valid pattern"),
         (r'matches(last, "(a)\\1")', 15, "no valid pattern"),
         ("matches(last, model)", 15, "a pattern is a text"),
-        ("model ==", 1, "invalid syntax"),
+        ("model ==", 9, "invalid syntax"),
         ("(model", 1, "'(' was never closed"),
         ("b'x' == model", 1, "is no text, number"),
         ("...", 1, "is no text, number"),

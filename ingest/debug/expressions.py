@@ -93,7 +93,8 @@ def _parse(text: str) -> ast.expr:
             return ast.parse(line.strip(), mode="eval").body
     except SyntaxError as error:
         said = (error.msg or "not an expression").removeprefix("invalid syntax. ")
-        raise _fault(said[:1].lower() + said[1:], (error.offset or 1) + indent) from error
+        column = len(line.strip()) + 1 if error.offset == 0 else error.offset or 1  # 0: it ends too early
+        raise _fault(said[:1].lower() + said[1:], column + indent) from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise _fault("not an expression", 1) from error
 
