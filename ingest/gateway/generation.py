@@ -232,8 +232,9 @@ class Generation:
             raise failure
         self.tape.failed(failure)
         await self._durable()
-        if failure.fault is errors.MALFORMED or answer.content_type is not None:
-            await self.exchange.respond(failure.status, self.exchange.shape.body(failure), [errors.JSON, *self._own_headers()])
+        reworded = self.exchange.started and self.exchange.shape is not errors.OPENAI
+        if failure.fault is errors.MALFORMED or answer.content_type is not None or reworded:
+            await self.exchange.fail(failure, self._own_headers())
         else:
             await self.exchange.respond(response.status, body, self._headers(response, answer))
         return False
