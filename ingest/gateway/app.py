@@ -26,6 +26,7 @@ from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
 from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.window import Window
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
@@ -49,9 +50,10 @@ class Gateway:
     """The application. Serves from one event loop."""
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
-        """Raises `StorageFull` if the data directory cannot be written."""
+        """Raises `StorageFull` if the data directory cannot be written, `SettingsError` for a redaction rule that cannot be."""
         upstream = Upstream(settings.gateway)
-        self.parts = Parts(settings, recorder, upstream, Sessions(settings), Redactor.of(settings))
+        redactor = Redactor.of(settings)
+        self.parts = Parts(settings, Window(recorder, redactor), upstream, Sessions(settings), redactor)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),

@@ -50,7 +50,8 @@ class Generation:
         self.authorization = exchange.header("authorization")
         self.misnamed: Failure | None = None
         self.session = self._session()
-        self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(self.authorization), PATH)
+        redactor = parts.redactor.for_tenant(self.session.context.tenant)
+        self.tape = Tape(parts.recorder, self.session, redactor.with_token(self.authorization), PATH)
 
     async def serve(self) -> None:
         """From the request to the last byte."""
@@ -86,7 +87,8 @@ class Generation:
             raise failure_of(error) from error
 
     def _session(self) -> Session:
-        actor = self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
+        user = self.parts.redactor.for_tenant(self.parts.settings.tenant).clean(self.exchange.header("x-tokentape-user"))
+        actor = user or self.parts.sessions.key_id(self.authorization) or ""
         try:
             return self.parts.sessions.find(self.exchange.header(SESSION_HEADER), actor)
         except Failure as failure:

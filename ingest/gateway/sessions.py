@@ -66,6 +66,7 @@ class Sessions:
     def __init__(self, settings: Settings) -> None:
         self._tenant = settings.tenant
         self._retention_class = settings.retention_class
+        self._content = settings.redaction.of(settings.tenant).content == "full"
         self._key = installation_key(settings.data / "keys" / "gateway.key")
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
 
@@ -80,7 +81,7 @@ class Sessions:
         if session is not None:
             self._sessions.move_to_end(session_id)
             return session
-        session = Session(SessionContext(session_id, self._tenant, "gateway", actor, self._retention_class))
+        session = Session(SessionContext(session_id, self._tenant, "gateway", actor, self._retention_class, content=self._content))
         if name:  # a session without a name cannot come back
             self._sessions[session_id] = session
             if len(self._sessions) > SESSIONS_MAX:
