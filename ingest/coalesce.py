@@ -6,7 +6,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from ingest.encoding import encode_chunk
+from ingest.encoding import encode_bare_chunk, encode_chunk
 from schemas.events import clean_text
 from schemas.sink import SessionContext
 
@@ -38,6 +38,8 @@ class Chunk:
 
     def encode(self) -> bytes:
         """Payload bytes; raises InvalidEvent for a number that does not fit."""
+        if not self.session.content:
+            return encode_bare_chunk(self.generation_id, self.index, self.position, self.channel, self.offsets_us)
         return encode_chunk(
             self.generation_id,
             self.index,

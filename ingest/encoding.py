@@ -107,6 +107,11 @@ def encode_chunk(
     return b"".join((*head, *_chunk_content(token_ids, text, lengths, logprobs), _AFTER))
 
 
+def encode_bare_chunk(generation_id: bytes, index: int, position: int, channel: str, offsets_us: Sequence[int]) -> bytes:
+    """The payload bytes of a `token_chunk` without content. Raises `InvalidEvent` as `encode_chunk` does."""
+    return b"".join((*_chunk_head(generation_id, index, position, channel, offsets_us), _NULL, _AFTER))
+
+
 def _chunk_head(generation_id: bytes, index: int, position: int, channel: str, offsets_us: Sequence[int]) -> tuple[bytes, ...]:
     if len(generation_id) != 16:
         raise InvalidEvent(f"a generation id of {len(generation_id)} bytes, valid is 16", operation="encode")

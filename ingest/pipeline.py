@@ -278,6 +278,8 @@ class Pipeline:
         """Encode one event; one that cannot be encoded is counted as lost and told in its session."""
         kind = TokenChunk.KIND if isinstance(payload, Chunk) else payload.KIND
         try:
+            if not session.content and getattr(payload, "content", None) is not None:
+                payload = payload.model_copy(update={"content": None})  # type: ignore[union-attr]  # chunks see to it themselves
             if session.salt is None and (isinstance(payload, Chunk) or getattr(payload, "content", None) is not None):
                 raise InvalidEvent("content in a session without a salt could never be erased", operation="record")
             data = payload.encode() if isinstance(payload, Chunk) else encode(payload)

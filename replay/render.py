@@ -173,7 +173,7 @@ class SessionPage:
         """The request's parameters but its messages; after edits, where there were any."""
         document = self.state.edited(generation) if len(generation.edits) else self.state.submitted(generation)
         if document is None:
-            why = "erased or kept elsewhere" if generation.request else "not recorded"
+            why = self.state.gone if generation.request else "not recorded"
             yield Text(f"  parameters {why}", style="dim")
             return
         rest = {key: value for key, value in document.items() if key not in ("messages", "model", "tools")}
@@ -209,14 +209,14 @@ class SessionPage:
         reasoning, refusal = sequence.text("reasoning"), sequence.text("refusal")
         if reasoning:
             yield self._spoken("reasoning", reasoning, "dim")
-        text = "[erased]" if sequence.erased else sequence.text()
+        text = f"[{self.state.gone}]" if sequence.erased else sequence.text()
         going_on = "▌" if sequence.finished is None and status == "streaming" else ""
         if text or going_on or not (reasoning or refusal or len(sequence.calls)):
             yield self._spoken(name, text + going_on, "green")
         if refusal:
             yield self._spoken("refusal", refusal, "red")
         for call in sequence.calls:
-            said = f"{call.content.name or 'unnamed'} {call.content.arguments}" if call.content else "[erased]"
+            said = f"{call.content.name or 'unnamed'} {call.content.arguments}" if call.content else f"[{self.state.gone}]"
             yield self._spoken("tool call", said, "yellow")
         ended = f"{sequence.finished.finish_reason or 'ended'}" if sequence.finished else "unfinished"
         yield Padding(Text(f"{ended} · {count(sequence.tokens, 'token')}", style="dim"), (0, 0, 0, 12))

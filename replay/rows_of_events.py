@@ -171,7 +171,7 @@ def _hit(context: Context, stored: StoredEvent, payload: e.BreakpointHit) -> lis
 def _edited(context: Context, stored: StoredEvent, payload: e.RequestEdited) -> list[Fields]:
     patch = _json(payload.content.patch) if payload.content else None
     if patch is None:
-        text = "content erased"
+        text = f"content {context.state.gone}"
     elif isinstance(patch, list):
         text = ", ".join(_operation(operation) for operation in patch[:3]) + (f" and {len(patch) - 3} more" if len(patch) > 3 else "")
     else:
@@ -207,7 +207,7 @@ def _started(context: Context, stored: StoredEvent, payload: e.GenerationStarted
 
 def _tool_call(context: Context, stored: StoredEvent, payload: e.ToolCall) -> list[Fields]:
     content = payload.content
-    text = (content.name or "unnamed") if content else "content erased"
+    text = (content.name or "unnamed") if content else f"content {context.state.gone}"
     lane = context.lane(payload.generation_id, payload.index)
     return [{"who": "upstream", "what": "tool call", "text": text, "quote": content.arguments if content else None, "lane": lane}]
 

@@ -325,6 +325,11 @@ class SessionState:
         return [pause for generation in self.generations.values() for pause in generation.pauses if pause.released is None]
 
     @property
+    def gone(self) -> str:
+        """What to say where content is missing."""
+        return "erased" if self.erased else "not recorded"
+
+    @property
     def tokens(self) -> int:
         """Entries of all generations so far, as their authoritative sources recorded them."""
         return sum(generation.recording.tokens for generation in self.generations.values() if generation.recording)

@@ -24,7 +24,7 @@ def taped(sequence: Sequence) -> Taped:
         if entry.position != expected:
             return Taped(tuple(ids), tuple(logprobs), f"tokens {expected} to {entry.position - 1} are not on the tape")
         if entry.token_id is None:
-            why = "its content was erased" if entry.text is None else "the recording has no token ids"
+            why = "its content was erased or never recorded" if entry.text is None else "the recording has no token ids"
             return Taped(tuple(ids), tuple(logprobs), why if expected == 0 else f"{why} from token {expected} on")
         ids.append(entry.token_id)
         logprobs.append(entry.logprob)

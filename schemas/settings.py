@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 Seconds = Annotated[float, Field(gt=0)]
+
+
+def _listed(value: Any) -> Any:
+    """A list as it may stand in a variable or flag: comma-separated."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 class _Section(BaseModel):
@@ -38,6 +43,47 @@ class RecorderSettings(_Section):
     heartbeat_s: Seconds = Field(default=10.0, description="how often a producer says how far it is")
     spool_bytes_max: int = Field(default=8 << 30, ge=1 << 20, description="bytes the spool may hold on disk")
     sample_rate: float = Field(default=1.0, ge=0, le=1, description="share of sessions recorded")
+
+
+BUILTIN_RULES = ("email", "phone", "iban", "credit_card", "ip")
+"""Names of the patterns that redaction knows by itself."""
+
+
+class RedactionRule(_Section):
+    """A rule of one's own: a pattern (RE2 syntax) searched for in every text, or a field whose value goes whatever it is."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
+    pattern: str | None = None
+    field: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> RedactionRule:
+        if (self.pattern is None) == (self.field is None):
+            raise ValueError("a redaction rule has either a pattern or a field")
+        return self
+
+
+class RedactionPolicy(_Section):
+    """What of one tenant is recorded."""
+
+    content: Literal["full", "none"] = Field(default="full", description="none: metadata and digests only.")
+    builtin: Annotated[list[Literal["email", "phone", "iban", "credit_card", "ip"]], BeforeValidator(_listed)] = Field(
+        default=[], description=f"patterns taken out of every text. Valid: {', '.join(BUILTIN_RULES)}."
+    )
+    rules: list[RedactionRule] = Field(
+        default=[], description="[[redaction.rules]]: name, and pattern (RE2) or field (a name, or a path such as $.metadata.email)"
+    )
+    output: Literal["redacted", "exact"] = Field(default="redacted", description="answers: under the rules too, or token for token.")
+
+
+class RedactionSettings(RedactionPolicy):
+    """What never reaches the log beside credentials, which never do."""
+
+    tenants: dict[str, RedactionPolicy] = Field(default={}, description="[redaction.tenants.NAME]: in place of all of the above")
+
+    def of(self, tenant: str) -> RedactionPolicy:
+        """The policy of a tenant."""
+        return self.tenants.get(tenant, self)
 
 
 UpstreamKind = Literal["auto", "vllm", "openai", "anthropic"]
@@ -172,6 +218,7 @@ class Settings(_Section):
     retention_class: str = Field(default="standard", min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="which retention rules apply")
     log: LogSettings = LogSettings()
     recorder: RecorderSettings = RecorderSettings()
+    redaction: RedactionSettings = RedactionSettings()
     gateway: GatewaySettings = GatewaySettings()
     debug: DebugSettings = DebugSettings()
     index: IndexSettings = IndexSettings()

@@ -16,7 +16,9 @@ from schemas.events import PLATFORM_TENANT, Payload
 class SessionContext:
     """The envelope fields that all events of one session share in one process.
 
-    `salt` hides the content commitments of the session; a platform session without content may do without.
+    `salt` hides the content commitments of the session; a platform session without content may do without. Where
+    `content` is False the recorder leaves the content of every event out, for tenants that want metadata only;
+    `sample_rate` beats the recorder's own.
     """
 
     session_id: bytes
@@ -25,6 +27,8 @@ class SessionContext:
     actor: str = ""
     retention_class: str = "standard"
     salt: bytes | None = field(default_factory=lambda: os.urandom(16), repr=False)
+    content: bool = True
+    sample_rate: float | None = None
 
     @cached_property
     def encoded(self) -> bytes:

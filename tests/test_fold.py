@@ -232,7 +232,7 @@ def test_tokens_in_any_order_give_the_same_text(rng: random.Random) -> None:
         ("miscount", e.GenerationFinished(generation_id=ident("g"), sequences=1, tokens_recorded=99)),
         ("mismatched", e.RequestEdited(generation_id=ident("g"), edit_id=bytes(16), digest_before=bytes(32), digest_after=bytes(32),
                                        content=e.EditContent(patch='[{"op":"remove","path":"/nothing"}]'))),
-        ("unheld", e.RequestSubmitted(generation_id=ident("h"), endpoint="", message_ids=[bytes(16)])),
+        ("unheld", e.RequestSubmitted(generation_id=ident("h"), endpoint="", message_ids=[bytes(16)], content=e.RequestContent())),
     ],
 )  # fmt: skip
 def test_what_was_not_expected_is_recorded(what: str, payload: e.Payload) -> None:

@@ -39,6 +39,7 @@ from ingest.gateway.sessions import Sessions
 from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
 from ingest.gateway.upstream import failure_of
+from ingest.gateway.window import Window
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
@@ -66,7 +67,14 @@ class Gateway:
     """The application. Serves from one event loop."""
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
-        """Raises `StorageFull` if the data directory cannot be written, `LogUnavailable` if the control log does not answer."""
+        """Make the application.
+
+        Raises:
+            StorageFull: the data directory cannot be written.
+            LogUnavailable: the control log does not answer.
+            SettingsError: a redaction rule that cannot be.
+        """
+        redactor = Redactor.of(settings)
         routes, sessions = Routes(settings.gateway), Sessions(settings)
         control = open_control(settings)
         shared = ControlView(control)
@@ -74,7 +82,7 @@ class Gateway:
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
         quotas = Quotas(control, shared, self._worker.name)
         stops = Stops(settings, recorder, control, shared)
-        self.parts = Parts(settings, recorder, routes, sessions, Redactor.of(settings), control, shared, stops, keyring, quotas)
+        self.parts = Parts(settings, Window(recorder, redactor), routes, sessions, redactor, control, shared, stops, keyring, quotas)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},

@@ -49,7 +49,8 @@ class Generation:
         self.caller = caller
         self.misnamed: Failure | None = None
         self.session = self._session()
-        self.tape = Tape(parts.recorder, self.session, parts.redactor.with_token(caller.credential), endpoint.path)
+        redactor = parts.redactor.for_tenant(self.session.context.tenant)
+        self.tape = Tape(parts.recorder, self.session, redactor.with_token(caller.credential), endpoint.path)
 
     @property
     def upstream(self) -> Upstream:
@@ -122,8 +123,9 @@ class Generation:
 
     def _session(self) -> Session:
         key = self.caller.key
-        actor = key.owner if key else self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
         tenant = key.tenant if key else None
+        user = self.parts.redactor.for_tenant(tenant or self.parts.settings.tenant).clean(self.exchange.header("x-tokentape-user"))
+        actor = key.owner if key else user or self.parts.sessions.key_id(self.authorization) or ""
         try:
             return self.parts.sessions.find(self.exchange.header(SESSION_HEADER) if not self.caller.refusal else None, actor, tenant)
         except Failure as failure:

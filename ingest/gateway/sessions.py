@@ -66,6 +66,7 @@ class Sessions:
     def __init__(self, settings: Settings) -> None:
         self._tenant = settings.tenant
         self._retention_class = settings.retention_class
+        self._redaction = settings.redaction
         self._key = self.installation = installation_key(settings.data / "keys" / "gateway.key")
         self._sessions: OrderedDict[tuple[str, bytes], Session] = OrderedDict()
 
@@ -81,7 +82,8 @@ class Sessions:
         if session is not None:
             self._sessions.move_to_end((tenant, session_id))
             return session
-        session = Session(SessionContext(session_id, tenant, "gateway", actor, self._retention_class))
+        content = self._redaction.of(tenant).content == "full"
+        session = Session(SessionContext(session_id, tenant, "gateway", actor, self._retention_class, content=content))
         if name:  # a session without a name cannot come back
             self._sessions[tenant, session_id] = session
             if len(self._sessions) > SESSIONS_MAX:

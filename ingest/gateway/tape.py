@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
 from ingest.gateway.errors import Failure
 from ingest.gateway.sessions import Session
-from ingest.redaction import Redactor
+from ingest.redaction import SECRET, Redactor
 from schemas.events import (
     Count,
     EnvironmentCaptured,
@@ -121,14 +122,15 @@ class Tape:
 
     def submitted(self, request: ClientRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
         """A readable request came; `extra` is what the gateway adds to it, `facts` what else is known about it."""
-        parameters, taken = self._redactor(request.parameters)
+        parameters, taken = self._redactor.document({name: value for name, value in request.fields.items() if name != request.FIELD})
         messages = []
-        for message in request.messages:
-            read, redacted = self._message(message)
+        for at, message in enumerate(request.messages):
+            read, redacted = self._message(message, request.FIELD, at)
             messages.append(read)
             taken += redacted
+        facts = self._cleaned(facts, taken)
         new = [message for message in messages if self.session.first_seen(message.message_id)]
-        self._keep_prompt = taken == 0  # the prompt's tokens would spell out what was taken from its text
+        self._keep_prompt = not taken  # the prompt's tokens would spell out what was taken from its text
         self._record(
             RequestSubmitted(
                 generation_id=self.generation_id,
@@ -142,7 +144,7 @@ class Tape:
                 message_ids=[message.message_id for message in messages],
                 tools=request.tools,
                 injected=sorted(extra),
-                redactions=[Count(key="secret", count=taken)] if taken else [],
+                redactions=_counts(taken),
                 content=RequestContent(messages=new, parameters=parameters),
                 **facts,
             )
@@ -150,12 +152,27 @@ class Tape:
 
     def unreadable(self, body: bytes, facts: dict[str, Any]) -> None:
         """A body came that is no request; its beginning is kept as it is."""
-        text, taken = self._redactor(body[:UNREADABLE_BYTES_MAX].decode(errors="replace"))
-        redactions = [Count(key="secret", count=taken)] if taken else []
-        content = RequestContent(parameters=text)
+        text, taken = self._redactor.text(body[:UNREADABLE_BYTES_MAX].decode(errors="replace"))
+        facts = self._cleaned(facts, taken)
+        redactions, content = _counts(taken), RequestContent(parameters=text)
         self._record(
             RequestSubmitted(generation_id=self.generation_id, endpoint=self._endpoint, redactions=redactions, content=content, **facts)
         )
+
+    def _cleaned(self, facts: dict[str, Any], taken: Counter[str]) -> dict[str, Any]:
+        """Facts about a request without what rules take out of them, all counted.
+
+        The digest of a body from which personal data was taken is left out: all else of the body is on the tape, so that
+        a phone number could be found by trying.
+        """
+        facts = dict(facts)
+        address, found = self._redactor.text(facts.get("client_address") or "")
+        taken += found
+        if found:
+            facts["client_address"] = address
+        if any(name != SECRET for name in taken):
+            facts["request_digest"] = None
+        return facts
 
     def forwarded(self, attempt: int) -> None:
         """The request goes upstream now: offsets count from here."""
@@ -284,9 +301,9 @@ class Tape:
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
 
-    def _message(self, message: Any) -> tuple[Message, int]:
-        """A message as it is stored. Bodies stand inline; a blob store takes the large ones from here."""
-        body, taken = self._redactor(dump(message).decode())
+    def _message(self, message: Any, field: str, at: int) -> tuple[Message, Counter[str]]:
+        """A message as it is stored."""
+        body, taken = self._redactor.document(message, field, at)
         canonical = dump(message, sort_keys=True) if not taken else body.encode()
         role = text_of(message.get("role")) if isinstance(message, dict) else None
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
@@ -378,3 +395,8 @@ class Tape:
             self._record(
                 ToolCall(generation_id=self.generation_id, index=choice.index, call_index=call_index, offset_us=offset_us, content=content)
             )
+
+
+def _counts(taken: Counter[str]) -> list[Count]:
+    """What redaction took, by rule."""
+    return [Count(key=name, count=count) for name, count in sorted(taken.items())]
