@@ -91,10 +91,12 @@ _GENERATIONS = f"""
         coalesce(finished.first_token_us, first_us) / 1000 AS first_token_ms,
         coalesce(finished.offset_us, failed.offset_us, last_us) / 1000 AS duration_ms,
         tokens / nullif(last_us - first_us, 0) * 1e6 AS tokens_per_s,
-        coalesce(attempts, 0) AS attempts, source, started.status AS status, asked.upstream AS upstream,
+        coalesce(attempts, 0) AS attempts, source, started.status AS status,
+        coalesce(started.upstream, asked.upstream) AS upstream, started.queued_us / 1000 AS queued_ms, asked.priority AS priority,
         started.upstream_id AS upstream_id, asked.trace_id AS trace_id, asked.client_request_id AS client_request_id,
         asked.api_key_id AS api_key_id, asked.client_address AS client_address,
-        lower(hex(asked.environment_id)) AS environment_id, uuid_text(asked.parent_generation) AS parent_generation_id
+        lower(hex(coalesce(started.environment_id, asked.environment_id))) AS environment_id,
+        uuid_text(asked.parent_generation) AS parent_generation_id
     FROM joined"""
 
 _MESSAGES = """

@@ -21,11 +21,14 @@ from ingest.recorder import Recorder
 from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
-from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
+from schemas.requests import load
+from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings
 from store.log import open_log
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
+RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages")
+"""Paths that a broken upstream acts on; all others are 404."""
 HELLO: Any = [{"role": "user", "content": "Say something about the sea."}]
 
 
@@ -79,11 +82,11 @@ class Rig:
         self._clients.append(client)
         return client
 
-    def post(self, body: Any, **headers: str) -> httpx.Response:
-        """A chat completion over plain HTTP: bytes go as they are, all else as JSON."""
+    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        """A request over plain HTTP: bytes go as they are, all else as JSON."""
         content = body if isinstance(body, bytes) else orjson.dumps(body)
         named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return httpx.post(f"{self.url}/v1/chat/completions", content=content, headers=named, timeout=DEADLINE_S)
+        return httpx.post(f"{self.url}{path}", content=content, headers=named, timeout=DEADLINE_S)
 
     def framed(self) -> list[bytes]:
         """The bytes of all events in the log, partition by partition."""
@@ -125,11 +128,14 @@ def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
 
 
 @contextlib.contextmanager
-def running(data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, **gateway: Any) -> Iterator[Rig]:
+def running(
+    data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, debug: dict[str, Any] | None = None, **gateway: Any
+) -> Iterator[Rig]:
     """A gateway before an upstream."""
     settings = Settings(
         data=data,
         gateway=GatewaySettings(port=0, upstream=upstream, **gateway),
+        debug=DebugSettings.model_validate(debug or {}),
         log=LogSettings(partitions=2),
         recorder=RecorderSettings.model_validate({"mode": mode, "coalesce_ms": 5.0}),
     )
@@ -186,7 +192,7 @@ class Peer:
 
 @dataclass
 class BrokenUpstream:
-    """Answers chat completions as `act` says; it is no vLLM, so `/version` is 404."""
+    """Answers what is recorded as `act` says; it is no vLLM, so `/version` is 404."""
 
     act: Act
     url: str = ""
@@ -195,6 +201,8 @@ class BrokenUpstream:
     paths: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     version: bytes | None = None
+    models: tuple[str, ...] = ()
+    port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -203,13 +211,16 @@ class BrokenUpstream:
             while True:
                 peer = await _read(reader, writer)
                 self.paths.append(peer.path)
-                if not peer.path.startswith("/v1/chat"):
+                if not peer.path.startswith(RECORDED):
                     if peer.path == "/version" and self.version:
                         await peer.whole(b"200 OK", b"application/json", self.version)
+                    elif peer.path == "/v1/models" and self.models:
+                        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+                        await peer.whole(b"200 OK", b"application/json", orjson.dumps(listed))
                     else:
                         await peer.whole(b"404 Not Found", b"application/json", b"{}")
                     continue
-                self.bodies.append(orjson.loads(peer.body))
+                self.bodies.append(load(peer.body))
                 self.heads.append(peer.head)
                 await self.act(peer)
                 if not peer.kept:
@@ -232,7 +243,7 @@ def broken(act: Act, **options: Any) -> Iterator[BrokenUpstream]:
     stop: list[Callable[[], Any]] = []
 
     async def run() -> None:
-        server = await asyncio.start_server(upstream._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(upstream._serve, "127.0.0.1", upstream.port)
         upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         over = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -24,7 +24,9 @@ COMMANDS = {
     "services": ("up",),
     "query": ("sql", "sessions", "show", "timeline", "tail"),
     "replay": ("replay",),
+    "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "keys": ("keys",),
     "custody": ("verify",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ def _sections(model: type[BaseModel]) -> list[str]:
     return [n for n, f in model.model_fields.items() if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel)]
 
 
+def _section(path: tuple[str | int, ...]) -> type[BaseModel]:
+    """The model at a path, also within lists and tables of models."""
+    section: Any = Settings
+    for part in path:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[str(part)].annotation
+        else:
+            section = typing.get_args(section)[-1]  # what a list or a table holds
+    found: type[BaseModel] = section
+    return found
+
+
 def _validated(tree: dict[str, Any]) -> Settings:
     try:
         return Settings.model_validate(tree)
@@ -103,11 +116,9 @@ def _validated(tree: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            section = Settings
-            for part in first["loc"][:-1]:
-                section = section.model_fields[str(part)].annotation  # type: ignore[assignment]  # a section by construction
-            _field(section, str(first["loc"][-1]), place)
-        got = "" if "key" in place else f", got {first['input']!r}"  # a wrong secret is still a secret
+            _field(_section(first["loc"][:-1]), str(first["loc"][-1]), place)
+        plain = isinstance(first["input"], str | int | float) and "key" not in place  # a wrong secret is still a secret
+        got = f", got {first['input']!r}" if plain else ""
         raise SettingsError(f"{first['msg']}{got}", place=place, hint="see tokentape.example.toml") from error
 
 

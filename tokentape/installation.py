@@ -6,7 +6,7 @@ import contextlib
 import getpass
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,10 @@ class Installation:
         recorder = Recorder(self.log, self.settings.recorder, spool=spool, source=self.source)
         self._stack.callback(recorder.close)
         return recorder
+
+    def closing(self, close: Callable[[], None]) -> None:
+        """Call `close` with the installation's own end."""
+        self._stack.callback(close)
 
     def _fetch_schema(self, fingerprint: bytes) -> dict[str, Any] | None:
         try:

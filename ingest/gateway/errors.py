@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import orjson
@@ -33,37 +35,111 @@ TIMEOUT = Fault("upstream_timeout", "upstream", 504, True, "upstream_error")
 DISCONNECTED = Fault("upstream_disconnected", "upstream", 502, True, "upstream_error")
 MALFORMED = Fault("upstream_malformed", "upstream", 502, True, "upstream_error")
 UPSTREAM_ERROR = Fault("upstream_error", "upstream", 502, False, "upstream_error")
+REFUSED = Fault("refused", "gateway", 403, False, "permission_error")
+"""Somebody, or a rule, refused a request that had stopped at a breakpoint."""
 SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
 NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
 """Only in `strict` mode: what cannot be recorded is not served."""
 INTERNAL = Fault("gateway_error", "gateway", 500, True, "server_error")
+NO_MODEL = Fault("model_not_found", "client", 404, False, "invalid_request_error")
+OVERLOADED = Fault("overloaded", "gateway", 503, True, "server_error")
+UNKNOWN_KEY = Fault("invalid_api_key", "client", 401, False, "authentication_error")
+FORBIDDEN = Fault("permission_denied", "client", 403, False, "permission_error")
+REQUESTS_LIMITED = Fault("rate_limit_exceeded", "client", 429, True, "requests")
+TOKENS_LIMITED = Fault("rate_limit_exceeded", "client", 429, True, "tokens")
+SPENT = Fault("insufficient_quota", "client", 429, False, "insufficient_quota")
+KEYS_AWAY = Fault("keys_unavailable", "gateway", 503, True, "server_error")
+"""Only for keys that this worker does not know yet: whether they are valid cannot be read now."""
 
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """A fault that happened. `message` is for the client; `status` overrides the fault's; `param` names a request field."""
+    """A fault that happened. `message` is for the client; `status` overrides the fault's; `param` names a request field.
+
+    `retry_after_s` is when asking again makes sense; infinite where it never will without somebody's doing.
+    """
 
     fault: Fault
     message: str
     status: int = 0
     param: str | None = None
     detail: str | None = field(default=None, repr=False)  # what is recorded where it is more than the client is told
+    retry_after_s: float | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
         self.status = self.status or self.fault.status
 
     @property
-    def body(self) -> bytes:
-        """The error as OpenAI's API words it."""
-        return error_body(self.message, self.fault.api_type, self.fault.error_type, self.param)
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What an error answer's headers say about asking again; clients of OpenAI's heed both."""
+        if self.retry_after_s is None:
+            return []
+        if math.isinf(self.retry_after_s):
+            return [(b"x-should-retry", b"false")]
+        return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
-    @property
-    def event(self) -> bytes:
-        """The error as the last chunk of a stream: OpenAI's clients raise on it, and the stream ends as they expect."""
-        return b"data: " + self.body + b"\n\n" + DONE
+
+@dataclass(frozen=True)
+class Shape:
+    """How the clients of one provider are told of a failure: their own exceptions come of it."""
+
+    body: Callable[[Failure], bytes]
+    """The body of an error answer."""
+    event: Callable[[Failure], bytes]
+    """The last bytes of a stream that has begun."""
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
     """`{"error": {message, type, param, code}}`."""
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _openai_body(failure: Failure) -> bytes:
+    return error_body(failure.message, failure.fault.api_type, failure.fault.error_type, failure.param)
+
+
+def _openai_event(failure: Failure) -> bytes:
+    return b"data: " + _openai_body(failure) + b"\n\n" + DONE
+
+
+OPENAI = Shape(_openai_body, _openai_event)
+"""OpenAI's clients raise on an error in mid-stream, and the stream ends as they expect."""
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def _anthropic_body(failure: Failure) -> bytes:
+    kind = _ANTHROPIC_TYPES.get(failure.status, "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": failure.message}})
+
+
+def _anthropic_event(failure: Failure) -> bytes:
+    return b"event: error\ndata: " + _anthropic_body(failure) + b"\n\n"
+
+
+ANTHROPIC = Shape(_anthropic_body, _anthropic_event)
+
+
+def _responses_event(failure: Failure) -> bytes:
+    error = orjson.loads(_openai_body(failure))["error"]
+    return (
+        b"event: error\ndata: "
+        + orjson.dumps({"type": "error", **{k: error[k] for k in ("message", "code", "param")}, "error": error})
+        + b"\n\n"
+    )
+
+
+RESPONSES = Shape(_openai_body, _responses_event)
+"""OpenAI's clients raise on the `error` in it; the rest is the event as it is documented."""

@@ -1,6 +1,6 @@
 """What happens in one generation, as events: each method is one fact, and the first ending counts.
 
-Reads what an upstream sends once, in its own words: `choices`, `delta`, `token_ids`. Nothing here waits.
+Reads every answer in the words of chat completions (`choices`, `delta`, `token_ids`). Nothing here waits.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
@@ -32,7 +33,7 @@ from schemas.events import (
     ToolCall,
     ToolCallContent,
 )
-from schemas.requests import ChatRequest, double_of, dump, long_of, text_of
+from schemas.requests import ClientRequest, dump, long_of, text_of
 from schemas.sink import SessionContext, new_id
 
 UNREADABLE_BYTES_MAX = 32 << 10
@@ -79,13 +80,18 @@ class Tape:
         self._context = session.context
         self._redactor = redactor
         self._endpoint = endpoint
+        self.started = False
+        self.queued_us = 0
+        self._prompt_tokens = 0
+        self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
         self._attempt = 1
         self._status = 200
         self._begun_ns = time.monotonic_ns()
-        self._started = False
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
+        self._numbered = False  # token ids came
+        self._results = 0  # of an answer that has no sequences
         self._first_token_us: int | None = None
 
     @property
@@ -113,7 +119,7 @@ class Tape:
             self.session.environments.add(event.environment_id)
             self._record(event)
 
-    def submitted(self, request: ChatRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
+    def submitted(self, request: ClientRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
         """A readable request came; `extra` is what the gateway adds to it, `facts` what else is known about it."""
         parameters, taken = self._redactor(request.parameters)
         messages = []
@@ -123,7 +129,6 @@ class Tape:
             taken += redacted
         new = [message for message in messages if self.session.first_seen(message.message_id)]
         self._keep_prompt = taken == 0  # the prompt's tokens would spell out what was taken from its text
-        fields = request.fields
         self._record(
             RequestSubmitted(
                 generation_id=self.generation_id,
@@ -131,8 +136,8 @@ class Tape:
                 model=self._redactor.clean(request.model),
                 stream=request.stream,
                 n=request.n,
-                seed=long_of(extra.get("seed", fields.get("seed"))),
-                temperature=double_of(fields.get("temperature")),
+                seed=long_of(extra.get("seed", request.seed)),
+                temperature=request.temperature,
                 max_tokens=request.max_tokens,
                 message_ids=[message.message_id for message in messages],
                 tools=request.tools,
@@ -157,6 +162,11 @@ class Tape:
         self._attempt = attempt
         self._begun_ns = time.monotonic_ns()
 
+    def moved(self, upstream: str, environment: EnvironmentCaptured | None) -> None:
+        """The request goes to another upstream than `submitted` named."""
+        self.environment(environment)
+        self._moved = {"upstream": upstream, "environment_id": environment.environment_id if environment else None}
+
     def answered(self, status: int) -> None:
         """The upstream answered with this status."""
         self._status = status
@@ -167,7 +177,7 @@ class Tape:
         Raises:
             TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
         """
-        if not self._started:
+        if not self.started:
             self._start(chunk, offset_us)
         if usage := chunk.get("usage"):
             self._usage = dict(usage)
@@ -189,6 +199,7 @@ class Tape:
         self._start(answer, offset_us)
         self._usage = dict(answer.get("usage") or {})
         self.fingerprint = text_of(answer.get("system_fingerprint"))
+        self._results = answer.get("results", 0)
         for entry in answer["choices"]:
             message = entry.get("message") or {}
             choice = self._choice(entry, message, offset_us)
@@ -199,6 +210,14 @@ class Tape:
     def complete(self) -> bool:
         """Whether every sequence that began has ended."""
         return bool(self._choices) and all(choice.finished for choice in self._choices.values())
+
+    @property
+    def unreconciled(self) -> dict[str, int]:
+        """Tokens recorded and tokens that the upstream counted, where it told ids and the two differ; the event has both."""
+        said = long_of(self._usage.get("completion_tokens"))
+        if not self._numbered or said is None or said == self._position:
+            return {}
+        return {"recorded": self._position, "usage": said}
 
     def finished(self) -> None:
         """The generation ended well."""
@@ -212,7 +231,7 @@ class Tape:
         self._record(
             GenerationFinished(
                 generation_id=self.generation_id,
-                sequences=len(self._choices),
+                sequences=len(self._choices) or self._results,
                 tokens_recorded=self._position,
                 prompt_tokens=long_of(self._usage.get("prompt_tokens")),
                 completion_tokens=long_of(self._usage.get("completion_tokens")),
@@ -251,6 +270,17 @@ class Tape:
     def _position(self) -> int:
         return sum(choice.position for choice in self._choices.values())
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of prompt and answer: as the upstream's usage says, else as they were counted here."""
+        said = [long_of(self._usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        counted = (self._prompt_tokens, self._position)
+        return sum(here if told is None else told for told, here in zip(said, counted, strict=True))
+
+    def note(self, payload: Payload, actor: str) -> None:
+        """Somebody other than the client did something to this generation."""
+        self._recorder.record(replace(self._context, actor=actor), payload)
+
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
 
@@ -262,8 +292,9 @@ class Tape:
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
-        self._started = True
+        self.started = True
         ids = answer.get("prompt_token_ids")
+        self._prompt_tokens = len(ids) if ids else 0
         self._record(
             GenerationStarted(
                 generation_id=self.generation_id,
@@ -275,6 +306,8 @@ class Tape:
                 prompt_tokens=len(ids) if ids else None,
                 offset_us=offset_us,
                 content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
+                queued_us=self.queued_us or None,
+                **self._moved,
             )
         )
 
@@ -298,6 +331,7 @@ class Tape:
             segments = [(choice.channel, "")]
         if self._first_token_us is None:
             self._first_token_us = offset_us
+            self._numbered = bool(ids)
         if len(segments) == 1 and len(ids) == 1 and len(scores) < 2:  # by far the most frequent
             channel, text = segments[0]
             logprob = scores[0].get("logprob") if scores else None
