@@ -84,8 +84,7 @@ class Generation:
         try:
             kind = await self.passage.ready(request.model)
         finally:  # also where nothing answers: the request is recorded before its failure
-            added = self.endpoint.additions(request, kind) if kind else {}
-            extra = {name: value for name, value in added.items() if name not in self.upstream.refused}
+            extra = self._additions(request, kind) if kind else {}
             self._submitted(request, extra)
         await self._durable()
         asked, request = request, await self._passed(request)
@@ -93,8 +92,13 @@ class Generation:
             kind = await self.passage.ready(request.model)
             extra = self._added_again(request, kind, extra)
         while not await self._attempted(request, extra, kind):
-            added = self.endpoint.additions(request, kind := self.upstream.kind or "openai")
-            extra = {name: value for name, value in extra.items() if name in added and name not in self.upstream.refused}
+            added = self._additions(request, kind := self.upstream.kind or "openai")
+            extra = {name: value for name, value in extra.items() if name in added}
+
+    def _additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
+        """What the gateway adds for the tape, but for what the chosen upstream has refused before."""
+        added = self.endpoint.additions(request, kind)
+        return {name: value for name, value in added.items() if name not in self.upstream.refused}
 
     async def _passed(self, request: ClientRequest) -> ClientRequest:
         """The request once no breakpoint holds it, perhaps edited."""
@@ -103,7 +107,7 @@ class Generation:
 
     def _added_again(self, request: ClientRequest, kind: str, before: dict[str, Any]) -> dict[str, Any]:
         """What is added to an edited request; a seed that is on the tape as injected stays the same."""
-        added = {name: value for name, value in self.endpoint.additions(request, kind).items() if name not in self.upstream.refused}
+        added = self._additions(request, kind)
         return {name: before.get(name, value) if name == "seed" else value for name, value in added.items()}
 
     async def _attempted(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> bool:

@@ -16,7 +16,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from schemas.errors import LogChanged, LogUnavailable, SettingsError, TokentapeError
 from schemas.settings import LogSettings
 from store.control.base import TOMBSTONE_S, VALUE_BYTES_MAX, ControlRecord, Value, decode, encode, fold
-from store.log.admin import mapped, passes, started
+from store.log.admin import CLOSE_S, abandon, mapped, passes, started
 
 # What a record batch adds to its only record, generously.
 _OVERHEAD_BYTES = 1 << 16
@@ -24,8 +24,6 @@ _OVERHEAD_BYTES = 1 << 16
 _POLL_MS = 100
 # Between two tries at a broker that will be back.
 _RETRY_S = 0.1
-# Shutting down waits no longer than this for the network thread.
-_CLOSE_S = 5.0
 # What was replaced or taken away is gone from the broker within about this time: edits are content.
 _COMPACTED_MS = 600_000
 
@@ -160,9 +158,7 @@ class KafkaControl:
         """Stop a producer that failed from sending later what it still holds, perhaps after a newer fact."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            producer._sender.force_close()
-            producer._sender.join(_CLOSE_S)
-            producer.close(timeout=_CLOSE_S)
+            abandon(producer)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -178,7 +174,7 @@ class KafkaControl:
             producer, self._producer = self._producer, None
             consumer, self._consumer = self._consumer, None
             if producer is not None:
-                producer.close(timeout=_CLOSE_S)
+                producer.close(timeout=CLOSE_S)
             if consumer is not None:
                 consumer.close(autocommit=False)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
+from kafka import KafkaAdminClient, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType, OffsetSpec
 from kafka.net.compat import KafkaNetClient
@@ -34,6 +34,8 @@ _GONE_S = 3.0
 
 # Between two tries.
 _RETRY_S = 0.1
+# Shutting a producer down waits no longer than this for its network thread.
+CLOSE_S = 5.0
 
 _Answer = TypeVar("_Answer")
 _Client = TypeVar("_Client")
@@ -199,6 +201,14 @@ class TopicAdmin:
     def _changed(self, fault: str) -> LogChanged:
         hint = "name the right topic, or `tokentape rebuild` to index the new one"
         return LogChanged(fault, operation="use log", place=self._place, hint=hint)
+
+
+def abandon(producer: KafkaProducer) -> None:
+    """Stop a producer that failed from sending later what it still holds."""
+    # `close(timeout=0)` raises before it stops the sender, because there is something to flush.
+    producer._sender.force_close()
+    producer._sender.join(CLOSE_S)
+    producer.close(timeout=CLOSE_S)
 
 
 def started(client: Callable[..., _Client], settings: LogSettings, **options: Any) -> _Client:

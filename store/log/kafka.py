@@ -10,7 +10,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
 from schemas.errors import LogUnavailable
-from store.log.admin import FETCH_WAIT_MS, mapped, passes, place, started
+from store.log.admin import CLOSE_S, FETCH_WAIT_MS, abandon, mapped, passes, place, started
 from store.log.base import ENTRY_BYTES_MAX, Entry
 from store.log.forks import forget
 from store.log.topic import POLL_RECORDS_MAX, OutOfRange, Run, TopicLog
@@ -23,8 +23,6 @@ _BATCH_BYTES = 1 << 20
 _DELIVERY_MS = 7 * 24 * 3600 * 1000
 # Between two polls that failed.
 _RETRY_S = 0.1
-# Shutting down waits no longer than this for the network thread.
-_CLOSE_S = 5.0
 
 
 class KafkaLog(TopicLog):
@@ -72,10 +70,7 @@ class KafkaLog(TopicLog):
         """Stop a producer that failed from sending what it still holds: the caller sends it again through another."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            # `close(timeout=0)` raises before it stops the sender, because there is something to flush.
-            producer._sender.force_close()
-            producer._sender.join(_CLOSE_S)
-            producer.close(timeout=_CLOSE_S)
+            abandon(producer)
 
     def _open_consumer(self) -> KafkaConsumer:
         if self._consumer is None:
@@ -139,7 +134,7 @@ class KafkaLog(TopicLog):
 
     def _close_clients(self) -> None:
         if self._producer is not None:
-            self._producer.close(timeout=_CLOSE_S)
+            self._producer.close(timeout=CLOSE_S)
         if self._consumer is not None:
             self._consumer.close(autocommit=False)
         self._producer = self._consumer = None
