@@ -1,9 +1,9 @@
 """What must never reach the log: credentials, configured secrets, and the personal data that rules name.
 
-Applied before anything is recorded. Secrets are searched for in every text as they stand and as JSON writes them. Rules (`[redaction]` in the settings) are
-patterns, searched for in every string of a request, in its keys and in numbers of seven digits and more, and fields, whose
-value goes whatever it is; JSON inside a string (the arguments of a tool call) is looked into. What is taken leaves
-`[redacted]` or `[redacted:RULE]` behind and is counted by rule in the event.
+Applied before anything is recorded. Secrets are searched for in every text as they stand and as JSON writes them. Rules
+(`[redaction]` in the settings) are patterns, searched for in every string of a request, in its keys and in numbers of
+seven digits and more, and fields, whose value goes whatever it is; JSON inside a string (the arguments of a tool call)
+is looked into. What is taken leaves `[redacted]` or `[redacted:RULE]` behind and is counted by rule in the event.
 
 Text of an answer comes piece by piece: `ingest.gateway.window` says what is caught there.
 """

@@ -255,6 +255,8 @@ class RequestSubmitted(Payload):
     """A request arrived. `message_ids` lists all its messages in order; bodies only of those the session did not hold yet.
 
     `request_digest` is HMAC-SHA256 under the session's salt over the body's bytes; `injected` names what the gateway added.
+    A request that continues an earlier one of its session does not list everything again: its messages are the first
+    `history_messages` of those of `history_generation`, then those of `message_ids`.
     """
 
     KIND = "request_submitted"
@@ -280,6 +282,8 @@ class RequestSubmitted(Payload):
     environment_id: Digest | None = None
     redactions: list[Count] = []
     content: RequestContent | None = None
+    history_generation: Id | None = None
+    history_messages: Long | None = None
 
 
 class GenerationContent(Record):

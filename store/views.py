@@ -97,11 +97,27 @@ _GENERATIONS = f"""
         lower(hex(asked.environment_id)) AS environment_id, uuid_text(asked.parent_generation) AS parent_generation_id
     FROM joined"""
 
+# A request lists the messages since the one that it continues; following it back takes log2 of the turns.
 _MESSAGES = """
-    WITH requests AS (
+    WITH RECURSIVE asked AS (
         SELECT session_id, tenant, recorded_at, request_submitted.generation_id AS generation,
-            unnest(request_submitted.message_ids) AS message, generate_subscripts(request_submitted.message_ids, 1) AS place
+            request_submitted.message_ids AS ids, request_submitted.history_generation AS before,
+            request_submitted.history_messages AS kept
         FROM events WHERE kind = 'request_submitted'
+    ), once AS (
+        SELECT session_id, generation, arg_max({'ids': ids, 'before': before, 'kept': kept}, len(ids)) AS said FROM asked GROUP BY ALL
+    ), whole AS (
+        SELECT session_id, generation, said.ids AS ids FROM once WHERE said.before IS NULL
+        UNION ALL
+        SELECT o.session_id, o.generation, list_concat(w.ids[:o.said.kept], o.said.ids)
+        FROM once o JOIN whole w ON o.session_id = w.session_id AND o.said.before = w.generation
+    ), resolved AS (
+        SELECT a.*, CASE WHEN a.before IS NOT NULL THEN w.ids END AS found
+        FROM asked a LEFT JOIN whole w ON w.session_id = a.session_id AND w.generation = a.generation
+    ), requests AS (
+        SELECT session_id, tenant, recorded_at, generation, unnest(coalesce(found, ids)) AS message,
+            generate_subscripts(coalesce(found, ids), 1) + CASE WHEN found IS NULL THEN coalesce(kept, 0) ELSE 0 END AS place
+        FROM resolved
     ), listed AS (
         SELECT session_id, unnest(request_submitted.content.messages) AS body FROM events WHERE kind = 'request_submitted'
     ), bodies AS (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
+from ingest.gateway.history import History
 from schemas.errors import StorageFull
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
@@ -33,6 +34,7 @@ class Session:
     context: SessionContext
     opened: bool = False
     environments: set[bytes] = field(default_factory=set)
+    history: History = field(default_factory=History)
     _messages: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     @property

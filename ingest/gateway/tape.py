@@ -124,6 +124,8 @@ class Tape:
             taken += redacted
         facts = self._cleaned(facts, taken)
         new = [message for message in messages if self.session.first_seen(message.message_id)]
+        ids = [message.message_id for message in messages]
+        before = self.session.history.continued(self.generation_id, ids)
         self._keep_prompt = not taken  # the prompt's tokens would spell out what was taken from its text
         fields = request.fields
         self._record(
@@ -136,11 +138,13 @@ class Tape:
                 seed=long_of(extra.get("seed", fields.get("seed"))),
                 temperature=double_of(fields.get("temperature")),
                 max_tokens=request.max_tokens,
-                message_ids=[message.message_id for message in messages],
+                message_ids=ids[before.messages :] if before else ids,
                 tools=request.tools,
                 injected=sorted(extra),
                 redactions=_counts(taken),
                 content=RequestContent(messages=new, parameters=parameters),
+                history_generation=before.generation_id if before else None,
+                history_messages=before.messages if before else None,
                 **facts,
             )
         )
