@@ -68,7 +68,7 @@ def _request_submitted(state: SessionState, stored: StoredEvent, payload: e.Requ
     content = payload.content
     request = payload.model_copy(update={"content": None})
     event = stored.event
-    parameters = content.parameters if content and content.parameters_blob is None else None
+    parameters = content.parameters if content and (content.parameters or content.parameters_blob is None) else None
     known = evolve(generation, submitted_at=event.recorded_at, actor=event.actor, source=event.source)
     return _keep(state, evolve(known, request=request, parameters=parameters))
 

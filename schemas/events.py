@@ -547,8 +547,12 @@ class ProducerHeartbeat(Payload):
     pid: Long | None = None
 
 
+SAMPLED_OUT = "sampled_out"
+"""The reason of a `records_lost` that counts what sampling left out: nothing was lost against anybody's will."""
+
+
 class RecordsLost(Payload):
-    """Events that a producer had to let go, counted by kind."""
+    """Events that a producer had to let go, counted by kind; deltas of a token stream count one each."""
 
     KIND = "records_lost"
     reason: Text

@@ -125,7 +125,8 @@ _MESSAGES = """
     )
     SELECT uuid_text(r.session_id) AS session_id, uuid_text(r.generation) AS generation_id, r.tenant, r.recorded_at AS submitted_at,
         r.place AS position, uuid_text(r.message) AS message_id, b.body.role AS role, b.body.body AS body,
-        lower(hex(b.body.blob.blob_id)) AS blob_id
+        lower(hex(b.body.blob.blob_id)) AS blob_id,
+        regexp_extract_all(b.body.body, 'tokentape-blob:([0-9a-f]{64}):[0-9]+', 1) AS attachments
     FROM requests r LEFT JOIN bodies b ON b.session_id = r.session_id AND b.message = r.message"""
 
 _EDITS = """

@@ -16,6 +16,7 @@ from schemas.events import AccessContent, AccessLogged
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
+from store.blobs import BlobStore, with_blobs
 from store.catalog import Catalog, open_catalog
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, keys, open_ledger
@@ -25,6 +26,7 @@ from store.log.base import Log
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.reader import EventReader
+from store.rows import StoredEvent
 from store.sql import SqlService
 from tokentape.output import warn
 
@@ -58,6 +60,11 @@ class Installation:
     def objects(self) -> ObjectStore:
         """The object store of cold tier and ledger."""
         return open_store(self.settings.cold, self.settings.data)
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        """Large bodies and attachments."""
+        return BlobStore(self.objects, self.settings.data)
 
     @cached_property
     def signer(self) -> Signer:
@@ -139,6 +146,21 @@ class Installation:
             UnknownSession: none, or more than one, begins like that.
         """
         return self.reader.find(text)
+
+    def session_events(self, text: str, *, attachments: bool = False) -> list[StoredEvent]:
+        """The events of a session with what stands in blobs put back, attachments only if wanted.
+
+        Where the store does not answer that is said, and references stay.
+
+        Raises:
+            UnknownSession: as `session_id`.
+        """
+        events = list(self.reader.session(self.session_id(text)))
+        try:
+            return list(with_blobs(events, lambda: self.blobs, attachments=attachments))
+        except Unavailable as error:
+            warn(f"large bodies are not shown, their store does not answer: {error}")
+            return events
 
     def person(self) -> str:
         """Who runs this command, as an opaque id."""

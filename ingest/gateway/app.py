@@ -16,12 +16,14 @@ import structlog
 import uvicorn
 import uvloop
 
+from ingest.attachments import Attachments
 from ingest.gateway import errors
 from ingest.gateway.chat import PATH as CHAT
 from ingest.gateway.chat import chat_completions
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.offload import Offload
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.tape import Recording
@@ -31,6 +33,9 @@ from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
 from schemas.settings import Settings
+from store.blobs import BlobStore
+from store.objects import open_store
+from store.objects.base import ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +58,9 @@ class Gateway:
         """Raises `StorageFull` if the data directory cannot be written, `SettingsError` for a redaction rule that cannot be."""
         upstream = Upstream(settings.gateway)
         redactor = Redactor.of(settings)
-        self.parts = Parts(settings, Window(recorder, redactor), upstream, Sessions(settings), redactor)
+        self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
+        recorder = Window(Offload(recorder, self.attachments, settings.recorder), redactor)
+        self.parts = Parts(settings, recorder, upstream, Sessions(settings), redactor)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Endpoint]] = {
             CHAT: ("POST", chat_completions),
@@ -106,6 +113,7 @@ class Gateway:
                 await send({"type": "lifespan.startup.complete"})
             else:
                 await self.parts.upstream.close()
+                self.attachments.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
@@ -122,6 +130,11 @@ async def _models(parts: Parts, exchange: Exchange) -> None:
     except (aiohttp.ClientError, OSError) as error:
         return await exchange.fail(failure_of(error), [])
     return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def _blob_objects(settings: Settings) -> ObjectStore:
+    """The store of the cold tier, with no more patience than events have that wait for it."""
+    return open_store(settings.cold.model_copy(update={"timeout_s": min(settings.cold.timeout_s, settings.blobs.wait_s)}), settings.data)
 
 
 def create_app(settings: Settings, recorder: Recording) -> Gateway:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ingest.attachments import Deferred
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
 from ingest.gateway.errors import Failure
 from ingest.gateway.sessions import Session
@@ -46,7 +47,7 @@ ERROR_CHARACTERS_MAX = 4096
 class Recording(Protocol):
     """The recorder, as the gateway uses it."""
 
-    def record(self, session: SessionContext, payload: Payload) -> None:
+    def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
         """Record one event."""
 
     def tokens(

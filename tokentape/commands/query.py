@@ -75,6 +75,7 @@ def _said(completeness: Completeness) -> str:
         "quarantined": completeness.quarantined,
         "duplicates dropped": completeness.duplicates,
         "erased": completeness.erased or 0,
+        "sampled out": completeness.sampled_out,
     }
     said = ", ".join(f"{count:,} {what}" for what, count in missing.items() if count)
     return f"{fresh}; missing: {said or 'nothing'}"
@@ -90,7 +91,7 @@ def show(installation: Installation, session: str, moment: str | None, full: boo
     """A session as it stands, or as it stood at an event or a time."""
     installation.freshen()
     with installation.accessing("show", f"show {session} --at {moment}") as access:
-        events = list(installation.reader.session(installation.session_id(session)))
+        events = installation.session_events(session, attachments=full)
         access["rows"] = len(events)
         state = fold(events, until=Until.parse(moment) if moment else None)
         if fmt == "json":
@@ -108,7 +109,7 @@ def timeline(installation: Installation, session: str, full: bool, fmt: str) -> 
     """What happened in a session: who, what, when, silences between tokens, failures."""
     installation.freshen()
     with installation.accessing("timeline", f"timeline {session}") as access:
-        events = list(installation.reader.session(installation.session_id(session)))
+        events = installation.session_events(session)
         access["rows"] = len(events)
         made = make_timeline(events, rows_max=None) if full else make_timeline(events)
         if fmt == "json":
@@ -148,4 +149,17 @@ def _line(installation: Installation, partition: int, offset: int, value: bytes)
     return {**place, "kind": event.kind, "session_id": str(uuid.UUID(bytes=event.session_id)), "recorded_at": when, "payload": payload}
 
 
-COMMANDS = [sql, sessions, show, timeline, tail]
+@click.command()
+@click.argument("blob_id", metavar="ID")
+@click.option("--tenant", help="Whose blob it is.  [default: the tenant of the settings]")
+@with_installation
+def blob(installation: Installation, blob_id: str, tenant: str | None) -> None:
+    """The bytes of a large body or attachment, to standard output; `messages` in SQL has blob_id and attachments."""
+    owner = tenant or installation.settings.tenant
+    with installation.accessing("blob", f"blob {blob_id} --tenant {owner}") as access:
+        data = installation.blobs.find(owner, blob_id)
+        access["rows"] = 1
+        sys.stdout.buffer.write(data)
+
+
+COMMANDS = [sql, sessions, show, timeline, tail, blob]
