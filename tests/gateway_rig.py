@@ -21,6 +21,7 @@ from ingest.recorder import Recorder
 from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
+from schemas.requests import load
 from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
 from store.log import open_log
 
@@ -211,7 +212,7 @@ class BrokenUpstream:
                     else:
                         await peer.whole(b"404 Not Found", b"application/json", b"{}")
                     continue
-                self.bodies.append(orjson.loads(peer.body))
+                self.bodies.append(load(peer.body))
                 self.heads.append(peer.head)
                 await self.act(peer)
                 if not peer.kept:

@@ -72,13 +72,7 @@ class Generation:
             extra = {name: value for name, value in added.items() if name not in self.upstream.refused}
             self._submitted(request, extra)
         await self._durable()
-        try:
-            if await self._forward(request, extra, kind, attempt=1):
-                self.upstream.refused.add("stream_options")
-                del extra["stream_options"]
-                await self._forward(request, extra, kind, attempt=2)
-        except (aiohttp.ClientError, OSError) as error:
-            raise failure_of(error) from error
+        await self._attempts(request, extra, kind)
 
     def _session(self) -> Session:
         actor = self.exchange.header("x-tokentape-user") or self.parts.sessions.key_id(self.authorization) or ""
@@ -130,9 +124,32 @@ class Generation:
             "request_digest": self.session.digest(body),
         }
 
+    async def _attempts(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> None:
+        """Forward until an answer has begun or nothing more is to be tried.
+
+        Raises:
+            Failure: the last attempt failed.
+        """
+        attempt = failed = 1
+        while True:
+            try:
+                if not await self._forward(request, extra, kind, attempt=attempt):
+                    return
+                self.upstream.refused.add("stream_options")
+                del extra["stream_options"]
+            except (aiohttp.ClientError, OSError) as error:
+                failure = failure_of(error)
+                begun = self.exchange.started or self.tape.begun or failure.fault is errors.MALFORMED
+                if begun or failed > self.settings.retries:
+                    raise failure from error
+                log.warning("upstream failed before its answer: asked again", generation=self.tape.name, error=failure.detail)
+                failed += 1
+            attempt += 1
+
     async def _forward(self, request: ClientRequest, extra: dict[str, Any], kind: str, *, attempt: int) -> bool:
         """Send the request upstream and pass the answer on; True if it is to be sent again without an addition."""
         deadline = Deadline(self._expired, self.settings.first_token_timeout_s)
+        overdue = asyncio.get_running_loop().call_later(self.settings.total_timeout_s, self._overdue)
         self.tape.forwarded(attempt)
         sending = self._sending(request, extra, kind)
         url = self.upstream.url_of(sending.path, sending.query)
@@ -142,7 +159,7 @@ class Generation:
                 self.tape.answered(response.status)
                 answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
                 if response.status >= 300:
-                    return await self._refused(response, answer, may_retry=attempt == 1 and "stream_options" in extra)
+                    return await self._refused(response, answer, may_retry="stream_options" in extra)
                 streams = response.content_type == "text/event-stream"
                 if answer.content_type is not None and streams != request.stream:
                     raise _malformed(f"{response.content_type} where {'a stream' if request.stream else 'none'} was asked for")
@@ -152,6 +169,7 @@ class Generation:
                     await self._whole(response, answer)
                 return False
         finally:
+            overdue.cancel()
             deadline.stop()
 
     def _sending(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
@@ -170,6 +188,10 @@ class Generation:
 
     def _expired(self, seconds: float) -> None:
         self.exchange.abort(Failure(errors.TIMEOUT, f"The upstream was silent for {seconds:g} s."))
+
+    def _overdue(self) -> None:
+        seconds = self.settings.total_timeout_s
+        self.exchange.abort(Failure(errors.TIMEOUT, f"The answer was not complete after {seconds:g} s."))
 
     async def _refused(self, response: aiohttp.ClientResponse, answer: Answer, *, may_retry: bool) -> bool:
         """Pass an error answer on, in its own words if they are JSON; True if it was an addition that was refused."""
@@ -270,6 +292,8 @@ class Generation:
         """The answer is complete: recorded, and in strict mode durable, before the client sees its end."""
         self.exchange.settled = True
         self.tape.finished()
+        if self.tape.unreconciled:
+            log.warning("tokens do not reconcile", generation=self.tape.name, **self.tape.unreconciled)
         if self.tape.fingerprint:
             self.upstream.saw_fingerprint(self.tape.fingerprint)
         await self._durable()

@@ -86,6 +86,7 @@ class Tape:
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
+        self._numbered = False  # token ids came
         self._results = 0  # of an answer that has no sequences
         self._first_token_us: int | None = None
 
@@ -201,6 +202,19 @@ class Tape:
         """Whether every sequence that began has ended."""
         return bool(self._choices) and all(choice.finished for choice in self._choices.values())
 
+    @property
+    def begun(self) -> bool:
+        """Whether the upstream's answer has begun."""
+        return self._started
+
+    @property
+    def unreconciled(self) -> dict[str, int]:
+        """Tokens recorded and tokens that the upstream counted, where it told ids and the two differ; the event has both."""
+        said = long_of(self._usage.get("completion_tokens"))
+        if not self._numbered or said is None or said == self._position:
+            return {}
+        return {"recorded": self._position, "usage": said}
+
     def finished(self) -> None:
         """The generation ended well."""
         if self.ended:
@@ -299,6 +313,7 @@ class Tape:
             segments = [(choice.channel, "")]
         if self._first_token_us is None:
             self._first_token_us = offset_us
+            self._numbered = bool(ids)
         if len(segments) == 1 and len(ids) == 1 and len(scores) < 2:  # by far the most frequent
             channel, text = segments[0]
             logprob = scores[0].get("logprob") if scores else None
