@@ -17,7 +17,7 @@ from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitte
 from tests.gateway_rig import DEADLINE_S, HELLO, Peer, Rig, broken, running
 from tests.test_gateway import payloads
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses")
 
 _SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=6) | st.just("\ud800")
 _JSON = st.recursive(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from schemas.errors import UsageError
 from schemas.requests.anthropic import from_anthropic, to_anthropic
 from schemas.requests.chat import from_chat, to_chat
+from schemas.requests.responses import conversation, from_responses, to_responses
 
 _SCALARS = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
 _JSON = st.recursive(
@@ -109,8 +110,43 @@ ANTHROPIC = record(
     tool_choice=st.sampled_from([{"type": "auto"}, {"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "f"}]),
 )
 
+_ITEM_PART = typed("input_text", {"text": _WORD}) | typed("output_text", {"text": _WORD}, annotations=st.just([]))
+_ITEM_PARTS = st.lists(_ITEM_PART | typed("input_image", {"image_url": _URL}, detail=_WORD), min_size=1, max_size=2)
+_ITEM = (
+    record({"role": st.sampled_from(["user", "assistant", "system"]), "content": _WORD | _ITEM_PARTS}, type=st.just("message"), id=_WORD)
+    | typed("function_call", {"call_id": _WORD, "name": _WORD, "arguments": _WORD}, id=_WORD, status=_WORD)
+    | typed("function_call_output", {"call_id": _WORD, "output": _WORD}, id=_WORD)
+    | typed("reasoning", {"content": st.lists(st.fixed_dictionaries({"type": st.just("reasoning_text"), "text": _WORD}), max_size=2)})
+    | _OBJECT
+)
+_FORMAT = st.sampled_from([{"type": "text"}, {"type": "json_object"}]) | typed(
+    "json_schema", {"name": _WORD, "schema": _OBJECT}, strict=_WORD
+)
+RESPONSES = record(
+    {"input": _WORD | st.lists(_ITEM, max_size=3)},
+    model=_WORD,
+    instructions=_WORD,
+    max_output_tokens=st.integers(1, 9),
+    temperature=st.floats(0, 1),
+    top_p=st.floats(0, 1),
+    top_logprobs=st.integers(0, 3),
+    stream=st.booleans(),
+    text=st.fixed_dictionaries({"format": _FORMAT}, optional={"verbosity": _WORD}),
+    reasoning=record({}, effort=_WORD, summary=_WORD),
+    tools=st.lists(typed("function", {"name": _WORD}, parameters=_OBJECT, strict=st.booleans(), description=_WORD), max_size=2),
+    tool_choice=st.sampled_from(["auto", "required", {"type": "function", "name": "f"}, {"type": "file_search"}]),
+    parallel_tool_calls=st.booleans(),
+    previous_response_id=_WORD,
+    user=_WORD,
+)
+
 
 class TestRoundTrips:
+    @given(RESPONSES)
+    def test_responses(self, document: dict[str, Any]) -> None:
+        """OpenAI's responses."""
+        assert to_responses(from_responses(document)) == document
+
     @given(CHAT)
     def test_chat(self, document: dict[str, Any]) -> None:
         """Chat completions, with everything that vLLM adds to them."""
@@ -192,6 +228,30 @@ class TestTranslated:
         document = {"model": "m", "max_tokens": 1, "messages": [], **fields}
 
         assert _refused(document) == named
+
+    def test_responses_to_chat(self) -> None:
+        """Items of one turn become one message."""
+        document = {
+            "model": "m",
+            "instructions": "Be brief.",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]},
+                {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+                {"type": "function_call", "id": "f", "call_id": "c1", "name": "weather", "arguments": "{}", "status": "completed"},
+                {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+            ],
+        }
+
+        assert to_chat(conversation(from_responses(document)), vllm=True)["messages"] == [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+            {
+                "role": "assistant",
+                "reasoning": "hm",
+                "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+        ]
 
     def test_openai_can_do_less_than_vllm(self) -> None:
         """What is vLLM's own is refused where the upstream is another server."""

@@ -24,6 +24,7 @@ from ingest.gateway.endpoints.chat import Chat
 from ingest.gateway.endpoints.completions import Completions
 from ingest.gateway.endpoints.embeddings import Embeddings
 from ingest.gateway.endpoints.messages import Messages
+from ingest.gateway.endpoints.responses import Responses
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
@@ -50,7 +51,7 @@ _BACKLOG = 2048
 
 Handler = Callable[[Parts, Exchange], Awaitable[None]]
 
-ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings(), Messages())
+ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings(), Messages(), Responses())
 """The endpoints that are recorded."""
 
 

@@ -105,3 +105,16 @@ def _anthropic_event(failure: Failure) -> bytes:
 
 
 ANTHROPIC = Shape(_anthropic_body, _anthropic_event)
+
+
+def _responses_event(failure: Failure) -> bytes:
+    error = orjson.loads(_openai_body(failure))["error"]
+    return (
+        b"event: error\ndata: "
+        + orjson.dumps({"type": "error", **{k: error[k] for k in ("message", "code", "param")}, "error": error})
+        + b"\n\n"
+    )
+
+
+RESPONSES = Shape(_openai_body, _responses_event)
+"""OpenAI's clients raise on the `error` in it; the rest is the event as it is documented."""

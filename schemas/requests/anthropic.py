@@ -20,6 +20,7 @@ from schemas.requests.inference import (
     ToolChoice,
     ToolResult,
     Turn,
+    instructed,
 )
 from schemas.requests.jsontext import dump, load
 
@@ -76,7 +77,9 @@ def to_anthropic(request: InferenceRequest) -> dict[str, Any]:
     )
     target.without(structured_output=generation.structured_output, beam_search=generation.beam_search)
     target.without(**sampling.model_dump(include={"min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty"}))
-    document = present(model=request.model, **_written_turns(target, request.messages, extensions), stream=request.stream)
+    document = present(
+        model=request.model, **_written_turns(target, instructed(request.instructions, request.messages), extensions), stream=request.stream
+    )
     foreign = PROVIDER not in request.provider_extensions and generation.max_tokens is None and "max_tokens" not in extensions
     document |= present(
         max_tokens=MAX_TOKENS if foreign and request.messages else generation.max_tokens,

@@ -23,12 +23,26 @@ from schemas.requests.inference import (
     ToolChoice,
     ToolResult,
     Turn,
+    instructed,
 )
 from schemas.requests.jsontext import dump
 
 PROVIDER = "openai"
 
-HINTS = ("cache_control", "signature", "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key", "thoughtSignature")
+ITEM_HINTS = ("id", "type", "status", "annotations", "summary", "bare")
+"""What the items of a response carry besides their content: names and states that they were given."""
+
+HINTS = (
+    "cache_control",
+    "signature",
+    "metadata",
+    "service_tier",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "thoughtSignature",
+    *ITEM_HINTS,
+)
 """What requests of other providers may carry and an OpenAI-compatible server need not know: caching, filing, proofs."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -69,7 +83,9 @@ def to_chat(request: InferenceRequest, *, vllm: bool) -> dict[str, Any]:
     extensions = target.own(request)
     document = present(
         model=request.model,
-        messages=_Conversation(target, vllm).write(request.messages) if "messages" not in extensions else None,
+        messages=_Conversation(target, vllm).write(instructed(request.instructions, request.messages))
+        if "messages" not in extensions
+        else None,
         stream=request.stream,
         user=request.user,
     )

@@ -88,6 +88,17 @@ class MessagesRequest(ClientRequest):
     """A request to Anthropic's messages."""
 
 
+class ResponsesRequest(ClientRequest):
+    """A request to OpenAI's responses; each input item is a message."""
+
+    FIELD = "input"
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest answer that the client wants."""
+        return long_of(self.fields.get("max_output_tokens"))
+
+
 class CompletionRequest(ClientRequest):
     """A request to OpenAI's completions; each prompt is a message."""
 
@@ -131,6 +142,15 @@ def read_messages(body: bytes) -> MessagesRequest:
     """
     fields = read_object(body)
     return MessagesRequest(body, fields, list_of(fields, "messages"))
+
+
+def read_responses(body: bytes) -> ResponsesRequest:
+    """The request for a response of a body.
+
+    Raises:
+        UsageError: not JSON, not an object, or without an input.
+    """
+    return _read_inputs(body, ResponsesRequest)
 
 
 def read_completion(body: bytes) -> CompletionRequest:
@@ -205,4 +225,4 @@ def splice(request: ClientRequest, extra: dict[str, Any]) -> bytes:
     return head + b"," + dump(extra)[1:]
 
 
-_FIELDS = {"/v1/completions": CompletionRequest.FIELD, "/v1/embeddings": EmbeddingRequest.FIELD}
+_FIELDS = {"/v1/completions": CompletionRequest.FIELD, "/v1/responses": ResponsesRequest.FIELD, "/v1/embeddings": EmbeddingRequest.FIELD}

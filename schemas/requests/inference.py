@@ -86,6 +86,11 @@ class Turn(Model):
     plain: bool = False
 
 
+def instructed(instructions: str | None, messages: list[Turn]) -> list[Turn]:
+    """The messages, with the instructions as the first of them."""
+    return messages if instructions is None else [Turn(role="system", parts=[Text(text=instructions)], plain=True), *messages]
+
+
 class Sampling(Model):
     """How tokens are drawn."""
 
@@ -157,6 +162,7 @@ class InferenceRequest(Model):
     """A request. `model` is the routing key."""
 
     model: str | None = None
+    instructions: str | None = None  # what stands before all messages where a provider has a field for it
     messages: list[Turn] = []
     generation: GenerationParameters = GenerationParameters()
     tools: list[Tool] | None = None
