@@ -16,6 +16,7 @@ from pydantic import ConfigDict
 from replay.patch import apply_patch
 from replay.persistent import Map, Vector
 from schemas import events as e
+from schemas.requests import join
 
 Status = Literal["submitted", "paused", "streaming", "finished", "failed"]
 
@@ -351,14 +352,14 @@ class SessionState:
         if generation.parameters is None:
             return None
         try:
-            document = json.loads(generation.parameters or "{}")
+            parameters = json.loads(generation.parameters or "{}")
         except ValueError:
             return None
-        if not isinstance(document, dict):
+        if not isinstance(parameters, dict):
             return None
         if generation.request and generation.request.message_ids:
-            document["messages"] = [body_of(message) for message in self.messages_of(generation)]
-        return document
+            return join(generation.request.endpoint, parameters, [body_of(message) for message in self.messages_of(generation)])
+        return parameters
 
     def edited(self, generation: Generation) -> dict[str, Any] | None:
         """The request's document after its edits; None where that cannot be told."""

@@ -67,11 +67,11 @@ def kind_of(answer: Answer) -> str:
 def questions(kind: str | None = None, *, previous: EnvironmentCaptured | None = None) -> Questions:
     """Ask for the environment: send each answer back in, the generator returns the event.
 
-    `kind` is `vllm` or `openai`, None to find out; `previous` is an earlier capture of the same server, whose scores
+    `kind` is `vllm`, `openai` or `anthropic`, None to find out; `previous` is an earlier capture of the same server, whose scores
     stand as long as the new ones differ by no more than noise.
     """
     version = None
-    if kind != "openai":
+    if kind in (None, "vllm"):
         version = yield VERSION
         kind = kind or kind_of(version)
     items: dict[str, Any] = {"kind": kind}

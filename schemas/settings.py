@@ -116,16 +116,18 @@ class BlobSettings(_Section):
 
 
 class GatewaySettings(_Section):
-    """The HTTP entry before an OpenAI-compatible upstream."""
+    """The HTTP entry before an upstream."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8400, ge=0, le=65535, description="0 picks a free port")
     upstream: str = Field(default="http://127.0.0.1:8000", description="base URL without /v1")
-    upstream_kind: Literal["auto", "vllm", "openai"] = Field(default="auto", description="auto asks /version once.")
+    upstream_kind: Literal["auto", "vllm", "openai", "anthropic"] = Field(default="auto", description="auto asks /version once.")
     upstream_key: SecretStr | None = Field(default=None, description="bearer token sent upstream; else the client's own")
     connect_timeout_s: Seconds = Field(default=10.0, description="until the upstream accepts a connection")
     first_token_timeout_s: Seconds = Field(default=300.0, description="until the first byte of an answer")
     between_tokens_timeout_s: Seconds = Field(default=60.0, description="longest silence within an answer")
+    total_timeout_s: Seconds = Field(default=3600.0, description="longest time for one whole answer")
+    retries: int = Field(default=1, ge=0, le=5, description="how often a request is sent again whose answer had not begun")
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
 
 

@@ -21,11 +21,14 @@ from ingest.recorder import Recorder
 from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
+from schemas.requests import load
 from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
 from store.log import open_log
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
+RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages")
+"""Paths that a broken upstream acts on; all others are 404."""
 HELLO: Any = [{"role": "user", "content": "Say something about the sea."}]
 
 
@@ -79,11 +82,11 @@ class Rig:
         self._clients.append(client)
         return client
 
-    def post(self, body: Any, **headers: str) -> httpx.Response:
-        """A chat completion over plain HTTP: bytes go as they are, all else as JSON."""
+    def post(self, body: Any, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+        """A request over plain HTTP: bytes go as they are, all else as JSON."""
         content = body if isinstance(body, bytes) else orjson.dumps(body)
         named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return httpx.post(f"{self.url}/v1/chat/completions", content=content, headers=named, timeout=DEADLINE_S)
+        return httpx.post(f"{self.url}{path}", content=content, headers=named, timeout=DEADLINE_S)
 
     def framed(self) -> list[bytes]:
         """The bytes of all events in the log, partition by partition."""
@@ -186,7 +189,7 @@ class Peer:
 
 @dataclass
 class BrokenUpstream:
-    """Answers chat completions as `act` says; it is no vLLM, so `/version` is 404."""
+    """Answers what is recorded as `act` says; it is no vLLM, so `/version` is 404."""
 
     act: Act
     url: str = ""
@@ -203,13 +206,13 @@ class BrokenUpstream:
             while True:
                 peer = await _read(reader, writer)
                 self.paths.append(peer.path)
-                if not peer.path.startswith("/v1/chat"):
+                if not peer.path.startswith(RECORDED):
                     if peer.path == "/version" and self.version:
                         await peer.whole(b"200 OK", b"application/json", self.version)
                     else:
                         await peer.whole(b"404 Not Found", b"application/json", b"{}")
                     continue
-                self.bodies.append(orjson.loads(peer.body))
+                self.bodies.append(load(peer.body))
                 self.heads.append(peer.head)
                 await self.act(peer)
                 if not peer.kept:

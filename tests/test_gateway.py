@@ -126,7 +126,7 @@ class TestWithVllm:
         assert len(ids_of(events, 0)) == 24
 
     def test_messages_are_stored_once(self, rig: Rig, vllm: VllmService) -> None:
-        """A second turn of a session lists all messages and brings only the new ones."""
+        """A second turn of a session lists and brings only the messages since the first, which it names."""
         client = rig.client(default_headers={"x-tokentape-session": str(uuid.uuid4())})
         turns = [*HELLO, {"role": "assistant", "content": "Salt."}, {"role": "user", "content": "More."}]
         for messages in (HELLO, turns):
@@ -137,7 +137,8 @@ class TestWithVllm:
         assert [event.kind for event in events].count("session_opened") == 1
         assert [event.kind for event in events].count("environment_captured") == 1
         assert len({event.session_id for event in events}) == 1
-        assert second.message_ids[0] == first.message_ids[0]
+        assert (second.history_generation, second.history_messages) == (first.generation_id, 1)
+        assert len(second.message_ids) == 2
         assert [orjson.loads(message.body) for message in second.content.messages] == turns[1:]
 
     def test_unknown_model(self, rig: Rig) -> None:
@@ -462,6 +463,68 @@ class TestBrokenUpstream:
         assert len(upstream.bodies) == 3
         assert sorted(attempts) == [1, 2]
 
+    def test_asked_again_before_the_first_byte(self, tmp_path: Path) -> None:
+        """An upstream that closes before it answers is asked once more, and the tape says that it was the second attempt."""
+        asked = 0
+
+        async def act(peer: Peer) -> None:
+            nonlocal asked
+            asked += 1
+            if asked == 2:
+                await peer.begin_stream()
+                await peer.send(chunk("one", finish="stop") + DONE)
+
+        with broken(act) as upstream, running(tmp_path, upstream.url) as rig:
+            answer = rig.post({"model": "m", "messages": HELLO, "stream": True})
+            started = payloads(rig.wait_for("generation_finished"), GenerationStarted)
+
+        assert answer.content == chunk("one", finish="stop") + DONE
+        assert [entry.attempt for entry in started] == [2]
+
+    def test_not_asked_again_after_the_first_byte(self, tmp_path: Path) -> None:
+        """What a client has seen the beginning of is never sent again."""
+
+        async def act(peer: Peer) -> None:
+            await peer.begin_chunked()
+            await peer.chunk(chunk("one"))
+
+        with broken(act) as upstream, running(tmp_path, upstream.url) as rig:
+            rig.post({"model": "m", "messages": HELLO, "stream": True})
+            failure = rig.failure()
+
+        assert len(upstream.bodies) == 1
+        assert (failure.error_type, failure.position) == ("upstream_disconnected", 1)
+
+    def test_an_answer_may_not_go_on_for_ever(self, tmp_path: Path) -> None:
+        """The time for a whole answer is limited, however regularly its tokens come."""
+
+        async def act(peer: Peer) -> None:
+            await peer.begin_stream()
+            while True:
+                await peer.send(chunk("on "))
+                await asyncio.sleep(0.01)
+
+        with broken(act) as upstream, running(tmp_path, upstream.url, total_timeout_s=0.3) as rig:
+            answer = rig.post({"model": "m", "messages": HELLO, "stream": True})
+            failure = rig.failure()
+
+        assert b"not complete after 0.3 s" in answer.content
+        assert (failure.error_type, failure.position > 0) == ("upstream_timeout", True)
+
+    def test_counts_that_do_not_reconcile(self, tmp_path: Path) -> None:
+        """Tokens on the tape and tokens that the upstream counted stand side by side where they differ."""
+
+        async def act(peer: Peer) -> None:
+            await peer.begin_stream()
+            await peer.send(chunk("one", finish="stop", token_ids=[7]))
+            await peer.send(b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":3}}\n\n' + DONE)
+
+        with broken(act) as upstream, running(tmp_path, upstream.url) as rig:
+            rig.post({"model": "m", "messages": HELLO, "stream": True})
+            finished = payloads(rig.wait_for("generation_finished"), GenerationFinished)[0]
+
+        assert (finished.tokens_recorded, finished.completion_tokens) == (1, 3)
+
     def test_odd_but_whole_streams_pass(self, tmp_path: Path) -> None:
         """Carriage returns, a byte order mark, cuts inside a character and a missing [DONE] harm nothing and change nothing."""
         stream = b"\xef\xbb\xbf" + (chunk("grö") + chunk("ße", finish="stop")).replace(b"\n", b"\r\n")
@@ -547,7 +610,7 @@ class TestRequests:
         """Another path is a 404 that says what is served; another method is a 405."""
         with running(tmp_path, f"http://127.0.0.1:{free_port()}") as rig:
             with pytest.raises(openai.NotFoundError) as raised:
-                rig.client().embeddings.create(model="m", input="x")
+                rig.client().images.generate(model="m", prompt="x")
             refused = httpx.get(f"{rig.url}/v1/chat/completions")
             health = httpx.get(f"{rig.url}/health").json()
 

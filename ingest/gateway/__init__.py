@@ -1,4 +1,4 @@
-"""The HTTP entry before an OpenAI-compatible upstream: passes everything on and records it."""
+"""The HTTP entry before an upstream: speaks its clients' languages, passes everything on and records it."""
 
 from ingest.gateway.app import create_app, serve
 

@@ -18,11 +18,18 @@ import uvloop
 
 from ingest.attachments import Attachments
 from ingest.gateway import errors
-from ingest.gateway.chat import PATH as CHAT
-from ingest.gateway.chat import chat_completions
+from ingest.gateway.counting import PATH as COUNT_TOKENS
+from ingest.gateway.counting import count_tokens
+from ingest.gateway.endpoints.base import Endpoint
+from ingest.gateway.endpoints.chat import Chat
+from ingest.gateway.endpoints.completions import Completions
+from ingest.gateway.endpoints.embeddings import Embeddings
+from ingest.gateway.endpoints.messages import Messages
+from ingest.gateway.endpoints.responses import Responses
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
-from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.generation import Generation
+from ingest.gateway.headers import answer_headers, authorization_of, upstream_headers
 from ingest.gateway.offload import Offload
 from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Sessions
@@ -48,7 +55,10 @@ SWITCH_INTERVAL_S = 0.0005
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
 
-Endpoint = Callable[[Parts, Exchange], Awaitable[None]]
+Handler = Callable[[Parts, Exchange], Awaitable[None]]
+
+ENDPOINTS: tuple[Endpoint, ...] = (Chat(), Completions(), Embeddings(), Messages(), Responses())
+"""The endpoints that are recorded."""
 
 
 class Gateway:
@@ -62,8 +72,9 @@ class Gateway:
         recorder = Window(Offload(recorder, self.attachments, settings.recorder), redactor)
         self.parts = Parts(settings, recorder, upstream, Sessions(settings), redactor)
         self.active: set[Exchange] = set()
-        self._endpoints: dict[str, tuple[str, Endpoint]] = {
-            CHAT: ("POST", chat_completions),
+        self._endpoints: dict[str, tuple[str, Handler]] = {
+            **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
+            COUNT_TOKENS: ("POST", count_tokens),
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
         }
@@ -117,10 +128,17 @@ class Gateway:
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
+def _recorded(endpoint: Endpoint) -> Handler:
+    async def handle(parts: Parts, exchange: Exchange) -> None:
+        await Generation(parts, exchange, endpoint).serve()
+
+    return handle
+
+
 async def _models(parts: Parts, exchange: Exchange) -> None:
     """The upstream's models, as it tells them; not recorded."""
     url = parts.upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, parts.upstream.authorization(exchange.header("authorization")))
+    headers = upstream_headers(exchange, parts.upstream.authorization(authorization_of(exchange)), parts.upstream.kind or "")
     try:
         async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
             async with parts.upstream.client.get(url, headers=headers, allow_redirects=False) as answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import orjson
@@ -53,17 +54,67 @@ class Failure(Exception):
         super().__init__(self.message)
         self.status = self.status or self.fault.status
 
-    @property
-    def body(self) -> bytes:
-        """The error as OpenAI's API words it."""
-        return error_body(self.message, self.fault.api_type, self.fault.error_type, self.param)
 
-    @property
-    def event(self) -> bytes:
-        """The error as the last chunk of a stream: OpenAI's clients raise on it, and the stream ends as they expect."""
-        return b"data: " + self.body + b"\n\n" + DONE
+@dataclass(frozen=True)
+class Shape:
+    """How the clients of one provider are told of a failure: their own exceptions come of it."""
+
+    body: Callable[[Failure], bytes]
+    """The body of an error answer."""
+    event: Callable[[Failure], bytes]
+    """The last bytes of a stream that has begun."""
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
     """`{"error": {message, type, param, code}}`."""
     return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def _openai_body(failure: Failure) -> bytes:
+    return error_body(failure.message, failure.fault.api_type, failure.fault.error_type, failure.param)
+
+
+def _openai_event(failure: Failure) -> bytes:
+    return b"data: " + _openai_body(failure) + b"\n\n" + DONE
+
+
+OPENAI = Shape(_openai_body, _openai_event)
+"""OpenAI's clients raise on an error in mid-stream, and the stream ends as they expect."""
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def _anthropic_body(failure: Failure) -> bytes:
+    kind = _ANTHROPIC_TYPES.get(failure.status, "api_error")
+    return orjson.dumps({"type": "error", "error": {"type": kind, "message": failure.message}})
+
+
+def _anthropic_event(failure: Failure) -> bytes:
+    return b"event: error\ndata: " + _anthropic_body(failure) + b"\n\n"
+
+
+ANTHROPIC = Shape(_anthropic_body, _anthropic_event)
+
+
+def _responses_event(failure: Failure) -> bytes:
+    error = orjson.loads(_openai_body(failure))["error"]
+    return (
+        b"event: error\ndata: "
+        + orjson.dumps({"type": "error", **{k: error[k] for k in ("message", "code", "param")}, "error": error})
+        + b"\n\n"
+    )
+
+
+RESPONSES = Shape(_openai_body, _responses_event)
+"""OpenAI's clients raise on the `error` in it; the rest is the event as it is documented."""

@@ -33,6 +33,7 @@ class Exchange:
         self.started = False
         self.settled = False  # how it ends is decided: nothing can abort it any more
         self.aborted: Failure | None = None
+        self.shape = errors.OPENAI  # how the client is told of a failure
         self.body_bytes = 0
         self._receive = receive
         self._send = send
@@ -130,9 +131,9 @@ class Exchange:
         try:
             async with asyncio.timeout(errors.LAST_WORDS_S):
                 if self.started:
-                    await self.end(failure.event)
+                    await self.end(self.shape.event(failure))
                 else:
-                    await self.respond(failure.status, failure.body, [errors.JSON, *headers])
+                    await self.respond(failure.status, self.shape.body(failure), [errors.JSON, *headers])
         except TimeoutError:
             pass  # returning with an incomplete answer closes the connection
 

@@ -16,19 +16,36 @@ Clean = Callable[[str | None], str | None]
 _HOP = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 # The client library writes these itself; what is compressed could not be read.
 _NOT_UPSTREAM = _HOP | {b"host", b"content-length", b"accept-encoding", b"authorization", b"expect", b"proxy-connection"}
+_KEY_HEADERS = ("x-api-key", "x-goog-api-key")
+_NOT_UPSTREAM |= {name.encode() for name in _KEY_HEADERS}
 _NOT_DOWNSTREAM = _HOP | {b"content-length", b"content-encoding"}
 _OWN = b"x-tokentape-"
+
+ANTHROPIC_VERSION = "2023-06-01"
+"""The version of its API that Anthropic is asked for where the client names none."""
 
 HEADER_CHARACTERS_MAX = 512
 """Of a header's value this much is recorded."""
 
 
-def upstream_headers(exchange: Exchange, authorization: str | None) -> list[tuple[str, str]]:
-    """The client's headers for the upstream."""
+def authorization_of(exchange: Exchange) -> str | None:
+    """The credential that came with a request, as a bearer token: each provider's clients have a header of their own for it."""
+    if authorization := exchange.header("authorization"):
+        return authorization
+    key = next((value for name in _KEY_HEADERS if (value := exchange.header(name))), None)
+    return f"Bearer {key}" if key else None
+
+
+def upstream_headers(exchange: Exchange, authorization: str | None, kind: str = "") -> list[tuple[str, str]]:
+    """The client's headers for the upstream, whose kind says in which header a credential stands."""
     passed = [(name, value) for name, value in exchange.scope["headers"] if name not in _NOT_UPSTREAM and not name.startswith(_OWN)]
     headers = [(name.decode("latin-1"), value.decode("utf-8", "replace")) for name, value in passed]
     headers.append(("accept-encoding", "identity"))
-    if authorization:
+    if kind == "anthropic" and not exchange.header("anthropic-version"):
+        headers.append(("anthropic-version", ANTHROPIC_VERSION))
+    if kind == "anthropic" and authorization and authorization != exchange.header("authorization"):
+        headers.append(("x-api-key", authorization.removeprefix("Bearer ")))
+    elif authorization:
         headers.append(("authorization", authorization))
     return headers
 

@@ -1,6 +1,6 @@
 """What happens in one generation, as events: each method is one fact, and the first ending counts.
 
-Reads what an upstream sends once, in its own words: `choices`, `delta`, `token_ids`. Nothing here waits.
+Reads every answer in the words of chat completions (`choices`, `delta`, `token_ids`). Nothing here waits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from schemas.events import (
     ToolCall,
     ToolCallContent,
 )
-from schemas.requests import ChatRequest, double_of, dump, long_of, text_of
+from schemas.requests import ClientRequest, dump, long_of, text_of
 from schemas.sink import SessionContext, new_id
 
 UNREADABLE_BYTES_MAX = 32 << 10
@@ -88,6 +88,8 @@ class Tape:
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
+        self._numbered = False  # token ids came
+        self._results = 0  # of an answer that has no sequences
         self._first_token_us: int | None = None
 
     @property
@@ -115,12 +117,12 @@ class Tape:
             self.session.environments.add(event.environment_id)
             self._record(event)
 
-    def submitted(self, request: ChatRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
+    def submitted(self, request: ClientRequest, facts: dict[str, Any], extra: dict[str, Any]) -> None:
         """A readable request came; `extra` is what the gateway adds to it, `facts` what else is known about it."""
-        parameters, taken = self._redactor.document({name: value for name, value in request.fields.items() if name != "messages"})
+        parameters, taken = self._redactor.document({name: value for name, value in request.fields.items() if name != request.FIELD})
         messages = []
         for at, message in enumerate(request.messages):
-            read, redacted = self._message(message, at)
+            read, redacted = self._message(message, request.FIELD, at)
             messages.append(read)
             taken += redacted
         facts = self._cleaned(facts, taken)
@@ -128,7 +130,6 @@ class Tape:
         ids = [message.message_id for message in messages]
         before = self.session.history.continued(self.generation_id, ids)
         self._keep_prompt = not taken  # the prompt's tokens would spell out what was taken from its text
-        fields = request.fields
         self._record(
             RequestSubmitted(
                 generation_id=self.generation_id,
@@ -136,8 +137,8 @@ class Tape:
                 model=self._redactor.clean(request.model),
                 stream=request.stream,
                 n=request.n,
-                seed=long_of(extra.get("seed", fields.get("seed"))),
-                temperature=double_of(fields.get("temperature")),
+                seed=long_of(extra.get("seed", request.seed)),
+                temperature=request.temperature,
                 max_tokens=request.max_tokens,
                 message_ids=ids[before.messages :] if before else ids,
                 tools=request.tools,
@@ -211,6 +212,7 @@ class Tape:
         self._start(answer, offset_us)
         self._usage = dict(answer.get("usage") or {})
         self.fingerprint = text_of(answer.get("system_fingerprint"))
+        self._results = answer.get("results", 0)
         for entry in answer["choices"]:
             message = entry.get("message") or {}
             choice = self._choice(entry, message, offset_us)
@@ -221,6 +223,19 @@ class Tape:
     def complete(self) -> bool:
         """Whether every sequence that began has ended."""
         return bool(self._choices) and all(choice.finished for choice in self._choices.values())
+
+    @property
+    def begun(self) -> bool:
+        """Whether the upstream's answer has begun."""
+        return self._started
+
+    @property
+    def unreconciled(self) -> dict[str, int]:
+        """Tokens recorded and tokens that the upstream counted, where it told ids and the two differ; the event has both."""
+        said = long_of(self._usage.get("completion_tokens"))
+        if not self._numbered or said is None or said == self._position:
+            return {}
+        return {"recorded": self._position, "usage": said}
 
     def finished(self) -> None:
         """The generation ended well."""
@@ -234,7 +249,7 @@ class Tape:
         self._record(
             GenerationFinished(
                 generation_id=self.generation_id,
-                sequences=len(self._choices),
+                sequences=len(self._choices) or self._results,
                 tokens_recorded=self._position,
                 prompt_tokens=long_of(self._usage.get("prompt_tokens")),
                 completion_tokens=long_of(self._usage.get("completion_tokens")),
@@ -276,9 +291,9 @@ class Tape:
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
 
-    def _message(self, message: Any, at: int) -> tuple[Message, Counter[str]]:
+    def _message(self, message: Any, *path: str | int) -> tuple[Message, Counter[str]]:
         """A message as it is stored."""
-        body, taken = self._redactor.document(message, "messages", at)
+        body, taken = self._redactor.document(message, *path)
         canonical = dump(message, sort_keys=True) if not taken else body.encode()
         role = text_of(message.get("role")) if isinstance(message, dict) else None
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
@@ -320,6 +335,7 @@ class Tape:
             segments = [(choice.channel, "")]
         if self._first_token_us is None:
             self._first_token_us = offset_us
+            self._numbered = bool(ids)
         if len(segments) == 1 and len(ids) == 1 and len(scores) < 2:  # by far the most frequent
             channel, text = segments[0]
             logprob = scores[0].get("logprob") if scores else None

@@ -13,6 +13,7 @@ from yarl import URL
 from ingest.environment import capture_http, detect_kind
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
+from ingest.gateway.headers import ANTHROPIC_VERSION
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
@@ -129,6 +130,8 @@ class Upstream:
 
     async def _refresh(self, authorization: str | None) -> None:
         headers: Mapping[str, str] = {"authorization": authorization} if authorization else {}
+        if authorization and self.kind == "anthropic":
+            headers = {"x-api-key": authorization.removeprefix("Bearer "), "anthropic-version": ANTHROPIC_VERSION}
         try:
             event = await capture_http(self.client, self.url, kind=self.kind or "", headers=headers, previous=self.environment)
             self.environment, self._captured_at = event, time.monotonic()

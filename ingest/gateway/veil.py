@@ -13,24 +13,39 @@ from typing import Any
 
 import orjson
 
-from schemas.requests import ChatRequest, double_of, dump
+from schemas.requests import ClientRequest, dump
 
 SEED_BITS = 31
 """Every engine takes a positive 32-bit integer."""
 
 
-def additions(request: ChatRequest, kind: str) -> dict[str, Any]:
-    """The fields to add, by kind of upstream. A request that the upstream would refuse is not made acceptable by them."""
+def chat_additions(request: ClientRequest, kind: str) -> dict[str, Any]:
+    """The fields to add to a chat request, by kind of upstream; what the upstream would refuse they do not make acceptable."""
+    asked = any(request.fields.get(name) for name in ("logprobs", "top_logprobs", "logprob_token_ids"))
+    return _additions(request, kind, {} if asked else {"logprobs": True})
+
+
+def completion_additions(request: ClientRequest, kind: str) -> dict[str, Any]:
+    """The fields to add to a completion request: 0 logprobs are the drawn token's own.
+
+    Where the prompt is to be echoed, logprobs would score it and token ids would leave it out (vLLM 0.32), so neither is.
+    """
+    echo = bool(request.fields.get("echo"))
+    asked = request.fields.get("logprobs") is not None or echo
+    extra = _additions(request, kind, {} if asked else {"logprobs": 0})
+    return {name: value for name, value in extra.items() if not (echo and name == "return_token_ids")}
+
+
+def _additions(request: ClientRequest, kind: str, logprobs: dict[str, Any]) -> dict[str, Any]:
     fields = request.fields
     extra: dict[str, Any] = {}
     if kind == "vllm":
         if not fields.get("return_token_ids"):
             extra["return_token_ids"] = True
-        beams = bool(fields.get("use_beam_search"))
-        if not beams and not any(fields.get(name) for name in ("logprobs", "top_logprobs", "logprob_token_ids")):
-            extra["logprobs"] = True
-        if not beams and fields.get("seed") is None and double_of(fields.get("temperature")) != 0.0:
-            extra["seed"] = secrets.randbits(SEED_BITS)  # at temperature 0 nothing is drawn
+        if not fields.get("use_beam_search"):
+            extra |= logprobs
+            if fields.get("seed") is None and request.temperature != 0.0:
+                extra["seed"] = secrets.randbits(SEED_BITS)  # at temperature 0 nothing is drawn
     options = fields.get("stream_options")
     if request.stream and not request.usage_asked and (options is None or isinstance(options, dict)):
         extra["stream_options"] = {**(options or {}), "include_usage": True}
@@ -66,7 +81,7 @@ class Veil:
         for choice in choices or ():
             if self._strip(choice):
                 changed = True
-                if self._ids and self._logprobs and not choice.get("delta", 0) and choice.get("finish_reason") is None:
+                if self._ids and self._logprobs and choice.get("delta") == {} and choice.get("finish_reason") is None:
                     return b""
             if self._fingerprints and choice.get("finish_reason") is not None:
                 self._open -= 1
@@ -97,6 +112,9 @@ class Veil:
         changed = False
         if self._ids and choice.get("token_ids") is not None:
             choice["token_ids"] = None
+            changed = True
+        if self._ids and choice.get("prompt_token_ids") is not None:  # where completions have it
+            choice["prompt_token_ids"] = None
             changed = True
         if self._logprobs and choice.get("logprobs") is not None:
             choice["logprobs"] = None

@@ -1,0 +1,65 @@
+"""OpenAI's `/v1/chat/completions`: passed through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ingest.gateway.endpoints.base import OpenAiEndpoint
+from ingest.gateway.exchange import Exchange
+from ingest.gateway.sse import Block
+from ingest.gateway.veil import Veil, chat_additions
+from schemas.requests import ChatRequest, ClientRequest, read_chat
+
+DONE = b"[DONE]"
+"""The data of the event that ends a stream of OpenAI's completions."""
+
+
+class ChatAnswer:
+    """An answer of a chat completion, shown without what the gateway added."""
+
+    content_type: bytes | None = None
+
+    def __init__(self, veil: Veil) -> None:
+        self._veil = veil
+
+    def read(self, event: dict[str, Any]) -> dict[str, Any] | None:
+        """The chunk as it is."""
+        return event
+
+    def write(self, event: dict[str, Any], chunk: dict[str, Any] | None, raw: bytes) -> bytes:
+        """The event without the additions."""
+        return self._veil.chunk(event, raw)
+
+    def ends(self, block: Block) -> bool:
+        """Whether it is `[DONE]`."""
+        return block.data == DONE
+
+    def end(self, raw: bytes) -> bytes:
+        """What was held back, then the upstream's own end."""
+        return self._veil.rest() + raw
+
+    def read_whole(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """The completion as it is."""
+        return answer
+
+    def write_whole(self, answer: dict[str, Any], completion: dict[str, Any], raw: bytes) -> bytes:
+        """The answer without the additions."""
+        return self._veil.whole(answer, raw)
+
+
+class Chat(OpenAiEndpoint):
+    """`/v1/chat/completions`."""
+
+    path = "/v1/chat/completions"
+
+    def read(self, exchange: Exchange, body: bytes) -> ChatRequest:
+        """The chat request of a body."""
+        return read_chat(body)
+
+    def additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
+        """Token ids, logprobs, a seed and usage."""
+        return chat_additions(request, kind)
+
+    def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> ChatAnswer:
+        """A reader of chunks as they are."""
+        return ChatAnswer(Veil(extra, kind, request.n, fingerprint))
