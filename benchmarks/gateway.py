@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import orjson
@@ -52,13 +52,13 @@ def run() -> list[dict[str, Any]]:
         latency: dict[str, list[_Measured]] = {name: [] for name in urls}
         load: dict[str, list[_Measured]] = {name: [] for name in urls}
         for url in urls.values():
-            _load(url, streams=32, parallel=8)  # connections, caches and the environment's capture
+            measure(url, streams=32, parallel=8)  # connections, caches and the environment's capture
         for _ in range(_LATENCY_ROUNDS):
             for name, url in urls.items():
-                latency[name].append(_load(url, paced=True, streams=_LATENCY_STREAMS, parallel=_LATENCY_PARALLEL))
+                latency[name].append(measure(url, paced=True, streams=_LATENCY_STREAMS, parallel=_LATENCY_PARALLEL))
         for _ in range(_LOAD_ROUNDS):
             for name, url in urls.items():
-                load[name].append(_load(url, streams=_LOAD_STREAMS, parallel=_LOAD_PARALLEL))
+                load[name].append(measure(url, streams=_LOAD_STREAMS, parallel=_LOAD_PARALLEL))
     return [*_latency_rows(latency), *_load_rows(load)]
 
 
@@ -66,6 +66,13 @@ def main() -> None:
     """Print the rows."""
     for row in run():
         print(f"{row['what']:58} {row['value']:>12,.2f} {row['unit']:10} {row['ratio']:>8.2f} x {row['beside']}")
+
+
+class Target(NamedTuple):
+    """A process that serves."""
+
+    url: str
+    pid: int
 
 
 class _Measured:
@@ -114,14 +121,13 @@ def _row(what: str, value: float, unit: str, beside: str, ratio: float) -> dict[
 def _targets(stack: ExitStack) -> dict[str, str]:
     """The three targets, each a process; the stub is upstream of the other two."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    upstream = stack.enter_context(_process(_stub))
-    through = stack.enter_context(_process(_pass_through, upstream))
-    gateway = stack.enter_context(_process(_gateway, upstream, folder))
-    return {"upstream": upstream, "pass-through": through, "gateway": gateway}
+    upstream = stack.enter_context(process(stub)).url
+    through = stack.enter_context(process(_pass_through, upstream)).url
+    return {"upstream": upstream, "pass-through": through, "gateway": stack.enter_context(process(gateway, upstream, folder)).url}
 
 
 @contextmanager
-def _process(target: Callable[..., None], *arguments: str) -> Iterator[str]:
+def process(target: Callable[..., None], *arguments: str) -> Iterator[Target]:
     """A process that says its URL, and ends when the pipe to it closes."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -129,7 +135,7 @@ def _process(target: Callable[..., None], *arguments: str) -> Iterator[str]:
     child.start()
     theirs.close()
     try:
-        yield ours.recv()
+        yield Target(ours.recv(), child.pid or 0)
     finally:
         ours.close()
         child.join(30)
@@ -148,7 +154,8 @@ def _stop_event(pipe: Connection) -> threading.Event:
     return stop
 
 
-def _gateway(pipe: Connection, upstream: str, folder: str) -> None:
+def gateway(pipe: Connection, upstream: str, folder: str) -> None:
+    """The gateway before an upstream, recording into the embedded log of a folder."""
     settings = Settings(
         data=Path(folder), gateway=GatewaySettings(port=0, upstream=upstream), log=LogSettings(), recorder=RecorderSettings()
     )
@@ -197,7 +204,7 @@ def _pass_through(pipe: Connection, upstream: str) -> None:
         runner.run(server.serve(sockets=[listener]))
 
 
-def _stub(pipe: Connection) -> None:
+def stub(pipe: Connection) -> None:
     """Answers as vLLM does: a role, 64 tokens in a piece each, usage when asked for, [DONE]."""
     listener = listen("127.0.0.1", 0)
     pipe.send(url_of(listener))
@@ -260,7 +267,7 @@ def _chunks(ids: bool, usage: bool) -> list[bytes]:
     return _made[(ids, usage)]
 
 
-def _load(url: str, *, streams: int, parallel: int, paced: bool = False) -> _Measured:
+def measure(url: str, *, streams: int, parallel: int, paced: bool = False) -> _Measured:
     """Run streams, so many at once, from a process of its own."""
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1) as pool:

@@ -10,22 +10,42 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gateway import TOKENS, gateway, measure, process, stub
 from schemas.settings import Settings
 from store.log import open_log
 from tests.eventgen import Producer, many
 
-EVENTS = int(os.environ.get("TOKENTAPE_BENCH_EVENTS", "5000000"))
+EVENTS = int(os.environ.get("BENCH_EVENTS", "5000000"))
 POINTS = 20
+
+STREAMS = EVENTS // 125
+"""Streams through the gateway, of about eight events and 64 tokens each: as many as pass in a few minutes."""
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows: resident memory of the indexer along the way, and its growth."""
+    """Rows: resident memory of the indexer and of the gateway along the way, and its growth."""
     with tempfile.TemporaryDirectory() as folder:
-        curve = _indexer_curve(Path(folder))
+        indexer = _indexer_curve(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        passed = _gateway_curve(Path(folder))
+    return [*_rows("indexer", "events", indexer), *_rows("gateway", f"streams of {TOKENS} tokens", passed)]
+
+
+def _rows(part: str, unit: str, curve: list[tuple[int, float]]) -> list[dict[str, Any]]:
     early = curve[len(curve) // 10][1]
-    rows = [{"what": f"indexer resident after {events:,} events", "value": mb, "unit": "MB"} for events, mb in curve]
-    grown = {"what": "indexer growth from the first tenth to the end", "value": curve[-1][1] - early, "unit": "MB"}
+    rows = [{"what": f"{part} resident after {count:,} {unit}", "value": mb, "unit": "MB"} for count, mb in curve]
+    grown = {"what": f"{part} growth from the first tenth to the end", "value": curve[-1][1] - early, "unit": "MB"}
     return [*rows, {**grown, "beside": "after the first tenth", "beside_value": early, "ratio": curve[-1][1] / early, "reach": "flat"}]
+
+
+def _gateway_curve(folder: Path) -> list[tuple[int, float]]:
+    """Streams in batches, and the gateway's memory after each."""
+    curve = []
+    with process(stub) as upstream, process(gateway, upstream.url, str(folder)) as target:
+        for point in range(1, POINTS + 1):
+            measure(target.url, streams=STREAMS // POINTS, parallel=16)
+            curve.append((point * (STREAMS // POINTS), _resident_mb(target.pid)))
+    return curve
 
 
 def _indexer_curve(folder: Path) -> list[tuple[int, float]]:

@@ -1,6 +1,6 @@
 """Answering from 10 M events: a session's timeline hot and cold, and a count with a group beside plain `read_parquet`.
 
-`TOKENTAPE_BENCH_EVENTS` scales it; rows are made by DuckDB itself, shaped like sessions of ten generations.
+`BENCH_EVENTS` scales it; rows are made by DuckDB itself, shaped like sessions of ten generations.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from schemas.settings import ColdSettings, Settings, SqlSettings
 from schemas.sink import SessionContext
 from store.catalog import Catalog, Range, Segment, Shard, open_catalog
 from store.duck import connect
+from store.merge import lay_out, use_new
 from store.objects import open_store
 from store.reader import EventReader
 from store.sql import SqlService
 from tests.stored import insert
 
-EVENTS = int(os.environ.get("TOKENTAPE_BENCH_EVENTS", "10000000"))
+EVENTS = int(os.environ.get("BENCH_EVENTS", "10000000"))
 SESSION_EVENTS = 200  # one opening and ten generations of about twenty events each
 FILES = 8  # shards, and segments
 DAY = "2026-11-23"
@@ -157,8 +158,9 @@ def _hot(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
     catalog.shards_folder.mkdir(parents=True)
     for number, file in enumerate(files):
         path = catalog.shards_folder / f"day-{number}.duckdb"
-        with connect(path) as duck:
-            duck.execute(f"CREATE TABLE events AS SELECT * FROM read_parquet('{file}', hive_partitioning = false)")
+        with connect(threads=2) as duck:
+            use_new(duck, path)
+            lay_out(duck, f"read_parquet('{file}', hive_partitioning = false)", EVENTS // FILES)
         catalog.swap(shards=[Shard(name=path.stem, path=path, level="day", bytes=path.stat().st_size, **_covered(file))])
     reader = EventReader(settings, catalog)
     for session in _sessions(files, ROUNDS):  # attaches every shard

@@ -2,8 +2,8 @@
 
 Applied before anything is recorded. Secrets are searched for in every text as they stand and as JSON writes them. Rules
 (`[redaction]` in the settings) are patterns, searched for in every string of a request, in its keys and in numbers of
-seven digits and more, and fields, whose value goes whatever it is; JSON inside a string (the arguments of a tool call)
-is looked into. What is taken leaves `[redacted]` or `[redacted:RULE]` behind and is counted by rule in the event.
+seven digits and more, and fields, whose value goes whatever it is; JSON inside a string (the arguments of a tool call) is
+looked into. What is taken leaves `[redacted]` or `[redacted:RULE]` behind and is counted by rule in the event.
 
 Text of an answer comes piece by piece: `ingest.gateway.window` says what is caught there.
 """
@@ -202,7 +202,8 @@ def _forms(secret: str) -> set[str]:
 def _secrets(model: BaseModel) -> Iterable[str]:
     for name in type(model).model_fields:
         value = getattr(model, name)
-        if isinstance(value, SecretStr):
-            yield value.get_secret_value()
-        elif isinstance(value, BaseModel):
-            yield from _secrets(value)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, SecretStr):
+                yield item.get_secret_value()
+            elif isinstance(item, BaseModel):
+                yield from _secrets(item)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,11 +19,19 @@ from replay.state import Edit, Generation, Recording, Sequence, SessionState, bo
 from replay.timeline_view import STYLES
 from replay.words import clock, content_text, count, duration, iso, paragraph, printable, short_id, shorten, uuid
 from schemas import events as e
+from schemas.patch import apply_patch, value_at
 
 TEXT_CHARACTERS = 1_200
 """Characters of a message or an answer on the page; `full` shows all."""
 ANOMALIES_MAX = 8
 ROLES = {"system": "magenta", "developer": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow"}
+ENDS_OF_STOPS = {
+    "as_is": "let go as it was",
+    "edited": "let go as edited",
+    "expired": "nobody decided",
+    "abandoned": "given up",
+    "lost": "lost with its worker",
+}
 STATUS_LEVELS = {"finished": "good", "failed": "bad", "paused": "warn", "streaming": "plain", "submitted": "plain"}
 
 
@@ -98,8 +107,7 @@ class SessionPage:
             )
         yield from self._messages(generation, held)
         yield from self._pauses(generation)
-        for edit in generation.edits:
-            yield from self._edit(edit)
+        yield from self._edits(generation)
         yield from self._parameters(generation)
         if generation.recording:
             yield from self._answer(generation, generation.recording)
@@ -135,18 +143,31 @@ class SessionPage:
         for pause in generation.pauses:
             text = f"  stopped at breakpoint {pause.hit.breakpoint_id} {clock(pause.hit_at)}"
             if pause.released is None or pause.released_at is None:
-                yield Text(printable(f"{text}: waits for a release"), style="bold yellow")
+                limit = f"; {pause.hit.default_action} after {duration(pause.hit.deadline_us)}" if pause.hit.deadline_us else ""
+                yield Text(printable(f"{text}: waits for a release{limit}"), style="bold yellow")
             else:
                 waited = duration(pause.released_at - pause.hit_at)
                 by = f" by {pause.released_by}" if pause.released_by else ""
-                yield Text(printable(f"{text}, released {pause.released.action}{by} after {waited}"), style="yellow")
+                reason = pause.released.content.reason if pause.released.content else None
+                how = ENDS_OF_STOPS.get(pause.released.action, pause.released.action)
+                yield Text(printable(f"{text}, {how}{by} after {waited}" + (f": {reason}" if reason else "")), style="yellow")
 
-    def _edit(self, edit: Edit) -> Iterator[RenderableType]:
+    def _edits(self, generation: Generation) -> Iterator[RenderableType]:
+        """Each edit with what it changed; what stood there before is told where the tape still has it."""
+        document: Any = self.state.submitted(generation)
+        undone = {edit.event.undo_of for edit in generation.edits}
+        for edit in generation.edits:
+            yield self._edit(edit, undone=edit.event.edit_id in undone)
+            lines, document = _patch_lines(edit.patch, document)
+            for line in lines:
+                yield Padding(Text(printable(line), style="yellow"), (0, 0, 0, 4))
+
+    def _edit(self, edit: Edit, *, undone: bool) -> RenderableType:
         reason = edit.event.content.reason if edit.event.content else None
-        text = f"  edited {clock(edit.at)} by {edit.actor or 'somebody'}" + (f": {reason}" if reason else "")
-        yield Text(printable(text), style="yellow")
-        for line in _patch_lines(edit.patch):
-            yield Padding(Text(printable(line), style="yellow"), (0, 0, 0, 4))
+        what = f"undid …{short_id(edit.event.undo_of)}" if edit.event.undo_of else f"edited …{short_id(edit.event.edit_id)}"
+        later = " (undone later)" if undone else ""
+        text = f"  {what} {clock(edit.at)} by {edit.actor or 'somebody'}{later}" + (f": {reason}" if reason else "")
+        return Text(printable(text), style="yellow")
 
     def _parameters(self, generation: Generation) -> Iterator[RenderableType]:
         """The request's parameters but its messages; after edits, where there were any."""
@@ -238,23 +259,43 @@ def _tool_name(tool: Any) -> str:
     return str(function.get("name")) if isinstance(function, dict) else "?"
 
 
-def _patch_lines(patch: str | None) -> list[str]:
-    """One line per operation of an RFC 6902 patch."""
+def _patch_lines(patch: str | None, document: Any) -> tuple[list[str], Any]:
+    """One line per operation of an RFC 6902 patch, and the document after them; None where that cannot be told."""
     if patch is None:
-        return ["[erased]"]
+        return ["[erased]"], None
     try:
         operations = json.loads(patch)
     except ValueError:
-        return [shorten(patch, 200)]
+        return [shorten(patch, 200)], None
     lines = []
     for operation in operations if isinstance(operations, list) else [operations]:
         if not isinstance(operation, dict):
             lines.append(str(operation))
             continue
-        value = f" = {shorten(json.dumps(operation['value'], ensure_ascii=False), 160)}" if "value" in operation else ""
-        source = f" from {operation['from']}" if "from" in operation else ""
-        lines.append(f"{operation.get('op')} {operation.get('path')}{value}{source}")
-    return lines
+        lines.append(_operation_line(operation, document))
+        document = _after(document, operation)
+    return lines, document
+
+
+def _operation_line(operation: dict[str, Any], document: Any) -> str:
+    value = f" = {_shown(operation['value'])}" if "value" in operation else ""
+    source = f" from {operation['from']}" if "from" in operation else ""
+    before = ""
+    if document is not None and operation.get("op") in ("replace", "remove"):
+        with contextlib.suppress(ValueError):
+            before = f"  (was {_shown(value_at(document, str(operation.get('path'))))})"
+    return f"{operation.get('op')} {operation.get('path')}{value}{source}{before}"
+
+
+def _after(document: Any, operation: dict[str, Any]) -> Any:
+    try:
+        return None if document is None else apply_patch(document, [operation])
+    except ValueError:
+        return None
+
+
+def _shown(value: Any) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False), 160)
 
 
 class OutcomeView:

@@ -193,7 +193,7 @@ def _released(context: Context, stored: StoredEvent, payload: e.BreakpointReleas
     held = next((p for p in generation.pauses if p.released == payload and p.released_at is not None), None)
     waited = f" after {duration(stored.event.recorded_at - held.hit_at)}" if held else ""
     reason = payload.content.reason if payload.content else None
-    level = "warn" if payload.action in ("refused", "expired") else "plain"
+    level = "plain" if payload.action in ("as_is", "edited") else "warn"
     text = f"{payload.action.replace('_', ' ')}{waited}"
     return [{"who": _who(stored, stored.event.source), "what": "released", "text": text, "quote": reason, "level": level}]
 

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ConfigDict
 
-from replay.patch import apply_patch
 from replay.persistent import Map, Vector
 from schemas import events as e
+from schemas.patch import apply_patch
 from schemas.requests import join
 
 Status = Literal["submitted", "paused", "streaming", "finished", "failed"]
@@ -335,8 +335,10 @@ class SessionState:
         return sum(generation.recording.tokens for generation in self.generations.values() if generation.recording)
 
     def environment_of(self, generation: Generation) -> Environment | None:
-        """The environment that a generation names, else the last one captured."""
+        """The environment that a generation names, where it started or else where it was asked for; else the last one captured."""
         named = generation.request.environment_id if generation.request else None
+        if generation.recording and generation.recording.started:
+            named = generation.recording.started.environment_id or named
         for environment in reversed(list(self.environments)):
             if named in (None, environment.event.environment_id):
                 return environment

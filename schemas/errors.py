@@ -6,6 +6,7 @@
     ├── UsageError                 2   the caller asked for something that cannot be
     │   ├── SettingsError          2   a settings file, variable or flag is wrong
     │   ├── UnknownSession         3   no event of that session is known
+    │   ├── UnknownName            2   no breakpoint or stopped request of that name
     │   └── QueryError             4   SQL that is invalid, refused or over a limit
     ├── DataError                  5   bytes or rows that are not what they should be
     │   ├── InvalidEvent           5   an event that breaks a rule of the schema
@@ -67,6 +68,10 @@ class UnknownSession(UsageError):
     """No event of that session is known."""
 
     exit_code = 3
+
+
+class UnknownName(UsageError):
+    """No breakpoint or stopped request is called that."""
 
 
 class QueryError(UsageError):

@@ -196,7 +196,7 @@ class EnvironmentCaptured(Payload):
 
 
 class BreakpointHit(Payload):
-    """A request was stopped and waits."""
+    """A request was stopped and waits: `deadline_us` after the stop, `default_action` (release or refuse) is what happens."""
 
     KIND = "breakpoint_hit"
     breakpoint_id: Text
@@ -213,7 +213,10 @@ class EditContent(Record):
 
 
 class RequestEdited(Payload):
-    """A person changed a stopped request: RFC 6902 patch, keyed digests of the request before and after."""
+    """A person changed a stopped request: RFC 6902 patch, keyed digests of the request's body before and after.
+
+    With `undo_of` the patch takes back the edit of that id.
+    """
 
     KIND = "request_edited"
     generation_id: Id
@@ -231,7 +234,11 @@ class ReleaseContent(Record):
 
 
 class BreakpointReleased(Payload):
-    """A stopped request went on: `action` is as_is, edited, refused or expired."""
+    """A stopped request stands still no more.
+
+    `action` is as_is, edited, refused, expired (the default action of its stop was applied), abandoned (the client hung
+    up) or lost (the worker that held it ended).
+    """
 
     KIND = "breakpoint_released"
     breakpoint_id: Text
@@ -282,6 +289,7 @@ class RequestSubmitted(Payload):
     environment_id: Digest | None = None
     redactions: list[Count] = []
     content: RequestContent | None = None
+    priority: Text | None = None
     history_generation: Id | None = None
     history_messages: Long | None = None
 
@@ -293,7 +301,11 @@ class GenerationContent(Record):
 
 
 class GenerationStarted(Payload):
-    """The upstream answered. `authoritative` is the source whose events views use for this generation."""
+    """The upstream answered. `authoritative` is the source whose events views use for this generation.
+
+    `upstream` and `environment_id` stand here where another upstream than that of `request_submitted` answered;
+    `queued_us` is how long the request waited for its turn, before offset 0.
+    """
 
     KIND = "generation_started"
     generation_id: Id
@@ -305,6 +317,9 @@ class GenerationStarted(Payload):
     prompt_tokens: Long | None = None
     offset_us: Long = 0
     content: GenerationContent | None = None
+    upstream: Text | None = None
+    environment_id: Digest | None = None
+    queued_us: Long | None = None
 
 
 class SequenceStarted(Payload):
@@ -398,7 +413,8 @@ class GenerationFailed(Payload):
 
     Error types: client_disconnected, invalid_request, upstream_unreachable, upstream_timeout, upstream_disconnected,
     upstream_error, upstream_malformed, shutdown, gateway_error, not_recorded (strict mode: the tape did not take the
-    request). Origins: client, upstream, gateway, engine.
+    request), refused (at a breakpoint), model_not_found, overloaded, invalid_api_key, permission_denied,
+    rate_limit_exceeded, insufficient_quota, keys_unavailable. Origins: client, upstream, gateway, engine.
     """
 
     KIND = "generation_failed"

@@ -36,7 +36,7 @@ class LogSettings(_Section):
 class SamplingRule(_Section):
     """A share of the sessions that match: each field given is a shell pattern (`*`, `?`, `[abc]`), and all must match.
 
-    What a session is like is read from its first request. `key` is the id under which the tape has an API key (`key-…`).
+    What a session is like is read from its first request. `key` is the id under which the tape has an API key.
     """
 
     rate: float = Field(ge=0, le=1)
@@ -108,6 +108,9 @@ class RedactionSettings(RedactionPolicy):
         return self.tenants.get(tenant, self)
 
 
+UpstreamKind = Literal["auto", "vllm", "openai", "anthropic"]
+
+
 class BlobSettings(_Section):
     """Where large bodies and attachments go: the store of [cold], beside the segments."""
 
@@ -115,27 +118,77 @@ class BlobSettings(_Section):
     wait_s: Seconds = Field(default=5.0, description="after this a body stays in its event instead")
 
 
+class UpstreamSettings(_Section):
+    """One upstream of several. `models` are served names or shell patterns (`*`, `?`, `[abc]`) that it may be asked for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    url: str = Field(pattern=r"^https?://")
+    kind: UpstreamKind = "auto"
+    key: SecretStr | None = None
+    models: list[str] = Field(default=["*"], min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+    hardware: str = ""
+    concurrency_max: int | None = Field(default=None, ge=1)
+    queue_max: int | None = Field(default=None, ge=0)
+
+
 class GatewaySettings(_Section):
-    """The HTTP entry before an upstream."""
+    """The HTTP entry before one or several upstreams."""
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8400, ge=0, le=65535, description="0 picks a free port")
     upstream: str = Field(default="http://127.0.0.1:8000", description="base URL without /v1")
-    upstream_kind: Literal["auto", "vllm", "openai", "anthropic"] = Field(default="auto", description="auto asks /version once.")
+    upstream_kind: UpstreamKind = Field(default="auto", description="auto asks /version once; Anthropic is never guessed.")
     upstream_key: SecretStr | None = Field(default=None, description="bearer token sent upstream; else the client's own")
+    upstreams: list[UpstreamSettings] = Field(
+        default=[], description="[[gateway.upstreams]] in place of upstream: name, url, kind, key, models, weight, hardware"
+    )
+    concurrency_max: int = Field(default=4096, ge=1, description="requests at work at one upstream; more wait their turn")
+    queue_max: int = Field(default=4096, ge=0, description="requests that wait for one upstream; more are refused with 503")
+    queue_timeout_s: Seconds = Field(default=300.0, description="longest wait for a turn, then 503")
+    attempts_max: int = Field(default=2, ge=1, description="of several upstreams so many are tried for one request before its first byte")
+    probe_s: Seconds = Field(default=2.0, description="how often each of several upstreams is asked whether it is well")
     connect_timeout_s: Seconds = Field(default=10.0, description="until the upstream accepts a connection")
     first_token_timeout_s: Seconds = Field(default=300.0, description="until the first byte of an answer")
     between_tokens_timeout_s: Seconds = Field(default=60.0, description="longest silence within an answer")
     total_timeout_s: Seconds = Field(default=3600.0, description="longest time for one whole answer")
-    retries: int = Field(default=1, ge=0, le=5, description="how often a request is sent again whose answer had not begun")
+    retries: int = Field(default=1, ge=0, le=5, description="how often the only upstream is asked again, before its answer began")
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
+    auth: Literal["off", "required"] = Field(default="off", description="required: only requests with a key of `tokentape keys`.")
+
+    @model_validator(mode="after")
+    def _one_way_to_say_it(self) -> GatewaySettings:
+        short = sorted(self.model_fields_set & {"upstream", "upstream_kind", "upstream_key"})
+        if self.upstreams and any(getattr(self, name) != type(self).model_fields[name].default for name in short):
+            raise ValueError(f"gateway.{short[0]} and gateway.upstreams are both set: keep one of them")
+        names = [upstream.name for upstream in self.upstreams]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two of gateway.upstreams are called {twice[0]!r}: each needs a name of its own")
+        return self
+
+    @property
+    def every_upstream(self) -> list[UpstreamSettings]:
+        """The upstreams; the short form is one that is asked for any model."""
+        short = UpstreamSettings.model_construct(name="upstream", url=self.upstream, kind=self.upstream_kind, key=self.upstream_key)
+        return self.upstreams or [short]
+
+
+class DebugSettings(_Section):
+    """Requests that stop at breakpoints, and who may decide about them over HTTP."""
+
+    deadline_s: Seconds = Field(default=300.0, description="a stopped request waits at most this long; a breakpoint may say otherwise")
+    default_action: Literal["release", "refuse"] = Field(default="release", description="what happens at the deadline.")
+    stopped_max: int = Field(default=1000, ge=1, description="stopped in one worker at once; for one more the default action holds at once")
+    keepalive_s: Seconds = Field(default=10.0, description="between two comments to a streaming client that waits")
+    answer_timeout_s: Seconds = Field(default=10.0, description="how long a command waits for the worker that holds a request")
+    token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
     seal_s: Seconds = Field(default=5.0, description="how long after its first row a tail shard is sealed for readers")
-    batch_events_max: int = Field(default=50_000, ge=1, description="events in one transaction")
+    batch_events_max: int = Field(default=200_000, ge=1, description="events in one transaction")
     event_bytes_max: int = Field(default=64 << 20, ge=1024, description="a larger event is quarantined")
 
 
@@ -197,6 +250,7 @@ class Settings(_Section):
     redaction: RedactionSettings = RedactionSettings()
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
+    debug: DebugSettings = DebugSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,19 +199,81 @@ def conversations(url: str) -> str:
     return session
 
 
+def debug(url: str) -> None:
+    """One request is stopped, edited and let go; its client just waits for an answer."""
+    heading(3, "Debug mode: a request stops at a breakpoint, is edited and let go")
+    tokentape("breakpoints", "add", "demo-refunds", "--tag", "refund", "--where", 'contains(last, "refund")')
+    _holds(url, "demo-refunds")
+    say(f"\n{GREEN}client:{OFF} I want a refund.   {DIM}(its request stops; the client hears that it waits){OFF}")
+    session = "01990000-0000-7000-8000-0000000d1b06"
+    answers: list[str] = []
+    client = threading.Thread(target=lambda: answers.append(_refund(url, session)), daemon=True)
+    client.start()
+    request = _stopped()
+    tokentape("breakpoints")
+    tokentape("stopped", "show", request)
+    tokentape("stopped", "edit", request, "--set", "messages.-1.content=Tell me about the sea.", "--reason", "no refunds today")
+    tokentape("stopped", "release", request, "--reason", "shown in the demo")
+    client.join(60)
+    if not answers:
+        raise ServiceError("the released request was not answered")
+    say(f"{GREEN}client:{OFF} got {DIM}{answers[0].strip()[:90]!r}{OFF}")
+    tokentape("breakpoints", "remove", "demo-refunds")
+    say("the tape has the request as submitted and as edited, and who changed it why:")
+    tokentape("show", session)
+    tokentape("sql", "SELECT recorded_at, actor, patch, reason FROM edits ORDER BY recorded_at")
+
+
+def _holds(url: str, name: str) -> None:
+    """Return when the gateway has read a breakpoint, which takes it some milliseconds."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{url}/api/v1/breakpoints", timeout=10) as answer:
+            if name in {known["breakpoint_id"] for known in json.load(answer)["breakpoints"]}:
+                return
+        time.sleep(0.02)
+    raise ServiceError(f"the gateway does not know the breakpoint {name}")
+
+
+def _refund(url: str, session: str) -> str:
+    """What the client of the stopped request gets in the end."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-demo-not-a-secret", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "I want a refund."}],
+            stream=True,
+            max_tokens=24,
+            temperature=0.8,
+            seed=7,
+            extra_headers={"x-tokentape-session": session, "x-tokentape-tags": "demo,refund"},
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def _stopped() -> str:
+    """The end of the id of the request that waits, by which a person names it."""
+    command = [str(TOKENTAPE), "--config", str(CONFIG), "stopped", "list", "--format", "json"]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        if lines:
+            return str(json.loads(lines[0])["generation"])[-8:]
+    raise ServiceError("no request stopped at the breakpoint")
+
+
 def look(session: str) -> None:
     """Sessions, a timeline, time travel and SQL over the hot tier."""
-    heading(3, "What is on the tape")
+    heading(4, "What is on the tape")
     tokentape("sessions")
-    heading(4, "An incident timeline")
+    heading(5, "An incident timeline")
     tokentape("timeline", session)
-    heading(5, "Time travel: the same session as it stood in the middle of the first answer")
+    heading(6, "Time travel: the same session as it stood in the middle of the first answer")
     moment = ask(
         f"SELECT event_id FROM events WHERE session_id = uuid_blob('{session}') AND kind = 'token_chunk' "
         'ORDER BY "offset" LIMIT 1 OFFSET 1'
     )[0]["event_id"]
     tokentape("show", session, "--at", moment)
-    heading(6, "SQL over the hot tier")
+    heading(7, "SQL over the hot tier")
     tokentape("sql", SQL)
 
 
@@ -222,13 +285,13 @@ SQL = (
 
 def custody(deployment: str, services: dict[str, dict[str, str]]) -> None:
     """Tier, the same SQL over cold, verify good, a flipped byte found."""
-    heading(7, "Hot becomes cold: Parquet segments, each entered in a signed ledger")
+    heading(8, "Hot becomes cold: Parquet segments, each entered in a signed ledger")
     tokentape("tier", "--now")
-    heading(8, "The same SQL, answered from the cold tier")
+    heading(9, "The same SQL, answered from the cold tier")
     tokentape("sql", SQL)
-    heading(9, "Proof: everything is as it was written")
+    heading(10, "Proof: everything is as it was written")
     tokentape("verify")
-    heading(10, "Somebody flips one bit in a segment")
+    heading(11, "Somebody flips one bit in a segment")
     with flipped_bit(deployment, services) as key:
         say(f"{RED}flipped one bit of {key}{OFF}")
         tokentape("verify", expect=10)
@@ -280,9 +343,9 @@ def _overwrite(path: Path, data: bytes) -> None:
 
 def replay(session: str, same: str, changed: str) -> None:
     """Compare replay against the same model and against a changed one."""
-    heading(11, "Replay: are these tokens what this model says? The same engine")
+    heading(12, "Replay: are these tokens what this model says? The same engine")
     tokentape("replay", session, "--mode", "compare", "--engine", same)
-    heading(12, "The same question to a model whose weights were changed a little")
+    heading(13, "The same question to a model whose weights were changed a little")
     tokentape("replay", session, "--mode", "compare", "--engine", changed, "--loose")
     tokentape("sql", "SELECT engine, verdict, tokens, drift_max, noise_floor FROM replays ORDER BY started_at")
 
@@ -360,10 +423,11 @@ def run(deployment: str) -> None:
         with gateway() as url:
             session = conversations(url)
             second.start()
+            debug(url)
             look(session)
             custody(deployment, addresses)
             replay(session, upstream, second.url())
-            heading(13, "How it stands")
+            heading(14, "How it stands")
             tokentape("status")
             tokentape("jobs", "history")
     made = sum(path.stat().st_size for path in (OUTPUT / "data").rglob("*") if path.is_file())

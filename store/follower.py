@@ -14,12 +14,13 @@ from store.log.base import Log
 
 # How long the log is asked to wait for something new; also how soon a stop is noticed.
 _WAIT_S = 0.1
-# A round that is not full is held back this long for company, since each commit costs milliseconds.
+# A round that is not full is held back this long for company, since each commit costs milliseconds. While the rounds
+# before it wait to be inserted it goes on growing: what is behind is caught up with in few large commits.
 _LINGER_S = 0.3
 # A round that could be handed over waits this long for a fetch that is on its way.
 _FETCH_S = 0.01
 # Rounds waiting to be inserted; one is in the making besides.
-_AHEAD = 2
+_AHEAD = 1
 # A round ends here whatever its number of records, so that large events do not fill the memory.
 _ROUND_BYTES_MAX = 64 << 20
 
@@ -117,7 +118,8 @@ class Follower(threading.Thread):
             for partition in self._oldest(ready):
                 self._read(partition, found)
             full = found.records >= self._limit or found.bytes >= _ROUND_BYTES_MAX
-            if full or time.monotonic() >= deadline or (not ready and not self._lingers(found)):
+            wanted = time.monotonic() >= deadline and not self.rounds.full()
+            if full or wanted or (not ready and not self._lingers(found)):
                 break
             active = self._active()
         return found
@@ -130,7 +132,7 @@ class Follower(threading.Thread):
         """How long to wait for more: a fetch may be on its way even when somebody is in a hurry."""
         if not found.records:
             return _WAIT_S
-        return max(0.0, min(_WAIT_S if self._lingers(found) else _FETCH_S, deadline - time.monotonic()))
+        return max(_FETCH_S, min(_WAIT_S, deadline - time.monotonic())) if self._lingers(found) else _FETCH_S
 
     def _oldest(self, ready: set[int]) -> list[int]:
         """Those of the earliest day: a shard holds one day, so partitions that are behind come first."""

@@ -41,6 +41,8 @@ _POLL_S = 0.02
 _ASSIGN_S = 0.5
 # How often an idle indexer notes that it has caught up.
 _NOTE_S = 0.5
+# A seal begins when this share of `seal_s` has passed, so that readers have the shard within it.
+_SEAL_AT = 0.9
 # Pause after a fault that may pass, doubled each time up to the second value.
 _BACKOFF_S = (0.2, 5.0)
 
@@ -271,7 +273,7 @@ class _Session:
             pass
         self._note_stopped(follower)
         self._hear_requests(follower)
-        old = time.monotonic() - self._tail_since >= self._settings.index.seal_s
+        old = time.monotonic() - self._tail_since >= self._settings.index.seal_s * _SEAL_AT
         if self._tail is not None and (old or (self._wanted and self._reached())):
             self._seal()
             follower.acknowledged = {partition: state.offset_next for partition, state in self._states.items()}

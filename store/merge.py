@@ -158,17 +158,10 @@ def _fill(draft: Path, name: str, item: Plan, scratch: Path) -> tuple[bytes, byt
     expected = sum(shard.rows for shard in item.shards)
     with duck.connect(threads=2, memory_limit=_MEMORY, temp_directory=str(scratch)) as connection:
         relation = attach(connection, [shard for shard in item.shards if shard.rows])
-        connection.execute("ATTACH '{}' AS merged (ROW_GROUP_SIZE {})".format(str(draft.absolute()).replace("'", "''"), _ROW_GROUP))
-        connection.execute("USE merged")
+        use_new(connection, draft)
         connection.execute(tables.STATE_TABLES[0])
         connection.execute("INSERT INTO meta VALUES (?, ?, ?, '')", [name, item.level, item.day])
-        narrow = tables.NARROW if expected >= _NARROW_ROWS_MIN else ()
-        for kind in (*narrow, None):
-            tables.create_table(connection, kind)
-            columns = ", ".join(f'"{column}"' for column in tables.table_columns(kind))
-            rows = f"SELECT {columns} FROM {relation} WHERE {_belongs(kind, narrow)}"
-            connection.execute(f'INSERT INTO {tables.table_of(kind)} {rows} ORDER BY session_id, "partition", "offset"')
-        tables.finish(connection)
+        lay_out(connection, relation, expected)
         facts = shard_facts(connection, "events")
         if facts[4] != expected:
             raise duckdb.Error(f"{facts[4]} rows of {expected} arrived")
@@ -176,6 +169,23 @@ def _fill(draft: Path, name: str, item: Plan, scratch: Path) -> tuple[bytes, byt
         connection.execute("USE memory")
         connection.execute("DETACH merged")
     return facts
+
+
+def use_new(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    """Make a merged shard's file and use it, under the name `merged`."""
+    connection.execute("ATTACH '{}' AS merged (ROW_GROUP_SIZE {})".format(str(path.absolute()).replace("'", "''"), _ROW_GROUP))
+    connection.execute("USE merged")
+
+
+def lay_out(connection: duckdb.DuckDBPyConnection, relation: str, rows: int) -> None:
+    """Write a relation of so many rows into the tables of a merged shard, in the order of session, partition and offset."""
+    narrow = tables.NARROW if rows >= _NARROW_ROWS_MIN else ()
+    for kind in (*narrow, None):
+        tables.create_table(connection, kind)
+        columns = ", ".join(f'"{column}"' for column in tables.table_columns(kind))
+        chosen = f"SELECT {columns} FROM {relation} WHERE {_belongs(kind, narrow)}"
+        connection.execute(f'INSERT INTO {tables.table_of(kind)} {chosen} ORDER BY session_id, "partition", "offset"')
+    tables.finish(connection)
 
 
 def _belongs(kind: str | None, narrow: Sequence[str]) -> str:

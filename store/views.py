@@ -43,18 +43,33 @@ _AUTHORITY = """
     SELECT generation_started.generation_id AS generation, arg_min(generation_started.authoritative, "offset") AS authoritative
     FROM events WHERE kind = 'generation_started' GROUP BY ALL"""
 
+# A tag is there if the last that was said of it is that it was added; within one event removing counts.
 _SESSIONS = """
-    SELECT uuid_text(session_id) AS session_id, any_value(tenant) AS tenant, any_value(retention_class) AS retention_class,
+    WITH told AS (
+        SELECT session_id, "offset" AS place, unnest(list_concat(session_opened.tags, session_annotated.tags_added)) AS tag, true AS there
+        FROM events WHERE kind IN ('session_opened', 'session_annotated')
+        UNION ALL BY NAME
+        SELECT session_id, "offset" AS place, unnest(session_annotated.tags_removed) AS tag, false AS there
+        FROM events WHERE kind = 'session_annotated'
+    ), tagged AS (
+        SELECT session_id, tag, arg_max(there, place * 2 + CASE WHEN there THEN 0 ELSE 1 END) AS there FROM told GROUP BY ALL
+    ), labels AS (
+        SELECT session_id AS session, list(tag ORDER BY tag) AS tags FROM tagged WHERE there GROUP BY ALL
+    ), summed AS (
+        SELECT session_id AS session, uuid_text(session_id) AS session_id, any_value(tenant) AS tenant,
+        any_value(retention_class) AS retention_class,
         min(recorded_at) AS started_at, max(recorded_at) AS last_event_at,
         epoch_us(max(recorded_at) - min(recorded_at)) / 1000 AS duration_ms,
         any_value(actor) AS actor, any_value(session_opened.client) AS client, any_value(session_opened."user") AS "user",
         any_value(session_opened.workflow) AS workflow, any_value(session_opened.purpose) AS purpose,
         any_value(session_opened.content.title) AS title,
-        list_distinct(flatten(list(list_concat(session_opened.tags, session_annotated.tags_added)))) AS tags,
+        CAST(NULL AS VARCHAR[]) AS tags,
         count(*) AS events, count(request_submitted) AS requests, count(generation_failed) AS failures, count(request_edited) AS edits,
         CAST(coalesce(sum(sequence_finished.tokens), 0) AS BIGINT) AS tokens, count(replay_started) AS replays,
         uuid_text(any_value(session_opened.parent_session)) AS parent_session_id, any_value(session_closed.reason) AS closed
-    FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)"""
+        FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)
+    )
+    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags) FROM summed s LEFT JOIN labels l ON l.session = s.session"""
 
 _GENERATION_KINDS = (
     *("request_submitted", "generation_started", "sequence_started", "token_chunk", "sequence_finished"),
@@ -91,10 +106,12 @@ _GENERATIONS = f"""
         coalesce(finished.first_token_us, first_us) / 1000 AS first_token_ms,
         coalesce(finished.offset_us, failed.offset_us, last_us) / 1000 AS duration_ms,
         tokens / nullif(last_us - first_us, 0) * 1e6 AS tokens_per_s,
-        coalesce(attempts, 0) AS attempts, source, started.status AS status, asked.upstream AS upstream,
+        coalesce(attempts, 0) AS attempts, source, started.status AS status,
+        coalesce(started.upstream, asked.upstream) AS upstream, started.queued_us / 1000 AS queued_ms, asked.priority AS priority,
         started.upstream_id AS upstream_id, asked.trace_id AS trace_id, asked.client_request_id AS client_request_id,
         asked.api_key_id AS api_key_id, asked.client_address AS client_address,
-        lower(hex(asked.environment_id)) AS environment_id, uuid_text(asked.parent_generation) AS parent_generation_id
+        lower(hex(coalesce(started.environment_id, asked.environment_id))) AS environment_id,
+        uuid_text(asked.parent_generation) AS parent_generation_id
     FROM joined"""
 
 # A request lists the messages since the one that it continues; following it back takes log2 of the turns.

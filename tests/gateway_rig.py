@@ -22,7 +22,7 @@ from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
 from schemas.requests import load
-from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
+from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings
 from store.log import open_log
 
 DEADLINE_S = 30.0
@@ -128,11 +128,14 @@ def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
 
 
 @contextlib.contextmanager
-def running(data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, **gateway: Any) -> Iterator[Rig]:
+def running(
+    data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, debug: dict[str, Any] | None = None, **gateway: Any
+) -> Iterator[Rig]:
     """A gateway before an upstream."""
     settings = Settings(
         data=data,
         gateway=GatewaySettings(port=0, upstream=upstream, **gateway),
+        debug=DebugSettings.model_validate(debug or {}),
         log=LogSettings(partitions=2),
         recorder=RecorderSettings.model_validate({"mode": mode, "coalesce_ms": 5.0}),
     )
@@ -198,6 +201,8 @@ class BrokenUpstream:
     paths: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     version: bytes | None = None
+    models: tuple[str, ...] = ()
+    port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -209,6 +214,9 @@ class BrokenUpstream:
                 if not peer.path.startswith(RECORDED):
                     if peer.path == "/version" and self.version:
                         await peer.whole(b"200 OK", b"application/json", self.version)
+                    elif peer.path == "/v1/models" and self.models:
+                        listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+                        await peer.whole(b"200 OK", b"application/json", orjson.dumps(listed))
                     else:
                         await peer.whole(b"404 Not Found", b"application/json", b"{}")
                     continue
@@ -235,7 +243,7 @@ def broken(act: Act, **options: Any) -> Iterator[BrokenUpstream]:
     stop: list[Callable[[], Any]] = []
 
     async def run() -> None:
-        server = await asyncio.start_server(upstream._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(upstream._serve, "127.0.0.1", upstream.port)
         upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         over = asyncio.Event()
         loop = asyncio.get_running_loop()

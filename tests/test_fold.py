@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from typing import Any
 
@@ -11,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from replay.fold import Until, apply, fold, state_at, states
-from replay.patch import apply_patch
 from replay.persistent import Map, Vector
 from replay.snapshot import dump, load
 from replay.state import EMPTY, Generation, SessionState
@@ -347,54 +345,6 @@ def test_thirty_thousand_chunks_fold_into_one_sequence() -> None:
     kept = [state for i, state in enumerate(states(events, start=fold(tape.events))) if i % 1000 == 999]
 
     assert list(range(1000, 30_001, 1000)) == [state.tokens for state in kept]
-
-
-PATCHES: list[tuple[Any, list[dict[str, Any]], Any]] = [
-    ({"a": 1}, [{"op": "add", "path": "/b", "value": 2}], {"a": 1, "b": 2}),
-    ({"a": [1, 2]}, [{"op": "add", "path": "/a/1", "value": 9}], {"a": [1, 9, 2]}),
-    ({"a": [1]}, [{"op": "add", "path": "/a/-", "value": 9}], {"a": [1, 9]}),
-    ({"a": 1, "b": 2}, [{"op": "remove", "path": "/a"}], {"b": 2}),
-    ({"a": [1, 2]}, [{"op": "remove", "path": "/a/0"}], {"a": [2]}),
-    ({"a~b/c": 1}, [{"op": "replace", "path": "/a~0b~1c", "value": 2}], {"a~b/c": 2}),
-    ({"a": {"b": 1}}, [{"op": "move", "from": "/a/b", "path": "/c"}], {"a": {}, "c": 1}),
-    (
-        {"a": {"b": 1}},
-        [{"op": "copy", "from": "/a", "path": "/c"}, {"op": "add", "path": "/c/d", "value": 1}],
-        {"a": {"b": 1}, "c": {"b": 1, "d": 1}},
-    ),
-    ({"a": 1}, [{"op": "replace", "path": "", "value": {"x": 1}}], {"x": 1}),
-    ({"a": 1.0}, [{"op": "test", "path": "/a", "value": 1}], {"a": 1.0}),
-]
-
-
-@pytest.mark.parametrize(("document", "patch", "expected"), PATCHES)
-def test_patches_apply_as_rfc_6902_says(document: Any, patch: list[dict[str, Any]], expected: Any) -> None:
-    """One case per operation; the document given stays as it was."""
-    before = json.dumps(document)
-
-    assert expected == apply_patch(document, patch)
-    assert before == json.dumps(document)
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        {"op": "remove", "path": "/x"},
-        {"op": "replace", "path": "/x", "value": 1},
-        {"op": "add", "path": "/l/3", "value": 1},
-        {"op": "add", "path": "/l/01", "value": 1},
-        {"op": "add", "path": "l", "value": 1},
-        {"op": "add", "path": "/a"},
-        {"op": "test", "path": "/t", "value": 1},
-        {"op": "move", "from": "/o", "path": "/o/x"},
-        {"op": "fly", "path": "/a"},
-        {},
-    ],
-)
-def test_a_patch_that_does_not_fit_is_refused(operation: dict[str, Any]) -> None:
-    """Missing places, bad indexes, failed tests and unknown operations are one kind of error."""
-    with pytest.raises(ValueError, match=r"."):
-        apply_patch({"l": [1], "t": True, "o": {}, "a": 1}, [operation])
 
 
 @settings(max_examples=80, deadline=None)

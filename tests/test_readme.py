@@ -8,17 +8,22 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
 from schemas.settings import GatewaySettings, Settings
 from tests.conftest import VllmService
-from tests.program import ROOT, Program
+from tests.debug_rig import wait_known
+from tests.program import ROOT, Program, until
 
 README = ROOT / "README.md"
-ELSEWHERE = ("git clone", "make ", "docker ")
-"""Beginnings of commands that set up a machine; the frame's and the services' own tests run those."""
+ELSEWHERE = ("git clone", "make ", "docker ", "curl ")
+"""Beginnings of commands that set up a machine or are a client; the frame's, the services' and other tests run those."""
+DEBUGGING = "## Stop a request, edit it, let it go"
+GATEWAY = "http://127.0.0.1:8400"
+"""Where the README's reader has a gateway."""
 ENGINE = "http://127.0.0.1:8000"
 """Where the README's reader has an engine."""
 
@@ -32,7 +37,7 @@ def shown() -> list[str]:
 
 def runnable() -> list[str]:
     """Those that end by themselves and need nothing that the tests do not have."""
-    return [line for line in shown() if not line.startswith(ELSEWHERE) and not re.search(r"\bup$", line)]
+    return [line for line in shown() if not line.startswith(ELSEWHERE) and not re.search(r"\bup$|REQUEST", line)]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +62,14 @@ def _install(folder: Path) -> None:
 def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
     """Each ends with exit code 0, says nothing of an error, and leaves an answer where there is one."""
     session = program.sql("SELECT session_id, started_at FROM sessions WHERE requests > 0")[0]
+    key = f"key-{program.run('keys', 'create', '--owner', 'ann').text.split('-')[1]}"
     search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**program.environment, "PATH": search}
     moment = str(session["started_at"])[:23].replace(" ", "T")
     wrong = {}
     for line in runnable():
         words = re.sub(r"--at \S+", f"--at {moment}", line.replace("SESSION", session["session_id"]).replace(ENGINE, vllm.url))
+        words = re.sub(r"\bKEY\b", key, words)
         ran = subprocess.run(
             ["sh", "-c", words], capture_output=True, text=True, cwd=program.folder, env=environment, timeout=90, check=False
         )
@@ -71,6 +78,35 @@ def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
 
     assert wrong == {}
     assert (program.folder / "failures.csv").read_text().startswith('"session_id"')
+
+
+def test_two_terminals(program: Program, vllm: VllmService) -> None:
+    """The section on debug mode, done: one terminal waits while the other edits and releases; the tape tells of it."""
+    section = README.read_text(encoding="utf-8").partition(DEBUGGING)[2].partition("\n## ")[0]
+    first, second = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (setup, client), commands = first.splitlines(), [re.sub(r"\s+# .*", "", line) for line in second.splitlines()]
+    search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    how: Any = {"text": True, "cwd": program.folder, "env": {**program.environment, "PATH": search}}
+    with program.up("--only", "gateway") as up:
+        client = client.replace(GATEWAY, up.ready(("gateway",)).url).replace("MODEL", vllm.model)
+        subprocess.run(["sh", "-c", setup], check=True, stdout=subprocess.DEVNULL, **how)
+        wait_known(up.url, "refunds")
+        waiting = subprocess.Popen(["sh", "-c", client], stdout=subprocess.PIPE, **how)
+        rows = until(lambda: program.run("stopped", "list", "--format", "json").rows or None)
+        said = []
+        for line in commands:
+            words = line.replace("REQUEST", rows[0]["generation"][-8:])
+            ran = subprocess.run(["sh", "-c", words], capture_output=True, timeout=90, check=False, **how)
+            assert (ran.returncode, "tokentape: " in ran.stderr) == (0, False), (words, ran.stderr)
+            said.append(ran.stdout)
+        answer = waiting.communicate(timeout=90)[0]
+
+    assert re.match(r"(: stopped at a breakpoint\n\n)+data: {", answer)
+    assert answer.endswith("data: [DONE]\n\n")
+    assert "I want a refund." in said[1]
+    assert said[5].endswith("edited\n")
+    assert "no refunds today" in said[6]
+    assert said[6].count("messages") == 3
 
 
 def test_the_readme_shows_the_main_commands() -> None:

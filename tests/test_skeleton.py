@@ -155,10 +155,12 @@ def _plain() -> dict[str, str]:
 
 
 def _compose() -> list[str]:
-    """The compose client of this machine, an empty list where there is none."""
+    """The compose client of this machine, an empty list where there is none; version 1 knows an older format."""
     for client in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(client[0]) and subprocess.run([*client, "version"], capture_output=True, check=False).returncode == 0:
-            return client
+        if shutil.which(client[0]):
+            answer = subprocess.run([*client, "version", "--short"], capture_output=True, text=True, check=False)
+            if answer.returncode == 0 and not answer.stdout.startswith("1."):
+                return client
     return []
 
 

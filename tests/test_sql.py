@@ -12,7 +12,7 @@ import pytest
 
 from schemas import events as e
 from schemas.codec import encode
-from schemas.errors import QueryError
+from schemas.errors import CorruptStore
 from schemas.events import PAYLOADS, Event, Payload
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
@@ -347,7 +347,7 @@ def test_damaged_shard_is_named(settings_embedded: Settings) -> None:
     catalog = open_catalog(settings_embedded.data)
     shard = put_hot(catalog, "bad", [sample("session_opened", full=False)])
     Path(shard.path).write_bytes(b"nothing that DuckDB knows" * 100)
-    with pytest.raises(QueryError, match="bad") as caught:
+    with pytest.raises(CorruptStore, match="bad") as caught:
         query(settings_embedded, "SELECT * FROM events")
 
     assert "rebuild" in caught.value.hint

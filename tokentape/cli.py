@@ -22,9 +22,11 @@ Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown ses
 
 COMMANDS = {
     "services": ("up",),
-    "query": ("sql", "sessions", "show", "timeline", "tail", "blob"),
+    "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
+    "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "keys": ("keys",),
     "custody": ("verify",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

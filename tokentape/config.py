@@ -117,7 +117,8 @@ def _validated(tree: dict[str, Any]) -> Settings:
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             _field(_section(first["loc"][:-1]), str(first["loc"][-1]), place)
-        got = "" if "key" in place else f", got {first['input']!r}"  # a wrong secret is still a secret
+        plain = isinstance(first["input"], str | int | float) and "key" not in place  # a wrong secret is still a secret
+        got = f", got {first['input']!r}" if plain else ""
         raise SettingsError(f"{first['msg']}{got}", place=place, hint="see tokentape.example.toml") from error
 
 

@@ -6,13 +6,14 @@ import contextlib
 import getpass
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 from ingest.recorder import Recorder
-from schemas.errors import AlreadyExists, Unavailable
-from schemas.events import AccessContent, AccessLogged
+from ingest.redaction import Redactor
+from schemas.errors import AlreadyExists, LogUnavailable, Unavailable
+from schemas.events import AccessContent, AccessLogged, AnnotationContent, SessionAnnotated
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
@@ -114,6 +115,10 @@ class Installation:
         self._stack.callback(recorder.close)
         return recorder
 
+    def closing(self, close: Callable[[], None]) -> None:
+        """Call `close` with the installation's own end."""
+        self._stack.callback(close)
+
     def _fetch_schema(self, fingerprint: bytes) -> dict[str, Any] | None:
         try:
             definition = json.loads(self.objects.get(schema_key(fingerprint)))
@@ -161,6 +166,28 @@ class Installation:
         except Unavailable as error:
             warn(f"large bodies are not shown, their store does not answer: {error}")
             return events
+
+    def annotate(self, text: str, event: SessionAnnotated) -> None:
+        """Record an annotation in a session, under its own tenant, retention class and salt; it is in the log when this returns.
+
+        Raises:
+            UnknownSession: as `session_id`.
+            LogUnavailable: the log does not take it.
+        """
+        first = next(iter(self.reader.session(self.session_id(text)))).event
+        salt = {"salt": first.salt} if first.salt else {}
+        content = self.settings.redaction.of(first.tenant).content == "full"
+        session = SessionContext(
+            first.session_id, first.tenant, "api", self.person(), first.retention_class, content=content, sample_rate=1.0, **salt
+        )
+        redactor = Redactor.of(self.settings).for_tenant(first.tenant)
+        if event.content is not None:
+            event = event.model_copy(update={"content": AnnotationContent(note=redactor.clean(event.content.note))})
+        self.recorder.record(session, event)
+        if not self.recorder.flush(self.settings.log.timeout_s):
+            raise LogUnavailable(
+                "the log did not take the annotation in time", operation="annotate", hint="it is sent when the log is back"
+            )
 
     def person(self) -> str:
         """Who runs this command, as an opaque id."""

@@ -20,6 +20,8 @@ from ingest.attachments import Attachments
 from ingest.gateway import errors
 from ingest.gateway.counting import PATH as COUNT_TOKENS
 from ingest.gateway.counting import count_tokens
+from ingest.gateway.debug_api import PREFIX as DEBUG
+from ingest.gateway.debug_api import debug_api
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.endpoints.chat import Chat
 from ingest.gateway.endpoints.completions import Completions
@@ -29,18 +31,24 @@ from ingest.gateway.endpoints.responses import Responses
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
-from ingest.gateway.headers import answer_headers, authorization_of, upstream_headers
+from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.keys import Keyring
 from ingest.gateway.offload import Offload
 from ingest.gateway.parts import Parts
+from ingest.gateway.placement import Placement
+from ingest.gateway.quotas import Quotas, WorkerName
+from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
+from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
-from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.upstream import failure_of
 from ingest.gateway.window import Window
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
 from schemas.settings import Settings
 from store.blobs import BlobStore
+from store.control import ControlView, open_control
 from store.objects import open_store
 from store.objects.base import ObjectStore
 
@@ -65,18 +73,32 @@ class Gateway:
     """The application. Serves from one event loop."""
 
     def __init__(self, settings: Settings, recorder: Recording) -> None:
-        """Raises `StorageFull` if the data directory cannot be written, `SettingsError` for a redaction rule that cannot be."""
-        upstream = Upstream(settings.gateway)
+        """Make the application.
+
+        Raises:
+            StorageFull: the data directory cannot be written.
+            LogUnavailable: the control log does not answer.
+            SettingsError: a redaction rule that cannot be.
+        """
         redactor = Redactor.of(settings)
         self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
         recorder = Window(Offload(recorder, self.attachments, settings.recorder), redactor)
-        self.parts = Parts(settings, recorder, upstream, Sessions(settings), redactor)
+        routes, sessions = Routes(settings.gateway), Sessions(settings)
+        control = open_control(settings)
+        shared = ControlView(control)
+        self._worker = WorkerName(settings.data / "control", sessions.installation)
+        keyring = Keyring(shared, required=settings.gateway.auth == "required")
+        quotas = Quotas(control, shared, self._worker.name)
+        stops = Stops(settings, recorder, control, shared)
+        placement = Placement(settings.recorder, sessions.installation)
+        self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             COUNT_TOKENS: ("POST", count_tokens),
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
+            "/ready": ("GET", _ready),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,14 +116,23 @@ class Gateway:
 
     async def drain(self, grace_s: float) -> None:
         """Wait for open exchanges, then end those that are left."""
+        self.parts.stops.end()
         if tasks := {exchange.task for exchange in self.active}:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
             exchange.abort(Failure(errors.SHUTDOWN, "The gateway is stopping."))
 
+    def close(self) -> None:
+        """Let go of what was opened; after the last exchange has ended."""
+        self.parts.shared.close()
+        self.parts.control.close()
+        self._worker.close()
+
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
         wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None and path.startswith(DEBUG):
+            return await debug_api(self.parts, exchange)
         if endpoint is None:
             served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
             body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
@@ -112,36 +143,60 @@ class Gateway:
         return await endpoint(self.parts, exchange)
 
     async def _health(self, parts: Parts, exchange: Exchange) -> None:
-        """That this process serves; the upstream has a health of its own."""
-        answer = {"status": "ok", "upstream": parts.upstream.name, "upstream_kind": parts.upstream.kind, "active": len(self.active) - 1}
+        """That this process serves, and what it last knew of its upstreams."""
+        answer: dict[str, Any] = {"status": "ok", "active": len(self.active) - 1, "upstreams": [lane.facts for lane in parts.routes.lanes]}
+        if parts.settings.gateway.auth == "off":  # where everybody may ask, addresses are no secret
+            first = parts.routes.lanes[0].upstream
+            answer |= {"upstream": first.name, "upstream_kind": first.kind}
         await exchange.respond(200, dump(answer), [errors.JSON])
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.parts.upstream.open()
+                await self.parts.routes.open()
+                self.parts.keyring.open()
+                self.parts.quotas.open()
+                await self.parts.stops.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self.parts.upstream.close()
+                await self.parts.stops.close()
+                await self.parts.keyring.close()
+                await self.parts.quotas.close()
+                await self.parts.routes.close()
                 self.attachments.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
+async def _ready(parts: Parts, exchange: Exchange) -> None:
+    """Whether an upstream can take a request now: they are asked. 200 if one can, else 503."""
+    await parts.routes.probe()
+    ready = any(lane.ready for lane in parts.routes.lanes)
+    answer = {"status": "ready" if ready else "not ready", "upstreams": [lane.facts for lane in parts.routes.lanes]}
+    await exchange.respond(200 if ready else 503, dump(answer), [errors.JSON])
+
+
 def _recorded(endpoint: Endpoint) -> Handler:
     async def handle(parts: Parts, exchange: Exchange) -> None:
-        await Generation(parts, exchange, endpoint).serve()
+        await Generation(parts, exchange, endpoint, await parts.keyring.caller(exchange)).serve()
 
     return handle
 
 
 async def _models(parts: Parts, exchange: Exchange) -> None:
-    """The upstream's models, as it tells them; not recorded."""
-    url = parts.upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, parts.upstream.authorization(authorization_of(exchange)), parts.upstream.kind or "")
+    """The models of all upstreams; those of a single one as it tells them itself. Not recorded."""
+    caller = await parts.keyring.caller(exchange)
+    if caller.refusal:
+        return await exchange.fail(caller.refusal, [])
+    if parts.routes.several or (caller.key and "*" not in caller.key.models):
+        allowed = caller.key.allows if caller.key else lambda _: True
+        return await exchange.respond(200, await parts.routes.models(allowed), [errors.JSON])
+    upstream = parts.routes.lanes[0].upstream
+    url = upstream.url_of("/v1/models", exchange.scope["query_string"])
+    headers = upstream_headers(exchange, upstream.authorization(caller.authorization), upstream.kind or "")
     try:
         async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
-            async with parts.upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
+            async with upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
                 body = await answer.read()
     except TimeoutError:
         return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
@@ -210,11 +265,13 @@ def serve(
         ConflictError: the port is in use.
         SettingsError: there is no such address.
         StorageFull: the data directory cannot be written.
+        LogUnavailable: the control log does not answer.
     """
-    gateway = create_app(settings, recorder)
     listener = listen(settings.gateway.host, settings.gateway.port)
     with ExitStack() as stack:
         stack.callback(listener.close)
+        gateway = create_app(settings, recorder)
+        stack.callback(gateway.close)
 
         def started() -> None:
             context = ready(url_of(listener)) if ready else None

@@ -9,11 +9,12 @@ import aiohttp
 from ingest.gateway import errors
 from ingest.gateway.errors import ANTHROPIC, Failure
 from ingest.gateway.exchange import Exchange
-from ingest.gateway.headers import authorization_of, upstream_headers
+from ingest.gateway.headers import upstream_headers
 from ingest.gateway.parts import Parts
-from ingest.gateway.upstream import failure_of
+from ingest.gateway.passage import Passage
+from ingest.gateway.upstream import Upstream, failure_of
 from schemas.errors import UsageError
-from schemas.requests import dump, load
+from schemas.requests import ClientRequest, dump, load
 from schemas.requests.anthropic import from_anthropic
 from schemas.requests.chat import to_chat
 from schemas.requests.client import read_messages
@@ -41,17 +42,27 @@ async def count_tokens(parts: Parts, exchange: Exchange) -> None:
 
 
 async def _count(parts: Parts, exchange: Exchange) -> tuple[int, bytes]:
+    caller = await parts.keyring.caller(exchange)
+    if caller.refusal:
+        raise caller.refusal
     request = read_messages(await exchange.body())
-    authorization = authorization_of(exchange)
-    kind = await parts.upstream.ready(authorization)
-    headers = upstream_headers(exchange, parts.upstream.authorization(authorization), kind)
+    passage = Passage(parts, exchange, caller)
+    try:
+        return await _asked(parts, exchange, passage, request)
+    finally:
+        passage.close(0)
+
+
+async def _asked(parts: Parts, exchange: Exchange, passage: Passage, request: ClientRequest) -> tuple[int, bytes]:
+    kind = await passage.ready(request.model)
+    headers = upstream_headers(exchange, passage.authorization_upstream, kind)
     if kind == "anthropic":
-        return await _ask(parts, PATH, request.body, headers)
+        return await _ask(parts, passage.upstream, PATH, request.body, headers)
     if kind != "vllm":
         raise Failure(errors.INVALID_REQUEST, "count_tokens is not possible with an OpenAI upstream, which has no tokenizer to ask.")
     chat = to_chat(from_anthropic(request.fields), vllm=True)
     asked = {name: value for name, value in chat.items() if name in _TOKENIZED}
-    status, body = await _ask(parts, "/tokenize", dump(asked), headers)
+    status, body = await _ask(parts, passage.upstream, "/tokenize", dump(asked), headers)
     answer = load(body)
     if status != 200:
         error = answer.get("error", answer) if isinstance(answer, dict) else {}
@@ -60,9 +71,9 @@ async def _count(parts: Parts, exchange: Exchange) -> tuple[int, bytes]:
     return 200, dump({"input_tokens": answer["count"]})
 
 
-async def _ask(parts: Parts, path: str, body: bytes, headers: list[tuple[str, str]]) -> tuple[int, bytes]:
+async def _ask(parts: Parts, upstream: Upstream, path: str, body: bytes, headers: list[tuple[str, str]]) -> tuple[int, bytes]:
     settings = parts.settings.gateway
     async with asyncio.timeout(settings.between_tokens_timeout_s):
-        url = parts.upstream.url_of(path, b"")
-        async with parts.upstream.client.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+        url = upstream.url_of(path, b"")
+        async with upstream.client.post(url, data=body, headers=headers, allow_redirects=False) as answer:
             return answer.status, await answer.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,25 +35,49 @@ TIMEOUT = Fault("upstream_timeout", "upstream", 504, True, "upstream_error")
 DISCONNECTED = Fault("upstream_disconnected", "upstream", 502, True, "upstream_error")
 MALFORMED = Fault("upstream_malformed", "upstream", 502, True, "upstream_error")
 UPSTREAM_ERROR = Fault("upstream_error", "upstream", 502, False, "upstream_error")
+REFUSED = Fault("refused", "gateway", 403, False, "permission_error")
+"""Somebody, or a rule, refused a request that had stopped at a breakpoint."""
 SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
 NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
 """Only in `strict` mode: what cannot be recorded is not served."""
 INTERNAL = Fault("gateway_error", "gateway", 500, True, "server_error")
+NO_MODEL = Fault("model_not_found", "client", 404, False, "invalid_request_error")
+OVERLOADED = Fault("overloaded", "gateway", 503, True, "server_error")
+UNKNOWN_KEY = Fault("invalid_api_key", "client", 401, False, "authentication_error")
+FORBIDDEN = Fault("permission_denied", "client", 403, False, "permission_error")
+REQUESTS_LIMITED = Fault("rate_limit_exceeded", "client", 429, True, "requests")
+TOKENS_LIMITED = Fault("rate_limit_exceeded", "client", 429, True, "tokens")
+SPENT = Fault("insufficient_quota", "client", 429, False, "insufficient_quota")
+KEYS_AWAY = Fault("keys_unavailable", "gateway", 503, True, "server_error")
+"""Only for keys that this worker does not know yet: whether they are valid cannot be read now."""
 
 
 @dataclass(eq=False)
 class Failure(Exception):
-    """A fault that happened. `message` is for the client; `status` overrides the fault's; `param` names a request field."""
+    """A fault that happened. `message` is for the client; `status` overrides the fault's; `param` names a request field.
+
+    `retry_after_s` is when asking again makes sense; infinite where it never will without somebody's doing.
+    """
 
     fault: Fault
     message: str
     status: int = 0
     param: str | None = None
     detail: str | None = field(default=None, repr=False)  # what is recorded where it is more than the client is told
+    retry_after_s: float | None = None
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
         self.status = self.status or self.fault.status
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What an error answer's headers say about asking again; clients of OpenAI's heed both."""
+        if self.retry_after_s is None:
+            return []
+        if math.isinf(self.retry_after_s):
+            return [(b"x-should-retry", b"false")]
+        return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
 
 
 @dataclass(frozen=True)

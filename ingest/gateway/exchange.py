@@ -118,10 +118,12 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": data})
 
     async def respond(self, status: int, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        """Send a whole answer."""
+        """Send a whole answer; where a stream has begun already (its client waited at a breakpoint), as its last event."""
         self.settled = True
+        if self.started:
+            return await self.end(b"data: " + b"\ndata: ".join(body.splitlines()) + b"\n\n" + errors.DONE)
         await self._start(status, [*headers, (b"content-length", b"%d" % len(body))])
-        await self._send({"type": "http.response.body", "body": body})
+        return await self._send({"type": "http.response.body", "body": body})
 
     async def fail(self, failure: Failure, headers: Headers) -> None:
         """Tell the client: as an error status before the first byte, as the last chunk of a stream after it."""
@@ -133,7 +135,7 @@ class Exchange:
                 if self.started:
                     await self.end(self.shape.event(failure))
                 else:
-                    await self.respond(failure.status, self.shape.body(failure), [errors.JSON, *headers])
+                    await self.respond(failure.status, self.shape.body(failure), [errors.JSON, *failure.headers, *headers])
         except TimeoutError:
             pass  # returning with an incomplete answer closes the connection
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -13,12 +14,15 @@ from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
-from ingest.gateway.headers import answer_headers, authorization_of, request_facts, session_facts, upstream_headers
+from ingest.gateway.headers import answer_headers, request_facts, upstream_headers
+from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
+from ingest.gateway.passage import Passage
+from ingest.gateway.placement import Asker, labels
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.sse import Block, EventParser, EventTooLong
 from ingest.gateway.tape import Tape
-from ingest.gateway.upstream import failure_of
+from ingest.gateway.upstream import Upstream, failure_of
 from schemas.errors import TokentapeError, UsageError
 from schemas.requests import ClientRequest, load
 
@@ -34,19 +38,31 @@ _ODD = (TypeError, AttributeError, LookupError, ValueError)
 class Generation:
     """One request to an endpoint and its answer; every way in which it can end is recorded and told to the client."""
 
-    def __init__(self, parts: Parts, exchange: Exchange, endpoint: Endpoint) -> None:
+    def __init__(self, parts: Parts, exchange: Exchange, endpoint: Endpoint, caller: Caller) -> None:
         self.parts = parts
         self.exchange = exchange
         self.endpoint = endpoint
         exchange.shape = endpoint.shape
-        self.upstream = parts.upstream
+        self.passage = Passage(parts, exchange, caller)
         self.settings = parts.settings.gateway
         self.strict = parts.settings.recorder.mode == "strict"
-        self.authorization = authorization_of(exchange)
+        self.authorization = self.passage.authorization
+        self.caller = caller
         self.misnamed: Failure | None = None
+        self._asked: ClientRequest | None = None
         self.session = self._session()
         redactor = parts.redactor.for_tenant(self.session.context.tenant)
-        self.tape = Tape(parts.recorder, self.session, redactor.with_token(self.authorization), endpoint.path)
+        self.tape = Tape(parts.recorder, self.session, redactor.with_token(caller.credential), endpoint.path)
+
+    @property
+    def upstream(self) -> Upstream:
+        """The upstream that answers, or will."""
+        return self.passage.upstream
+
+    @property
+    def _key_id(self) -> str | None:
+        """The key that the client sent, by a name that says nothing about it."""
+        return self.caller.key.key_id if self.caller.key else self.parts.sessions.key_id(self.authorization)
 
     async def serve(self) -> None:
         """From the request to the last byte."""
@@ -60,29 +76,64 @@ class Generation:
             log.exception("gateway failed", generation=self.tape.generation_id.hex())
             await self._fail(Failure(errors.INTERNAL, "The gateway failed.", detail=repr(error)))
         finally:
+            self.passage.close(self.tape.tokens)
             self.exchange.close()
 
     async def _serve(self) -> None:
-        request = await self._request()
+        request = self._asked = await self._request()
+        self._place(request)
         self.exchange.watch()
         kind = ""
         try:
-            kind = await self.upstream.ready(self.authorization)
+            kind = await self.passage.ready(request.model)
         finally:  # also where nothing answers: the request is recorded before its failure
             added = self.endpoint.additions(request, kind) if kind else {}
             extra = {name: value for name, value in added.items() if name not in self.upstream.refused}
             self._submitted(request, extra)
         await self._durable()
-        await self._attempts(request, extra, kind)
+        asked, request = request, await self._passed(request)
+        if request is not asked:
+            kind = await self.passage.ready(request.model)
+            extra = self._added_again(request, kind, extra)
+        while not await self._attempted(request, extra, kind):
+            added = self.endpoint.additions(request, kind := self.upstream.kind or "openai")
+            extra = {name: value for name, value in extra.items() if name in added and name not in self.upstream.refused}
+
+    async def _passed(self, request: ClientRequest) -> ClientRequest:
+        """The request once no breakpoint holds it, perhaps edited."""
+        read = partial(self.endpoint.read, self.exchange)
+        return await self.parts.stops.pass_by(self.exchange, self.tape, request, read, self._own_headers(), self._key_id)
+
+    def _added_again(self, request: ClientRequest, kind: str, before: dict[str, Any]) -> dict[str, Any]:
+        """What is added to an edited request; a seed that is on the tape as injected stays the same."""
+        added = {name: value for name, value in self.endpoint.additions(request, kind).items() if name not in self.upstream.refused}
+        return {name: before.get(name, value) if name == "seed" else value for name, value in added.items()}
+
+    async def _attempted(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> bool:
+        """Ask the chosen upstream; False if another one is to be asked."""
+        try:
+            async with self.passage.turn(self.tape):
+                if await self._forward(request, extra, kind):
+                    self.upstream.refused.add("stream_options")
+                    del extra["stream_options"]
+                    self.passage.attempt += 1
+                    await self._forward(request, extra, kind)
+            return True
+        except (aiohttp.ClientError, OSError, Failure) as error:
+            failure = error if isinstance(error, Failure) else failure_of(error)
+            await self.passage.elsewhere(failure, self.tape)
+            return False
 
     def _session(self) -> Session:
-        user = self.parts.redactor.for_tenant(self.parts.settings.tenant).clean(self.exchange.header("x-tokentape-user"))
-        actor = user or self.parts.sessions.key_id(self.authorization) or ""
+        key = self.caller.key
+        tenant = key.tenant if key else None
+        user = self.parts.redactor.for_tenant(tenant or self.parts.settings.tenant).clean(self.exchange.header("x-tokentape-user"))
+        actor = key.owner if key else user or self.parts.sessions.key_id(self.authorization) or ""
         try:
-            return self.parts.sessions.find(self.exchange.header(SESSION_HEADER), actor)
+            return self.parts.sessions.find(self.exchange.header(SESSION_HEADER) if not self.caller.refusal else None, actor, tenant)
         except Failure as failure:
             self.misnamed = failure
-            return self.parts.sessions.find(None, actor)
+            return self.parts.sessions.find(None, actor, tenant)
 
     async def _request(self) -> ClientRequest:
         """The request, or the record of what came in its place.
@@ -92,6 +143,8 @@ class Generation:
         """
         body = b""
         try:
+            if self.caller.refusal:  # whoever that is, nothing of the body is kept
+                raise self.caller.refusal
             body = await self.exchange.body()
             if self.misnamed:
                 raise self.misnamed
@@ -105,60 +158,56 @@ class Generation:
             raise
 
     def _unreadable(self, body: bytes) -> None:
-        self._open()
+        self._open({})
         self.tape.unreadable(body, self._facts(body))
 
+    def _place(self, request: ClientRequest) -> None:
+        """Find the session of a request, before anything is recorded of it."""
+        tags = labels(self.exchange, request.fields, self.tape.clean, 1)["tags"]
+        self.session = self.parts.placement.place(self.exchange, request, self.session, self._asker, tags)
+        self.tape.move(self.session)
+
+    def _remember(self) -> None:
+        """Before the client knows the end of an answer, a request that goes on from it can be told."""
+        if self._asked:
+            self.parts.placement.answered(self.exchange, self._asked, self.session, self._asker, self.tape.answers)
+
+    @property
+    def _asker(self) -> Asker:
+        return Asker(self.session.context.tenant, self._key_id, self.exchange.client)
+
     def _submitted(self, request: ClientRequest, extra: dict[str, Any]) -> None:
-        self._open()
+        self._open(request.fields)
         environment = self.upstream.environment
         self.tape.environment(environment)
         facts = self._facts(request.body)
-        facts["environment_id"] = environment.environment_id if environment else None
+        facts |= {"environment_id": environment.environment_id if environment else None, "priority": self.passage.priority}
         self.tape.submitted(request, facts, extra)
 
-    def _open(self) -> None:
-        self.tape.opened(session_facts(self.exchange, self.tape.clean, self.parts.settings.recorder.sample_rate))
+    def _open(self, fields: dict[str, Any]) -> None:
+        own = self.session.context.sample_rate
+        rate = self.parts.settings.recorder.sample_rate if own is None else own
+        self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
 
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
-            "upstream": self.upstream.name,
-            "api_key_id": self.parts.sessions.key_id(self.authorization),
+            "upstream": self.passage.upstream_name,
+            "api_key_id": self._key_id,
             "request_digest": self.session.digest(body),
         }
 
-    async def _attempts(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> None:
-        """Forward until an answer has begun or nothing more is to be tried.
-
-        Raises:
-            Failure: the last attempt failed.
-        """
-        attempt = failed = 1
-        while True:
-            try:
-                if not await self._forward(request, extra, kind, attempt=attempt):
-                    return
-                self.upstream.refused.add("stream_options")
-                del extra["stream_options"]
-            except (aiohttp.ClientError, OSError) as error:
-                failure = failure_of(error)
-                begun = self.exchange.started or self.tape.begun or failure.fault is errors.MALFORMED
-                if begun or failed > self.settings.retries:
-                    raise failure from error
-                log.warning("upstream failed before its answer: asked again", generation=self.tape.name, error=failure.detail)
-                failed += 1
-            attempt += 1
-
-    async def _forward(self, request: ClientRequest, extra: dict[str, Any], kind: str, *, attempt: int) -> bool:
+    async def _forward(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> bool:
         """Send the request upstream and pass the answer on; True if it is to be sent again without an addition."""
         deadline = Deadline(self._expired, self.settings.first_token_timeout_s)
         overdue = asyncio.get_running_loop().call_later(self.settings.total_timeout_s, self._overdue)
-        self.tape.forwarded(attempt)
+        self.tape.forwarded(self.passage.attempt)
         sending = self._sending(request, extra, kind)
         url = self.upstream.url_of(sending.path, sending.query)
         headers = self._outgoing_headers(sending, kind)
         try:
             async with self.upstream.client.post(url, data=sending.body, headers=headers, allow_redirects=False) as response:
                 self.tape.answered(response.status)
+                self.passage.answered(response.status)
                 answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
                 if response.status >= 300:
                     return await self._refused(response, answer, may_retry="stream_options" in extra)
@@ -181,7 +230,7 @@ class Generation:
             raise Failure(errors.INVALID_REQUEST, str(error.fault), param=error.place or None) from error
 
     def _outgoing_headers(self, sending: Sending, kind: str) -> list[tuple[str, str]]:
-        headers = upstream_headers(self.exchange, self.upstream.authorization(self.authorization), kind)
+        headers = upstream_headers(self.exchange, self.passage.authorization_upstream, kind)
         if sending.translated:
             headers = [(name, value) for name, value in headers if name != "content-type"] + [("content-type", "application/json")]
         if kind == "vllm":
@@ -201,10 +250,13 @@ class Generation:
         if may_retry and response.status in (400, 422) and b"stream_options" in body:
             return True
         failure = _error_of(body, response.status)
+        if self.passage.spare(response.status):
+            raise failure
         self.tape.failed(failure)
         await self._durable()
-        if failure.fault is errors.MALFORMED or answer.content_type is not None:
-            await self.exchange.respond(failure.status, self.exchange.shape.body(failure), [errors.JSON, *self._own_headers()])
+        reworded = self.exchange.started and self.exchange.shape is not errors.OPENAI
+        if failure.fault is errors.MALFORMED or answer.content_type is not None or reworded:
+            await self.exchange.fail(failure, self._own_headers())
         else:
             await self.exchange.respond(response.status, body, self._headers(response, answer))
         return False
@@ -293,6 +345,7 @@ class Generation:
     async def _finished(self) -> None:
         """The answer is complete: recorded, and in strict mode durable, before the client sees its end."""
         self.exchange.settled = True
+        self._remember()
         self.tape.finished()
         if self.tape.unreconciled:
             log.warning("tokens do not reconcile", generation=self.tape.name, **self.tape.unreconciled)
@@ -325,6 +378,7 @@ class Generation:
 
     async def _fail(self, failure: Failure) -> None:
         self.exchange.settled = True
+        self._remember()
         if failure.fault is errors.UNREACHABLE:
             self.upstream.lost()
         self.tape.failed(failure)

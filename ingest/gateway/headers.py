@@ -69,11 +69,16 @@ def session_facts(exchange: Exchange, clean: Clean, sample_rate: float) -> dict[
     """Fields of `session_opened`."""
     facts: dict[str, Any] = {name: _short(clean(exchange.header(f"x-tokentape-{name}"))) for name in ("user", "workflow", "purpose")}
     facts["client"] = _short(clean(exchange.header("user-agent")))
-    tags = clean(exchange.header("x-tokentape-tags")) or ""
-    facts["tags"] = [tag.strip()[:HEADER_CHARACTERS_MAX] for tag in tags.split(",") if tag.strip()]
+    facts["tags"] = tags_of(exchange, clean)
     facts["recorder_version"] = _version()
     facts["sample_rate"] = sample_rate if sample_rate < 1 else None
     return facts
+
+
+def tags_of(exchange: Exchange, clean: Clean) -> list[str]:
+    """The tags that a request names."""
+    tags = clean(exchange.header("x-tokentape-tags")) or ""
+    return [tag.strip()[:HEADER_CHARACTERS_MAX] for tag in tags.split(",") if tag.strip()]
 
 
 def trace_id(traceparent: str | None) -> str | None:

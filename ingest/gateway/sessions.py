@@ -32,6 +32,7 @@ class Session:
     context: SessionContext
     opened: bool = False
     environments: set[bytes] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
     history: History = field(default_factory=History)
     _messages: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
@@ -66,24 +67,26 @@ class Sessions:
     def __init__(self, settings: Settings) -> None:
         self._tenant = settings.tenant
         self._retention_class = settings.retention_class
-        self._content = settings.redaction.of(settings.tenant).content == "full"
-        self._key = installation_key(settings.data / "keys" / "gateway.key")
-        self._sessions: OrderedDict[bytes, Session] = OrderedDict()
+        self._redaction = settings.redaction
+        self._key = self.installation = installation_key(settings.data / "keys" / "gateway.key")
+        self._sessions: OrderedDict[tuple[str, bytes], Session] = OrderedDict()
 
-    def find(self, name: str | None, actor: str) -> Session:
-        """The session of this name (a UUID), or a new one.
+    def find(self, name: str | None, actor: str, tenant: str | None = None) -> Session:
+        """The session of this name (a UUID), or a new one; `tenant` is the owner of the caller's key.
 
         Raises:
             Failure: the name is no UUID.
         """
         session_id = parse_session(name) if name else new_id()
-        session = self._sessions.get(session_id)
+        tenant = tenant or self._tenant
+        session = self._sessions.get((tenant, session_id))
         if session is not None:
-            self._sessions.move_to_end(session_id)
+            self._sessions.move_to_end((tenant, session_id))
             return session
-        session = Session(SessionContext(session_id, self._tenant, "gateway", actor, self._retention_class, content=self._content))
+        content = self._redaction.of(tenant).content == "full"
+        session = Session(SessionContext(session_id, tenant, "gateway", actor, self._retention_class, content=content))
         if name:  # a session without a name cannot come back
-            self._sessions[session_id] = session
+            self._sessions[tenant, session_id] = session
             if len(self._sessions) > SESSIONS_MAX:
                 self._sessions.popitem(last=False)
         return session

@@ -9,10 +9,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ingest.attachments import Deferred
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
+from ingest.gateway.conversations import Said
 from ingest.gateway.errors import Failure
 from ingest.gateway.sessions import Session
 from ingest.redaction import SECRET, Redactor
@@ -30,6 +32,7 @@ from schemas.events import (
     RequestSubmitted,
     SequenceFinished,
     SequenceStarted,
+    SessionAnnotated,
     SessionOpened,
     ToolCall,
     ToolCallContent,
@@ -81,10 +84,13 @@ class Tape:
         self._context = session.context
         self._redactor = redactor
         self._endpoint = endpoint
+        self.started = False
+        self.queued_us = 0
+        self._prompt_tokens = 0
+        self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
         self._attempt = 1
         self._status = 200
         self._begun_ns = time.monotonic_ns()
-        self._started = False
         self._keep_prompt = True
         self._choices: dict[int, Choice] = {}
         self._usage: dict[str, Any] = {}
@@ -105,11 +111,28 @@ class Tape:
         """Microseconds since the request was forwarded, or since it came if it never was."""
         return (time.monotonic_ns() - self._begun_ns) // 1000
 
+    def move(self, session: Session) -> None:
+        """The generation belongs to this session; nothing of it MUST have been recorded yet."""
+        self.session = session
+        self._context = session.context
+
     def opened(self, facts: dict[str, Any]) -> None:
-        """The session is about to get its first event, if it has none yet; `facts` are fields of `session_opened`."""
+        """The session gets its first event, or, if it has one, the tags that are new; `facts` are fields of `session_opened`."""
+        new = [tag for tag in facts["tags"] if tag not in self.session.tags]
+        self.session.tags.update(new)
         if not self.session.opened:
             self.session.opened = True
             self._record(SessionOpened(**facts))
+        elif new:
+            self._record(SessionAnnotated(tags_added=new))
+
+    @property
+    def answers(self) -> list[Said]:
+        """What each sequence said so far, none that said nothing."""
+        tools = [[choice.tools[at] for at in sorted(choice.tools)] for choice in self._choices.values()]
+        calls = [tuple((call.name or "", "".join(call.arguments)) for call in called) for called in tools]
+        said = [Said("".join(choice.said), called) for choice, called in zip(self._choices.values(), calls, strict=True)]
+        return [one for one in said if one.text or one.calls]
 
     def environment(self, event: EnvironmentCaptured | None) -> None:
         """The environment that will answer, once per session."""
@@ -180,6 +203,11 @@ class Tape:
         self._attempt = attempt
         self._begun_ns = time.monotonic_ns()
 
+    def moved(self, upstream: str, environment: EnvironmentCaptured | None) -> None:
+        """The request goes to another upstream than `submitted` named."""
+        self.environment(environment)
+        self._moved = {"upstream": upstream, "environment_id": environment.environment_id if environment else None}
+
     def answered(self, status: int) -> None:
         """The upstream answered with this status."""
         self._status = status
@@ -190,7 +218,7 @@ class Tape:
         Raises:
             TypeError, AttributeError, LookupError, ValueError: it is not shaped like one.
         """
-        if not self._started:
+        if not self.started:
             self._start(chunk, offset_us)
         if usage := chunk.get("usage"):
             self._usage = dict(usage)
@@ -223,11 +251,6 @@ class Tape:
     def complete(self) -> bool:
         """Whether every sequence that began has ended."""
         return bool(self._choices) and all(choice.finished for choice in self._choices.values())
-
-    @property
-    def begun(self) -> bool:
-        """Whether the upstream's answer has begun."""
-        return self._started
 
     @property
     def unreconciled(self) -> dict[str, int]:
@@ -288,19 +311,31 @@ class Tape:
     def _position(self) -> int:
         return sum(choice.position for choice in self._choices.values())
 
+    @property
+    def tokens(self) -> int:
+        """The tokens of prompt and answer: as the upstream's usage says, else as they were counted here."""
+        said = [long_of(self._usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+        counted = (self._prompt_tokens, self._position)
+        return sum(here if told is None else told for told, here in zip(said, counted, strict=True))
+
+    def note(self, payload: Payload, actor: str) -> None:
+        """Somebody other than the client did something to this generation."""
+        self._recorder.record(replace(self._context, actor=actor), payload)
+
     def _record(self, payload: Payload) -> None:
         self._recorder.record(self._context, payload)
 
-    def _message(self, message: Any, *path: str | int) -> tuple[Message, Counter[str]]:
+    def _message(self, message: Any, field: str, at: int) -> tuple[Message, Counter[str]]:
         """A message as it is stored."""
-        body, taken = self._redactor.document(message, *path)
+        body, taken = self._redactor.document(message, field, at)
         canonical = dump(message, sort_keys=True) if not taken else body.encode()
         role = text_of(message.get("role")) if isinstance(message, dict) else None
         return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
-        self._started = True
+        self.started = True
         ids = answer.get("prompt_token_ids")
+        self._prompt_tokens = len(ids) if ids else 0
         self._record(
             GenerationStarted(
                 generation_id=self.generation_id,
@@ -312,6 +347,8 @@ class Tape:
                 prompt_tokens=len(ids) if ids else None,
                 offset_us=offset_us,
                 content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
+                queued_us=self.queued_us or None,
+                **self._moved,
             )
         )
 
@@ -346,6 +383,8 @@ class Tape:
 
     def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
         choice.channel = channel
+        if channel == "content":
+            choice.said.append(text)
         choice.position = self._recorder.tokens(
             self._context,
             self.generation_id,

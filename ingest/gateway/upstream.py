@@ -17,7 +17,7 @@ from ingest.gateway.headers import ANTHROPIC_VERSION
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
-from schemas.settings import GatewaySettings
+from schemas.settings import GatewaySettings, UpstreamSettings
 
 log = structlog.get_logger(__name__)
 
@@ -37,11 +37,12 @@ READ_BUFFER_BYTES = 1 << 18
 class Upstream:
     """One upstream. Use from one event loop, between `open` and `close`."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, entry: UpstreamSettings) -> None:
         self.settings = settings
-        self.url = settings.upstream.rstrip("/").removesuffix("/v1")
+        self.entry = entry
+        self.url = entry.url.rstrip("/").removesuffix("/v1")
         self.name = without_credentials(self.url)
-        self.kind: str | None = None if settings.upstream_kind == "auto" else settings.upstream_kind
+        self.kind: str | None = None if entry.kind == "auto" else entry.kind
         self.environment: EnvironmentCaptured | None = None
         self.fingerprint: str | None = None
         self.refused: set[str] = set()  # additions that this upstream does not take
@@ -79,7 +80,7 @@ class Upstream:
 
     def authorization(self, of_client: str | None) -> str | None:
         """The Authorization header sent upstream: the configured key, else the client's own."""
-        key = self.settings.upstream_key
+        key = self.entry.key
         return f"Bearer {key.get_secret_value()}" if key else of_client
 
     def url_of(self, path: str, query: bytes) -> URL:
@@ -112,7 +113,7 @@ class Upstream:
 
     def lost(self) -> None:
         """The upstream went away: whatever comes back may be another one."""
-        if self.settings.upstream_kind == "auto":
+        if self.entry.kind == "auto":
             self.kind = None
         self._captured_at = 0.0
 

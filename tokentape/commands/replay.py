@@ -21,7 +21,7 @@ from tokentape.output import err, out
 @click.command()
 @click.argument("session")
 @click.option("--mode", type=click.Choice(["step", "fast", "compare"]), default="compare", show_default=True, help="How to replay.")
-@click.option("--engine", metavar="URL", help="compare: the vLLM that scores the tokens.  [default: gateway.upstream]")
+@click.option("--engine", metavar="URL", help="compare: the vLLM that scores the tokens.  [default: the first upstream]")
 @click.option("--model", help="compare: the name under which that engine serves the model, if it is another than recorded.")
 @click.option(
     "--to", metavar="MOMENT|breakpoint|failure", help="fast: where to stop: an event id, #POSITION, a UTC time.  [default: the end]"
@@ -55,7 +55,7 @@ def replay(
         elif mode == "fast":
             _fast(Player(events), to)
         else:
-            scorer = _engine(installation, engine or installation.settings.gateway.upstream, model)
+            scorer = _engine(installation, engine or installation.settings.gateway.every_upstream[0].url, model)
             outcome = run_compare(events, scorer, installation.recorder, strict=strict, actor=installation.person())
             if fmt == "json":
                 sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
@@ -66,7 +66,8 @@ def replay(
 
 
 def _engine(installation: Installation, url: str, model: str | None) -> OpenAIEngine:
-    secret = installation.settings.gateway.upstream_key
+    gateway = installation.settings.gateway
+    secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
     key = secret.get_secret_value() if secret else None
 
     return OpenAIEngine(url, model=model, api_key=key)

@@ -10,6 +10,7 @@ import click
 import structlog
 
 from ingest.gateway import serve
+from ingest.gateway.upstream import without_credentials
 from lifecycle.runs import RunLedger
 from lifecycle.scheduler import Scheduler
 from schemas.errors import UsageError
@@ -55,10 +56,11 @@ def _options(ctx: click.Context) -> list[str]:
 
 def _gateway(settings: Settings, stop: threading.Event) -> None:
     with Installation(settings, source="gateway") as installation:
+        upstream = ", ".join(without_credentials(entry.url) for entry in settings.gateway.every_upstream)
 
         def ready(url: str) -> Any:
-            log.info("gateway.ready", url=url, upstream=settings.gateway.upstream, mode=settings.recorder.mode)
-            return announced(settings.data, "gateway", url=url, upstream=settings.gateway.upstream)
+            log.info("gateway.ready", url=url, upstream=upstream, mode=settings.recorder.mode)
+            return announced(settings.data, "gateway", url=url, upstream=upstream)
 
         serve(settings, installation.recorder, stop, ready=ready)
 
