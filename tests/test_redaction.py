@@ -277,7 +277,7 @@ def test_no_byte_of_it_reaches_the_tape(tmp_path: Path) -> None:
     assert text == "Write to [redacted:email] or [redacted:credit_card] now."
     assert call.content is not None
     assert orjson.loads(call.content.arguments) == {"to": "[redacted:email]", "ssn": "[redacted:ssn]"}
-    assert next(e.payload.user for e in events if isinstance(e.payload, SessionOpened)) == "[redacted:email]"
+    assert {e.payload.user for e in events if isinstance(e.payload, SessionOpened)} == {"[redacted:email]", None}
     assert next(e.payload.tokens_recorded for e in events if isinstance(e.payload, GenerationFinished)) == 8
 
 

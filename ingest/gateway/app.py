@@ -15,6 +15,7 @@ import aiohttp
 import structlog
 import uvicorn
 import uvloop
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from ingest.attachments import Attachments
 from ingest.gateway import errors
@@ -33,6 +34,7 @@ from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Keyring
+from ingest.gateway.metrics import Meter, Metrics
 from ingest.gateway.offload import Offload
 from ingest.gateway.parts import Parts
 from ingest.gateway.placement import Placement
@@ -82,8 +84,10 @@ class Gateway:
         """
         redactor = Redactor.of(settings)
         self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
-        recorder = Window(Offload(recorder, self.attachments, settings.recorder), redactor)
         routes, sessions = Routes(settings.gateway), Sessions(settings)
+        meter = Meter(Window.before(Offload(recorder, self.attachments, settings.recorder), redactor))
+        self._metrics = Metrics(meter, recorder, routes, self.attachments)
+        recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
         self._worker = WorkerName(settings.data / "control", sessions.installation)
@@ -99,6 +103,7 @@ class Gateway:
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
+            "/metrics": ("GET", self._measured),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,6 +154,10 @@ class Gateway:
             first = parts.routes.lanes[0].upstream
             answer |= {"upstream": first.name, "upstream_kind": first.kind}
         await exchange.respond(200, dump(answer), [errors.JSON])
+
+    async def _measured(self, parts: Parts, exchange: Exchange) -> None:
+        """The metrics of this worker; they name upstreams and endpoints, never people or keys."""
+        await exchange.respond(200, self._metrics.text(), [(b"content-type", CONTENT_TYPE_LATEST.encode())])
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
