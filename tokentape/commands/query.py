@@ -88,6 +88,13 @@ def annotate(
             content=AnnotationContent(note=note) if note else None,
         ),
     )
+    done = [
+        *(f"+{tag}" for tag in added),
+        *(f"-{tag}" for tag in removed),
+        *([visibility] if visibility else []),
+        *(["note"] if note else []),
+    ]
+    click.echo(f"annotated {session}: {' '.join(done)}")
 
 
 def _answer(installation: Installation, statement: str, fmt: str, *, tenant: str | None, operation: str) -> None:
