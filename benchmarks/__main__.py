@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes the table to `benchmarks/results/`.
 
-python -m benchmarks [recorder ingest query bytes gateway fresh memory …]
+python -m benchmarks [recorder ingest query bytes gateway history fresh memory …]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "memory")
+NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "memory")
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import structlog
 
 from ingest import spool as spools
+from ingest.attachments import Deferred
 from ingest.coalesce import Chunk, Coalescer
 from ingest.encoding import Stamp, encode
 from ingest.inbox import Inbox
@@ -26,7 +28,7 @@ from ingest.outbox import SEND_BYTES_MAX, MemoryOutbox, Outbox
 from ingest.sender import Sender
 from schemas.codec import now_us
 from schemas.errors import InvalidEvent, LogUnavailable, StorageFull, Unavailable
-from schemas.events import PLATFORM_TENANT, Payload, ProducerHeartbeat, RecordsLost, SequencePosition, TokenChunk
+from schemas.events import PLATFORM_TENANT, SAMPLED_OUT, Count, Payload, ProducerHeartbeat, RecordsLost, SequencePosition, TokenChunk
 from schemas.settings import RecorderSettings
 from schemas.sink import SessionContext, platform_session
 from store.log.base import Entry, Log, partition_of
@@ -69,6 +71,7 @@ class Pipeline:
     def __init__(self, log: Log, settings: RecorderSettings, *, spool: Path | None, source: str, host: str | None) -> None:
         self.inbox = Inbox(items_max=settings.queue_max, shed=settings.mode == "shed", source=source, start=self._start)
         self.taken = 0
+        self.sampled_out = 0
         self.sender: Sender | None = None
         self._log = log
         self._settings = settings
@@ -82,6 +85,9 @@ class Pipeline:
         self._pending_bytes = 0
         self._produced = 0
         self._marks: list[Mark] = []
+        self._skipped: Counter[str] = Counter()
+        self._skipped_since = 0
+        self._skips = platform_session(source, "recorder")
         self._pulses: dict[int, SessionContext] = {}
         self._told: dict[int, int] = {}
         self._beat_due = math.inf
@@ -235,7 +241,7 @@ class Pipeline:
         self._add_chunks(self._coalescer.due(now_s))
         if self._beat_due <= now_s:
             self._beat(closed=False)
-        elif math.isinf(self._beat_due) and self._stamp.seqs != self._told:
+        elif math.isinf(self._beat_due) and (self._skipped or self._stamp.seqs != self._told):
             self._beat_due = now_s + self._settings.heartbeat_s
         self._ship()
         self._settle()
@@ -252,7 +258,8 @@ class Pipeline:
         self._settle()
 
     def _take(self, session: SessionContext, payload: Any, at: int, now_s: float) -> None:
-        if self._settings.sample_rate < 1 and not sampled(session.session_id, self._settings.sample_rate, session.tenant):
+        if not is_sampled(session, self._settings.sample_rate):
+            self._skip(TokenChunk.KIND if payload.__class__ is tuple else payload.KIND, at)
             return
         if payload.__class__ is tuple:
             try:
@@ -265,6 +272,20 @@ class Pipeline:
         self._add_chunks(self._coalescer.end(session.session_id))
         self._add(session, payload, at)
 
+    def _skip(self, kind: str, at: int) -> None:
+        """Count what sampling leaves out."""
+        self.sampled_out += 1
+        self._skipped_since = self._skipped_since or at
+        self._skipped[kind] += 1
+
+    def _tell_skipped(self) -> None:
+        """Put the count of what sampling left out since the last time on the tape."""
+        if self._skipped:
+            kinds = [Count(key=kind, count=count) for kind, count in sorted(self._skipped.items())]
+            span = {"first_recorded_at": self._skipped_since, "last_recorded_at": now_us()}
+            self._add(self._skips, RecordsLost(reason=SAMPLED_OUT, count=self._skipped.total(), kinds=kinds, **span), now_us())
+            self._skipped, self._skipped_since = Counter(), 0
+
     def _take_mark(self, mark: Mark) -> None:
         self._add_chunks(self._coalescer.end_all())
         mark.position = self._produced
@@ -274,8 +295,10 @@ class Pipeline:
         for chunk in chunks:
             self._add(chunk.session, chunk, chunk.recorded_at)
 
-    def _add(self, session: SessionContext, payload: Payload | Chunk, at: int) -> None:
+    def _add(self, session: SessionContext, payload: Payload | Chunk | Deferred, at: int) -> None:
         """Encode one event; one that cannot be encoded is counted as lost and told in its session."""
+        if isinstance(payload, Deferred):
+            payload = payload.settled()
         kind = TokenChunk.KIND if isinstance(payload, Chunk) else payload.KIND
         try:
             if not session.content and getattr(payload, "content", None) is not None:
@@ -302,6 +325,7 @@ class Pipeline:
 
     def _beat(self, *, closed: bool) -> None:
         """One heartbeat into each partition that got events since the last one, or ever when it is the last."""
+        self._tell_skipped()
         seqs = dict(self._stamp.seqs)
         positions = [SequencePosition(partition=partition, seq=seq) for partition, seq in sorted(seqs.items())]
         payload = ProducerHeartbeat(positions=positions, closed=closed, host=self._host, pid=os.getpid())
@@ -394,6 +418,12 @@ class Pipeline:
 def sampled(session_id: bytes, rate: float, tenant: str = "") -> bool:
     """Whether a session is recorded: decided by its id, so that every process and restart decides alike."""
     return rate >= 1 or tenant == PLATFORM_TENANT or _lot(session_id) < rate
+
+
+def is_sampled(session: SessionContext, rate: float) -> bool:
+    """Whether the events of a session are recorded; its own rate beats the one given."""
+    own = session.sample_rate if session.sample_rate is not None else rate
+    return own >= 1 or sampled(session.session_id, own, session.tenant)
 
 
 @functools.lru_cache(maxsize=65_536)

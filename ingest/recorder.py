@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from pathlib import Path
 
+from ingest.attachments import Deferred
 from ingest.coalesce import delta_of
 from ingest.pipeline import Pipeline, sampled
 from schemas.errors import LogUnavailable
@@ -26,15 +27,16 @@ class RecorderStats:
 
     `recorded`: calls of `record` and `tokens` that were taken in; a token delta counts as one though several become
     one event. `acknowledged`: events of this producer that the log has durably. `adopted`: events of dead producers
-    that were sent for them. `shed`: calls and events that were let go, for whatever reason. `queue_depth`: calls that
-    wait for the thread. `spool_bytes`: bytes on disk. `log_available`: False from a failed or overlong append until
-    the next that succeeds.
+    that were sent for them. `shed`: calls and events that were let go, for whatever reason. `sampled_out`: calls that
+    sampling left out. `queue_depth`: calls that wait for the thread. `spool_bytes`: bytes on disk. `log_available`:
+    False from a failed or overlong append until the next that succeeds.
     """
 
     recorded: int
     acknowledged: int
     adopted: int
     shed: int
+    sampled_out: int
     queue_depth: int
     spool_bytes: int
     log_available: bool
@@ -89,7 +91,7 @@ class Recorder:
         self._begin()
         _recorders.add(self)
 
-    def record(self, session: SessionContext, payload: Payload) -> None:
+    def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
         """Record one event with the time of now. The payload MUST NOT be changed afterwards."""
         self._put(session, payload, payload.KIND)
 
@@ -157,6 +159,7 @@ class Recorder:
             acknowledged=sender.acknowledged if sender else 0,
             adopted=sender.adopted if sender else 0,
             shed=inbox.lost,
+            sampled_out=self._pipeline.sampled_out,
             queue_depth=depth,
             spool_bytes=sender.disk_bytes if sender else 0,
             log_available=sender.available if sender else True,

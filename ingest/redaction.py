@@ -73,6 +73,11 @@ class Redactor:
         return self._tenants.get(tenant, self)
 
     @property
+    def searches_any(self) -> bool:
+        """Whether any tenant has rules."""
+        return any(redactor.searches for redactor in (self, *self._tenants.values()))
+
+    @property
     def searches(self) -> bool:
         """Whether there is anything to search texts for."""
         return bool(self._finders or self._fields)

@@ -60,6 +60,7 @@ def _with(generation: Generation, recording: Recording) -> Generation:
 
 def _request_submitted(state: SessionState, stored: StoredEvent, payload: e.RequestSubmitted) -> SessionState:
     generation = state.generations.get(payload.generation_id) or Generation(payload.generation_id)
+    state, payload = _with_history(state, stored, payload)
     state = _hold_messages(state, stored, payload)
     if generation.request is not None:
         # A second source tells of the same request; from one source it would be a repetition.
@@ -67,9 +68,20 @@ def _request_submitted(state: SessionState, stored: StoredEvent, payload: e.Requ
     content = payload.content
     request = payload.model_copy(update={"content": None})
     event = stored.event
-    parameters = content.parameters if content and content.parameters_blob is None else None
+    parameters = content.parameters if content and (content.parameters or content.parameters_blob is None) else None
     known = evolve(generation, submitted_at=event.recorded_at, actor=event.actor, source=event.source)
     return _keep(state, evolve(known, request=request, parameters=parameters))
+
+
+def _with_history(state: SessionState, stored: StoredEvent, payload: e.RequestSubmitted) -> tuple[SessionState, e.RequestSubmitted]:
+    """The request with all its messages listed, also those that it shares with the request that it continues."""
+    if payload.history_generation is None:
+        return state, payload
+    before = state.generations.get(payload.history_generation)
+    if before is None or before.request is None:
+        return anomaly(state, stored, "unheld", "the request that this one continues was never recorded"), payload
+    ids = [*before.request.message_ids[: payload.history_messages], *payload.message_ids]
+    return state, payload.model_copy(update={"message_ids": ids})
 
 
 def _hold_messages(state: SessionState, stored: StoredEvent, payload: e.RequestSubmitted) -> SessionState:

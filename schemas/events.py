@@ -262,6 +262,8 @@ class RequestSubmitted(Payload):
     """A request arrived. `message_ids` lists all its messages in order; bodies only of those the session did not hold yet.
 
     `request_digest` is HMAC-SHA256 under the session's salt over the body's bytes; `injected` names what the gateway added.
+    A request that continues an earlier one of its session does not list everything again: its messages are the first
+    `history_messages` of those of `history_generation`, then those of `message_ids`.
     """
 
     KIND = "request_submitted"
@@ -288,6 +290,8 @@ class RequestSubmitted(Payload):
     redactions: list[Count] = []
     content: RequestContent | None = None
     priority: Text | None = None
+    history_generation: Id | None = None
+    history_messages: Long | None = None
 
 
 class GenerationContent(Record):
@@ -559,8 +563,12 @@ class ProducerHeartbeat(Payload):
     pid: Long | None = None
 
 
+SAMPLED_OUT = "sampled_out"
+"""The reason of a `records_lost` that counts what sampling left out: nothing was lost against anybody's will."""
+
+
 class RecordsLost(Payload):
-    """Events that a producer had to let go, counted by kind."""
+    """Events that a producer had to let go, counted by kind; deltas of a token stream count one each."""
 
     KIND = "records_lost"
     reason: Text

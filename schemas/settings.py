@@ -33,6 +33,25 @@ class LogSettings(_Section):
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
 
 
+class SamplingRule(_Section):
+    """A share of the sessions that match: each field given is a shell pattern (`*`, `?`, `[abc]`), and all must match.
+
+    What a session is like is read from its first request. `key` is the id under which the tape has an API key.
+    """
+
+    rate: float = Field(ge=0, le=1)
+    tenant: str | None = None
+    model: str | None = None
+    tag: str | None = None
+    key: str | None = None
+
+    @model_validator(mode="after")
+    def _says_when(self) -> SamplingRule:
+        if not self.model_fields_set & {"tenant", "model", "tag", "key"}:
+            raise ValueError("a sampling rule needs tenant, model, tag or key; for all sessions set recorder.sample_rate")
+        return self
+
+
 class RecorderSettings(_Section):
     """How events travel from the request path to the log."""
 
@@ -43,6 +62,9 @@ class RecorderSettings(_Section):
     heartbeat_s: Seconds = Field(default=10.0, description="how often a producer says how far it is")
     spool_bytes_max: int = Field(default=8 << 30, ge=1 << 20, description="bytes the spool may hold on disk")
     sample_rate: float = Field(default=1.0, ge=0, le=1, description="share of sessions recorded")
+    sampling: list[SamplingRule] = Field(
+        default=[], description="[[recorder.sampling]]: rate, and tenant, model, tag or key; the first that matches beats sample_rate"
+    )
 
 
 BUILTIN_RULES = ("email", "phone", "iban", "credit_card", "ip")
@@ -87,6 +109,13 @@ class RedactionSettings(RedactionPolicy):
 
 
 UpstreamKind = Literal["auto", "vllm", "openai", "anthropic"]
+
+
+class BlobSettings(_Section):
+    """Where large bodies and attachments go: the store of [cold], beside the segments."""
+
+    inline_bytes_max: int = Field(default=32 << 10, ge=0, description="a larger message goes to the blob store; 0: none does")
+    wait_s: Seconds = Field(default=5.0, description="after this a body stays in its event instead")
 
 
 class UpstreamSettings(_Section):
@@ -219,6 +248,7 @@ class Settings(_Section):
     log: LogSettings = LogSettings()
     recorder: RecorderSettings = RecorderSettings()
     redaction: RedactionSettings = RedactionSettings()
+    blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
     debug: DebugSettings = DebugSettings()
     index: IndexSettings = IndexSettings()

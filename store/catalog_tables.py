@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from schemas.events import SAMPLED_OUT
 from store.shards import Mark, Position, Range, Sealed, Segment, Shard
 
 LAYOUT = "1"
@@ -132,6 +133,9 @@ def insert_sealed(connection: sqlite3.Connection, sealed: Sealed) -> None:
         insert(connection, "gap", row_gap)
     for item in sealed.duplicates:
         insert(connection, "duplicate", (item.log_id, item.partition, item.offset, item.sha256))
+    if sealed.sampled_out:
+        more = "ON CONFLICT DO UPDATE SET value = CAST(CAST(value AS INTEGER) + excluded.value AS TEXT)"
+        connection.execute(f"INSERT INTO fact VALUES (?, ?) {more}", (SAMPLED_OUT, str(sealed.sampled_out)))
     for record, raw in zip(sealed.quarantined, sealed.raw, strict=True):
         head = (record.log_id, record.partition, record.offset, record.appended_at, record.error, record.size, record.sha256)
         insert(connection, "quarantine", (*head, 0, raw))

@@ -17,6 +17,7 @@ import duckdb
 import structlog
 
 from schemas.errors import CorruptStore, Fenced, TokentapeError
+from schemas.events import SAMPLED_OUT
 from store import duck, tables
 from store.catalog import Catalog
 from store.crashpoints import crash_point
@@ -93,7 +94,15 @@ def read_sealed(connection: duckdb.DuckDBPyConnection, target: Path) -> Sealed |
         tuple(Duplicate(log_id, *row) for row in connection.execute("SELECT * FROM duplicate").fetchall()),
         tuple(Quarantined(*(log_id, *row[:4], len(row[5]), row[4])) for row in quarantine),
         tuple(row[5] for row in quarantine),
+        _sampled_out(connection),
     )
+
+
+def _sampled_out(connection: duckdb.DuckDBPyConnection) -> int:
+    row = connection.execute(
+        f"SELECT sum(records_lost.count) FROM events WHERE kind = 'records_lost' AND records_lost.reason = '{SAMPLED_OUT}'"
+    ).fetchone()
+    return int(row[0] or 0) if row else 0
 
 
 def _shard(connection: duckdb.DuckDBPyConnection, name: str, target: Path, day: str, ranges: tuple[Range, ...]) -> Shard:

@@ -167,7 +167,8 @@ class Mark:
 class Sealed:
     """A sealed tail on its way into the catalog: the shard and everything that its transactions decided.
 
-    `raw` holds the bytes of the quarantined records in the same order.
+    `raw` holds the bytes of the quarantined records in the same order; `sampled_out` sums what its producers told to have
+    left out by sampling.
     """
 
     shard: Shard
@@ -178,3 +179,4 @@ class Sealed:
     duplicates: tuple[Duplicate, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
     raw: tuple[bytes, ...] = field(default=(), repr=False)
+    sampled_out: int = 0

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from schemas.errors import CorruptStore, QueryError, TokentapeError
+from schemas.events import SAMPLED_OUT
 from schemas.settings import Settings
 from store.catalog import Catalog, open_catalog
 from store.objects import open_store
@@ -34,7 +35,8 @@ class Completeness:
 
     `fresh_to` is None when nothing was indexed yet. `lost` counts events that producers numbered and the log never
     showed, in `gaps` spans; `quarantined` those that no known schema explains; `duplicates` those dropped as sent
-    twice; `erased` those whose content was erased (None where that was not counted). All are totals of the installation.
+    twice; `erased` those whose content was erased (None where that was not counted); `sampled_out` those that sampling
+    left out. All are totals of the installation.
     """
 
     fresh_to: datetime | None
@@ -43,6 +45,7 @@ class Completeness:
     quarantined: int
     duplicates: int
     erased: int | None = None
+    sampled_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ def completeness(catalog: Catalog) -> Completeness:
         lost=sum(gap.count for gap in gaps),
         quarantined=sum(not record.requeued for record in catalog.quarantine()),
         duplicates=sum(position.duplicates for position in positions),
+        sampled_out=int(catalog.fact(SAMPLED_OUT) or 0),
     )
 
 

@@ -43,18 +43,33 @@ _AUTHORITY = """
     SELECT generation_started.generation_id AS generation, arg_min(generation_started.authoritative, "offset") AS authoritative
     FROM events WHERE kind = 'generation_started' GROUP BY ALL"""
 
+# A tag is there if the last that was said of it is that it was added; within one event removing counts.
 _SESSIONS = """
-    SELECT uuid_text(session_id) AS session_id, any_value(tenant) AS tenant, any_value(retention_class) AS retention_class,
+    WITH told AS (
+        SELECT session_id, "offset" AS place, unnest(list_concat(session_opened.tags, session_annotated.tags_added)) AS tag, true AS there
+        FROM events WHERE kind IN ('session_opened', 'session_annotated')
+        UNION ALL BY NAME
+        SELECT session_id, "offset" AS place, unnest(session_annotated.tags_removed) AS tag, false AS there
+        FROM events WHERE kind = 'session_annotated'
+    ), tagged AS (
+        SELECT session_id, tag, arg_max(there, place * 2 + CASE WHEN there THEN 0 ELSE 1 END) AS there FROM told GROUP BY ALL
+    ), labels AS (
+        SELECT session_id AS session, list(tag ORDER BY tag) AS tags FROM tagged WHERE there GROUP BY ALL
+    ), summed AS (
+        SELECT session_id AS session, uuid_text(session_id) AS session_id, any_value(tenant) AS tenant,
+        any_value(retention_class) AS retention_class,
         min(recorded_at) AS started_at, max(recorded_at) AS last_event_at,
         epoch_us(max(recorded_at) - min(recorded_at)) / 1000 AS duration_ms,
         any_value(actor) AS actor, any_value(session_opened.client) AS client, any_value(session_opened."user") AS "user",
         any_value(session_opened.workflow) AS workflow, any_value(session_opened.purpose) AS purpose,
         any_value(session_opened.content.title) AS title,
-        list_distinct(flatten(list(list_concat(session_opened.tags, session_annotated.tags_added)))) AS tags,
+        CAST(NULL AS VARCHAR[]) AS tags,
         count(*) AS events, count(request_submitted) AS requests, count(generation_failed) AS failures, count(request_edited) AS edits,
         CAST(coalesce(sum(sequence_finished.tokens), 0) AS BIGINT) AS tokens, count(replay_started) AS replays,
         uuid_text(any_value(session_opened.parent_session)) AS parent_session_id, any_value(session_closed.reason) AS closed
-    FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)"""
+        FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)
+    )
+    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags) FROM summed s LEFT JOIN labels l ON l.session = s.session"""
 
 _GENERATION_KINDS = (
     *("request_submitted", "generation_started", "sequence_started", "token_chunk", "sequence_finished"),
@@ -99,11 +114,27 @@ _GENERATIONS = f"""
         uuid_text(asked.parent_generation) AS parent_generation_id
     FROM joined"""
 
+# A request lists the messages since the one that it continues; following it back takes log2 of the turns.
 _MESSAGES = """
-    WITH requests AS (
+    WITH RECURSIVE asked AS (
         SELECT session_id, tenant, recorded_at, request_submitted.generation_id AS generation,
-            unnest(request_submitted.message_ids) AS message, generate_subscripts(request_submitted.message_ids, 1) AS place
+            request_submitted.message_ids AS ids, request_submitted.history_generation AS before,
+            request_submitted.history_messages AS kept
         FROM events WHERE kind = 'request_submitted'
+    ), once AS (
+        SELECT session_id, generation, arg_max({'ids': ids, 'before': before, 'kept': kept}, len(ids)) AS said FROM asked GROUP BY ALL
+    ), whole AS (
+        SELECT session_id, generation, said.ids AS ids FROM once WHERE said.before IS NULL
+        UNION ALL
+        SELECT o.session_id, o.generation, list_concat(w.ids[:o.said.kept], o.said.ids)
+        FROM once o JOIN whole w ON o.session_id = w.session_id AND o.said.before = w.generation
+    ), resolved AS (
+        SELECT a.*, CASE WHEN a.before IS NOT NULL THEN w.ids END AS found
+        FROM asked a LEFT JOIN whole w ON w.session_id = a.session_id AND w.generation = a.generation
+    ), requests AS (
+        SELECT session_id, tenant, recorded_at, generation, unnest(coalesce(found, ids)) AS message,
+            generate_subscripts(coalesce(found, ids), 1) + CASE WHEN found IS NULL THEN coalesce(kept, 0) ELSE 0 END AS place
+        FROM resolved
     ), listed AS (
         SELECT session_id, unnest(request_submitted.content.messages) AS body FROM events WHERE kind = 'request_submitted'
     ), bodies AS (
@@ -111,7 +142,8 @@ _MESSAGES = """
     )
     SELECT uuid_text(r.session_id) AS session_id, uuid_text(r.generation) AS generation_id, r.tenant, r.recorded_at AS submitted_at,
         r.place AS position, uuid_text(r.message) AS message_id, b.body.role AS role, b.body.body AS body,
-        lower(hex(b.body.blob.blob_id)) AS blob_id
+        lower(hex(b.body.blob.blob_id)) AS blob_id,
+        regexp_extract_all(b.body.body, 'tokentape-blob:([0-9a-f]{64}):[0-9]+', 1) AS attachments
     FROM requests r LEFT JOIN bodies b ON b.session_id = r.session_id AND b.message = r.message"""
 
 _EDITS = """

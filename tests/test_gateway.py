@@ -126,7 +126,7 @@ class TestWithVllm:
         assert len(ids_of(events, 0)) == 24
 
     def test_messages_are_stored_once(self, rig: Rig, vllm: VllmService) -> None:
-        """A second turn of a session lists all messages and brings only the new ones."""
+        """A second turn of a session lists and brings only the messages since the first, which it names."""
         client = rig.client(default_headers={"x-tokentape-session": str(uuid.uuid4())})
         turns = [*HELLO, {"role": "assistant", "content": "Salt."}, {"role": "user", "content": "More."}]
         for messages in (HELLO, turns):
@@ -137,7 +137,8 @@ class TestWithVllm:
         assert [event.kind for event in events].count("session_opened") == 1
         assert [event.kind for event in events].count("environment_captured") == 1
         assert len({event.session_id for event in events}) == 1
-        assert second.message_ids[0] == first.message_ids[0]
+        assert (second.history_generation, second.history_messages) == (first.generation_id, 1)
+        assert len(second.message_ids) == 2
         assert [orjson.loads(message.body) for message in second.content.messages] == turns[1:]
 
     def test_unknown_model(self, rig: Rig) -> None:

@@ -22,7 +22,7 @@ Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown ses
 
 COMMANDS = {
     "services": ("up",),
-    "query": ("sql", "sessions", "show", "timeline", "tail"),
+    "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
     "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),

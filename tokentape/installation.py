@@ -11,11 +11,13 @@ from functools import cached_property
 from typing import Any
 
 from ingest.recorder import Recorder
-from schemas.errors import AlreadyExists, Unavailable
-from schemas.events import AccessContent, AccessLogged
+from ingest.redaction import Redactor
+from schemas.errors import AlreadyExists, LogUnavailable, Unavailable
+from schemas.events import AccessContent, AccessLogged, AnnotationContent, SessionAnnotated
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
+from store.blobs import BlobStore, with_blobs
 from store.catalog import Catalog, open_catalog
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, keys, open_ledger
@@ -25,6 +27,7 @@ from store.log.base import Log
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.reader import EventReader
+from store.rows import StoredEvent
 from store.sql import SqlService
 from tokentape.output import warn
 
@@ -58,6 +61,11 @@ class Installation:
     def objects(self) -> ObjectStore:
         """The object store of cold tier and ledger."""
         return open_store(self.settings.cold, self.settings.data)
+
+    @cached_property
+    def blobs(self) -> BlobStore:
+        """Large bodies and attachments."""
+        return BlobStore(self.objects, self.settings.data)
 
     @cached_property
     def signer(self) -> Signer:
@@ -143,6 +151,43 @@ class Installation:
             UnknownSession: none, or more than one, begins like that.
         """
         return self.reader.find(text)
+
+    def session_events(self, text: str, *, attachments: bool = False) -> list[StoredEvent]:
+        """The events of a session with what stands in blobs put back, attachments only if wanted.
+
+        Where the store does not answer that is said, and references stay.
+
+        Raises:
+            UnknownSession: as `session_id`.
+        """
+        events = list(self.reader.session(self.session_id(text)))
+        try:
+            return list(with_blobs(events, lambda: self.blobs, attachments=attachments))
+        except Unavailable as error:
+            warn(f"large bodies are not shown, their store does not answer: {error}")
+            return events
+
+    def annotate(self, text: str, event: SessionAnnotated) -> None:
+        """Record an annotation in a session, under its own tenant, retention class and salt; it is in the log when this returns.
+
+        Raises:
+            UnknownSession: as `session_id`.
+            LogUnavailable: the log does not take it.
+        """
+        first = next(iter(self.reader.session(self.session_id(text)))).event
+        salt = {"salt": first.salt} if first.salt else {}
+        content = self.settings.redaction.of(first.tenant).content == "full"
+        session = SessionContext(
+            first.session_id, first.tenant, "api", self.person(), first.retention_class, content=content, sample_rate=1.0, **salt
+        )
+        redactor = Redactor.of(self.settings).for_tenant(first.tenant)
+        if event.content is not None:
+            event = event.model_copy(update={"content": AnnotationContent(note=redactor.clean(event.content.note))})
+        self.recorder.record(session, event)
+        if not self.recorder.flush(self.settings.log.timeout_s):
+            raise LogUnavailable(
+                "the log did not take the annotation in time", operation="annotate", hint="it is sent when the log is back"
+            )
 
     def person(self) -> str:
         """Who runs this command, as an opaque id."""

@@ -31,6 +31,7 @@ class Choice:
     channel: str = "content"
     finished: bool = False
     tools: dict[int, Tool] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)  # the pieces of its text
 
 
 class Piece(NamedTuple):

@@ -15,7 +15,9 @@ import aiohttp
 import structlog
 import uvicorn
 import uvloop
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from ingest.attachments import Attachments
 from ingest.gateway import errors
 from ingest.gateway.counting import PATH as COUNT_TOKENS
 from ingest.gateway.counting import count_tokens
@@ -32,7 +34,10 @@ from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
 from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Keyring
+from ingest.gateway.metrics import Meter, Metrics
+from ingest.gateway.offload import Offload
 from ingest.gateway.parts import Parts
+from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas, WorkerName
 from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
@@ -44,7 +49,10 @@ from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
 from schemas.requests import dump
 from schemas.settings import Settings
+from store.blobs import BlobStore
 from store.control import ControlView, open_control
+from store.objects import open_store
+from store.objects.base import ObjectStore
 
 log = structlog.get_logger(__name__)
 
@@ -75,14 +83,19 @@ class Gateway:
             SettingsError: a redaction rule that cannot be.
         """
         redactor = Redactor.of(settings)
+        self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
         routes, sessions = Routes(settings.gateway), Sessions(settings)
+        meter = Meter(Window.before(Offload(recorder, self.attachments, settings.recorder), redactor))
+        self._metrics = Metrics(meter, recorder, routes, self.attachments)
+        recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
         self._worker = WorkerName(settings.data / "control", sessions.installation)
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
         quotas = Quotas(control, shared, self._worker.name)
         stops = Stops(settings, recorder, control, shared)
-        self.parts = Parts(settings, Window(recorder, redactor), routes, sessions, redactor, control, shared, stops, keyring, quotas)
+        placement = Placement(settings.recorder, sessions.installation)
+        self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
@@ -90,6 +103,7 @@ class Gateway:
             "/v1/models": ("GET", _models),
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
+            "/metrics": ("GET", self._measured),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,6 +155,10 @@ class Gateway:
             answer |= {"upstream": first.name, "upstream_kind": first.kind}
         await exchange.respond(200, dump(answer), [errors.JSON])
 
+    async def _measured(self, parts: Parts, exchange: Exchange) -> None:
+        """The metrics of this worker; they name upstreams and endpoints, never people or keys."""
+        await exchange.respond(200, self._metrics.text(), [(b"content-type", CONTENT_TYPE_LATEST.encode())])
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
@@ -155,6 +173,7 @@ class Gateway:
                 await self.parts.keyring.close()
                 await self.parts.quotas.close()
                 await self.parts.routes.close()
+                self.attachments.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
@@ -193,6 +212,11 @@ async def _models(parts: Parts, exchange: Exchange) -> None:
     except (aiohttp.ClientError, OSError) as error:
         return await exchange.fail(failure_of(error), [])
     return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def _blob_objects(settings: Settings) -> ObjectStore:
+    """The store of the cold tier, with no more patience than events have that wait for it."""
+    return open_store(settings.cold.model_copy(update={"timeout_s": min(settings.cold.timeout_s, settings.blobs.wait_s)}), settings.data)
 
 
 def create_app(settings: Settings, recorder: Recording) -> Gateway:

@@ -14,10 +14,11 @@ from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
-from ingest.gateway.headers import answer_headers, request_facts, session_facts, upstream_headers
+from ingest.gateway.headers import answer_headers, request_facts, upstream_headers
 from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
+from ingest.gateway.placement import Asker, labels
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.sse import Block, EventParser, EventTooLong
 from ingest.gateway.tape import Tape
@@ -48,6 +49,7 @@ class Generation:
         self.authorization = self.passage.authorization
         self.caller = caller
         self.misnamed: Failure | None = None
+        self._asked: ClientRequest | None = None
         self.session = self._session()
         redactor = parts.redactor.for_tenant(self.session.context.tenant)
         self.tape = Tape(parts.recorder, self.session, redactor.with_token(caller.credential), endpoint.path)
@@ -78,7 +80,8 @@ class Generation:
             self.exchange.close()
 
     async def _serve(self) -> None:
-        request = await self._request()
+        request = self._asked = await self._request()
+        self._place(request)
         self.exchange.watch()
         kind = ""
         try:
@@ -159,19 +162,36 @@ class Generation:
             raise
 
     def _unreadable(self, body: bytes) -> None:
-        self._open()
+        self._open({})
         self.tape.unreadable(body, self._facts(body))
 
+    def _place(self, request: ClientRequest) -> None:
+        """Find the session of a request, before anything is recorded of it."""
+        tags = labels(self.exchange, request.fields, self.tape.clean, 1)["tags"]
+        self.session = self.parts.placement.place(self.exchange, request, self.session, self._asker, tags)
+        self.tape.move(self.session)
+
+    def _remember(self) -> None:
+        """Before the client knows the end of an answer, a request that goes on from it can be told."""
+        if self._asked:
+            self.parts.placement.answered(self.exchange, self._asked, self.session, self._asker, self.tape.answers)
+
+    @property
+    def _asker(self) -> Asker:
+        return Asker(self.session.context.tenant, self._key_id, self.exchange.client)
+
     def _submitted(self, request: ClientRequest, extra: dict[str, Any]) -> None:
-        self._open()
+        self._open(request.fields)
         environment = self.upstream.environment
         self.tape.environment(environment)
         facts = self._facts(request.body)
         facts |= {"environment_id": environment.environment_id if environment else None, "priority": self.passage.priority}
         self.tape.submitted(request, facts, extra)
 
-    def _open(self) -> None:
-        self.tape.opened(session_facts(self.exchange, self.tape.clean, self.parts.settings.recorder.sample_rate))
+    def _open(self, fields: dict[str, Any]) -> None:
+        own = self.session.context.sample_rate
+        rate = self.parts.settings.recorder.sample_rate if own is None else own
+        self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
 
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
@@ -329,6 +349,7 @@ class Generation:
     async def _finished(self) -> None:
         """The answer is complete: recorded, and in strict mode durable, before the client sees its end."""
         self.exchange.settled = True
+        self._remember()
         self.tape.finished()
         if self.tape.unreconciled:
             log.warning("tokens do not reconcile", generation=self.tape.name, **self.tape.unreconciled)
@@ -361,6 +382,7 @@ class Generation:
 
     async def _fail(self, failure: Failure) -> None:
         self.exchange.settled = True
+        self._remember()
         if failure.fault is errors.UNREACHABLE:
             self.upstream.lost()
         self.tape.failed(failure)

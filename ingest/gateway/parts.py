@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ingest.gateway.keys import Keyring
+from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas
 from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
@@ -29,3 +30,4 @@ class Parts:
     stops: Stops
     keyring: Keyring
     quotas: Quotas
+    placement: Placement

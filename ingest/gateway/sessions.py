@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
-from schemas.errors import StorageFull
+from ingest.gateway.history import History
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
+from store.keyfile import installation_key
 
 SESSION_HEADER = "x-tokentape-session"
 GENERATION_HEADER = "x-tokentape-generation"
@@ -33,6 +32,8 @@ class Session:
     context: SessionContext
     opened: bool = False
     environments: set[bytes] = field(default_factory=set)
+    tags: set[str] = field(default_factory=set)
+    history: History = field(default_factory=History)
     _messages: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
 
     @property
@@ -106,30 +107,3 @@ def parse_session(name: str) -> bytes:
         return uuid.UUID(name.strip()).bytes
     except ValueError as error:
         raise Failure(errors.INVALID_REQUEST, f"{SESSION_HEADER} must be a UUID.", param=SESSION_HEADER) from error
-
-
-def installation_key(path: Path) -> bytes:
-    """32 random bytes, made at the first start and kept; readable by their owner alone.
-
-    Raises:
-        StorageFull: they cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-        if not path.exists():
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(os.urandom(32))
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(draft, path)  # fails where another process was first: then its key is the key
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
-        return path.read_bytes()
-    except OSError as error:
-        hint = "make the data directory writable"
-        raise StorageFull(error.strerror or str(error), operation="read gateway key", place=str(path), hint=hint) from error

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from ingest.attachments import Deferred
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
+from ingest.gateway.conversations import Said
 from ingest.gateway.errors import Failure
 from ingest.gateway.sessions import Session
 from ingest.redaction import SECRET, Redactor
@@ -30,6 +32,7 @@ from schemas.events import (
     RequestSubmitted,
     SequenceFinished,
     SequenceStarted,
+    SessionAnnotated,
     SessionOpened,
     ToolCall,
     ToolCallContent,
@@ -47,7 +50,7 @@ ERROR_CHARACTERS_MAX = 4096
 class Recording(Protocol):
     """The recorder, as the gateway uses it."""
 
-    def record(self, session: SessionContext, payload: Payload) -> None:
+    def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
         """Record one event."""
 
     def tokens(
@@ -108,11 +111,28 @@ class Tape:
         """Microseconds since the request was forwarded, or since it came if it never was."""
         return (time.monotonic_ns() - self._begun_ns) // 1000
 
+    def move(self, session: Session) -> None:
+        """The generation belongs to this session; nothing of it MUST have been recorded yet."""
+        self.session = session
+        self._context = session.context
+
     def opened(self, facts: dict[str, Any]) -> None:
-        """The session is about to get its first event, if it has none yet; `facts` are fields of `session_opened`."""
+        """The session gets its first event, or, if it has one, the tags that are new; `facts` are fields of `session_opened`."""
+        new = [tag for tag in facts["tags"] if tag not in self.session.tags]
+        self.session.tags.update(new)
         if not self.session.opened:
             self.session.opened = True
             self._record(SessionOpened(**facts))
+        elif new:
+            self._record(SessionAnnotated(tags_added=new))
+
+    @property
+    def answers(self) -> list[Said]:
+        """What each sequence said so far, none that said nothing."""
+        tools = [[choice.tools[at] for at in sorted(choice.tools)] for choice in self._choices.values()]
+        calls = [tuple((call.name or "", "".join(call.arguments)) for call in called) for called in tools]
+        said = [Said("".join(choice.said), called) for choice, called in zip(self._choices.values(), calls, strict=True)]
+        return [one for one in said if one.text or one.calls]
 
     def environment(self, event: EnvironmentCaptured | None) -> None:
         """The environment that will answer, once per session."""
@@ -130,6 +150,8 @@ class Tape:
             taken += redacted
         facts = self._cleaned(facts, taken)
         new = [message for message in messages if self.session.first_seen(message.message_id)]
+        ids = [message.message_id for message in messages]
+        before = self.session.history.continued(self.generation_id, ids)
         self._keep_prompt = not taken  # the prompt's tokens would spell out what was taken from its text
         self._record(
             RequestSubmitted(
@@ -141,11 +163,13 @@ class Tape:
                 seed=long_of(extra.get("seed", request.seed)),
                 temperature=request.temperature,
                 max_tokens=request.max_tokens,
-                message_ids=[message.message_id for message in messages],
+                message_ids=ids[before.messages :] if before else ids,
                 tools=request.tools,
                 injected=sorted(extra),
                 redactions=_counts(taken),
                 content=RequestContent(messages=new, parameters=parameters),
+                history_generation=before.generation_id if before else None,
+                history_messages=before.messages if before else None,
                 **facts,
             )
         )
@@ -359,6 +383,8 @@ class Tape:
 
     def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
         choice.channel = channel
+        if channel == "content":
+            choice.said.append(text)
         choice.position = self._recorder.tokens(
             self._context,
             self.generation_id,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ingest.attachments import Deferred
 from ingest.gateway.tape import Recording
 from ingest.redaction import Redactor, mark
 from schemas.events import Payload, ToolCall
@@ -58,14 +59,19 @@ class Window:
         self._redactor = redactor
         self._open: dict[tuple[bytes, int], _Sequence] = {}
 
+    @classmethod
+    def before(cls, recorder: Recording, redactor: Redactor) -> Recording:
+        """The recorder behind a window, or as it is where no tenant has rules."""
+        return cls(recorder, redactor) if redactor.searches_any else recorder
+
     async def durable(self) -> None:
         """Return when all that was recorded is durable, but for what waits."""
         await self._recorder.durable()
 
-    def record(self, session: SessionContext, payload: Payload) -> None:
+    def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
         """Record one event; the end of a sequence lets its tokens go first."""
         if self._open and payload.KIND in _ENDS:
-            generation, index = payload.generation_id, getattr(payload, "index", None)  # type: ignore[attr-defined]  # all ends have one
+            generation, index = getattr(payload, "generation_id", None), getattr(payload, "index", None)
             for key in [key for key in self._open if key[0] == generation and index in (None, key[1])]:
                 self._let_go(key, all_of_it=True)
         if isinstance(payload, ToolCall) and self._applies(session):

@@ -18,6 +18,7 @@ from replay.timeline import timeline as make_timeline
 from replay.timeline_view import TimelineView
 from schemas.codec import decode
 from schemas.errors import DataError, UsageError
+from schemas.events import AnnotationContent, SessionAnnotated
 from store import views
 from store.sql import Completeness
 from tokentape.commands.common import format_option, with_installation
@@ -27,7 +28,7 @@ from tokentape.output import err, out, write_rows, write_table
 SESSIONS = """
     SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
         requests, tokens, failures, tags
-    FROM sessions WHERE requests > 0 OR replays > 0 ORDER BY started_at DESC LIMIT {limit}"""
+    FROM sessions WHERE (requests > 0 OR replays > 0){tagged} ORDER BY started_at DESC LIMIT {limit}"""
 
 
 @click.command()
@@ -51,11 +52,49 @@ def sql(installation: Installation, query: str | None, source: Path | None, tena
 
 @click.command()
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="Newest sessions to list.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions that have this tag; several: that have all of them.")
 @format_option
 @with_installation
-def sessions(installation: Installation, limit: int, fmt: str) -> None:
+def sessions(installation: Installation, limit: int, tags: tuple[str, ...], fmt: str) -> None:
     """The newest sessions."""
-    _answer(installation, SESSIONS.format(limit=limit), fmt, tenant=None, operation="sessions")
+    tagged = "".join(f" AND list_contains(tags, {views.literal(tag)})" for tag in tags)
+    _answer(installation, SESSIONS.format(limit=limit, tagged=tagged), fmt, tenant=None, operation="sessions")
+
+
+@click.command()
+@click.argument("session")
+@click.option("--tag", "added", multiple=True, metavar="TAG", help="Add a tag.")
+@click.option("--untag", "removed", multiple=True, metavar="TAG", help="Remove a tag.")
+@click.option("--note", help="Leave a note on the session.")
+@click.option("--visibility", type=click.Choice(["private", "team", "public"]), help="Who may see it.")
+@with_installation
+def annotate(
+    installation: Installation, session: str, added: tuple[str, ...], removed: tuple[str, ...], note: str | None, visibility: str | None
+) -> None:
+    """Put tags or a note on a session, or take tags away: an event of the session, with who did it and when."""
+    if not (added or removed or note or visibility):
+        raise UsageError("nothing to annotate", operation="annotate", hint="give --tag, --untag, --note or --visibility")
+    if wrong := [tag for tag in (*added, *removed) if not tag.strip() or "," in tag]:
+        raise UsageError(f"{wrong[0]!r} is no tag", operation="annotate", hint="a tag is a text without commas")
+    if both := set(added) & set(removed):
+        raise UsageError(f"--tag and --untag both name {sorted(both)[0]!r}", operation="annotate", hint="add a tag or remove it")
+    installation.freshen()
+    installation.annotate(
+        session,
+        SessionAnnotated(
+            tags_added=list(added),
+            tags_removed=list(removed),
+            visibility=visibility,
+            content=AnnotationContent(note=note) if note else None,
+        ),
+    )
+    done = [
+        *(f"+{tag}" for tag in added),
+        *(f"-{tag}" for tag in removed),
+        *([visibility] if visibility else []),
+        *(["note"] if note else []),
+    ]
+    click.echo(f"annotated {session}: {' '.join(done)}")
 
 
 def _answer(installation: Installation, statement: str, fmt: str, *, tenant: str | None, operation: str) -> None:
@@ -75,6 +114,7 @@ def _said(completeness: Completeness) -> str:
         "quarantined": completeness.quarantined,
         "duplicates dropped": completeness.duplicates,
         "erased": completeness.erased or 0,
+        "sampled out": completeness.sampled_out,
     }
     said = ", ".join(f"{count:,} {what}" for what, count in missing.items() if count)
     return f"{fresh}; missing: {said or 'nothing'}"
@@ -90,7 +130,7 @@ def show(installation: Installation, session: str, moment: str | None, full: boo
     """A session as it stands, or as it stood at an event or a time."""
     installation.freshen()
     with installation.accessing("show", f"show {session} --at {moment}") as access:
-        events = list(installation.reader.session(installation.session_id(session)))
+        events = installation.session_events(session, attachments=full)
         access["rows"] = len(events)
         state = fold(events, until=Until.parse(moment) if moment else None)
         if fmt == "json":
@@ -108,7 +148,7 @@ def timeline(installation: Installation, session: str, full: bool, fmt: str) -> 
     """What happened in a session: who, what, when, silences between tokens, failures."""
     installation.freshen()
     with installation.accessing("timeline", f"timeline {session}") as access:
-        events = list(installation.reader.session(installation.session_id(session)))
+        events = installation.session_events(session)
         access["rows"] = len(events)
         made = make_timeline(events, rows_max=None) if full else make_timeline(events)
         if fmt == "json":
@@ -148,4 +188,17 @@ def _line(installation: Installation, partition: int, offset: int, value: bytes)
     return {**place, "kind": event.kind, "session_id": str(uuid.UUID(bytes=event.session_id)), "recorded_at": when, "payload": payload}
 
 
-COMMANDS = [sql, sessions, show, timeline, tail]
+@click.command()
+@click.argument("blob_id", metavar="ID")
+@click.option("--tenant", help="Whose blob it is.  [default: the tenant of the settings]")
+@with_installation
+def blob(installation: Installation, blob_id: str, tenant: str | None) -> None:
+    """The bytes of a large body or attachment, to standard output; `messages` in SQL has blob_id and attachments."""
+    owner = tenant or installation.settings.tenant
+    with installation.accessing("blob", f"blob {blob_id} --tenant {owner}") as access:
+        data = installation.blobs.find(owner, blob_id)
+        access["rows"] = 1
+        sys.stdout.buffer.write(data)
+
+
+COMMANDS = [sql, sessions, annotate, show, timeline, tail, blob]

@@ -48,7 +48,7 @@ def replay(
     """
     installation.freshen()
     with installation.accessing(f"replay {mode}", f"replay {session}") as access:
-        events = list(installation.reader.session(installation.session_id(session)))
+        events = installation.session_events(session, attachments=mode == "compare")
         access["rows"] = len(events)
         if mode == "step":
             _walk(Player(events))
