@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from schemas.errors import UsageError
 from schemas.requests.anthropic import from_anthropic, to_anthropic
 from schemas.requests.chat import from_chat, to_chat
+from schemas.requests.gemini import from_gemini, to_gemini
+from schemas.requests.openapi import in_camel_case, to_json_schema
 from schemas.requests.responses import conversation, from_responses, to_responses
 
 _SCALARS = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
@@ -141,7 +143,58 @@ RESPONSES = record(
 )
 
 
+_SCHEMA = st.sampled_from([{"type": "OBJECT", "properties": {"a": {"type": "STRING", "nullable": True}}}, {"type": "ARRAY"}, {}])
+_GEMINI_PART = (
+    record({"text": _WORD}, thought=st.booleans(), thoughtSignature=_WORD)
+    | record({"inlineData": record({"mimeType": st.sampled_from(["image/png", "audio/wav"]), "data": st.just("AAAA")})})
+    | record({"fileData": record({"mimeType": st.just("image/png"), "fileUri": _URL})})
+    | record({"functionCall": record({"name": _WORD, "args": _OBJECT}, id=_WORD)}, thoughtSignature=_WORD)
+    | record({"functionResponse": record({"name": _WORD, "response": _OBJECT}, id=_WORD)})
+    | _OBJECT
+)
+_CONTENT = record({"parts": st.lists(_GEMINI_PART, max_size=3)}, role=st.sampled_from(["user", "model", "function"])) | _OBJECT
+_DECLARATION = record({"name": _WORD}, description=_WORD, parameters=_SCHEMA, parametersJsonSchema=_OBJECT)
+_GENERATION_CONFIG = record(
+    {},
+    temperature=st.floats(0, 2),
+    topP=st.floats(0, 1),
+    topK=st.integers(1, 9) | st.just(40.0) | st.just(2.5),
+    candidateCount=st.integers(1, 3),
+    maxOutputTokens=st.integers(1, 9),
+    stopSequences=st.lists(_WORD, max_size=2),
+    seed=st.integers(),
+    responseLogprobs=st.booleans(),
+    logprobs=st.integers(0, 3),
+    presencePenalty=st.floats(0, 1),
+    responseMimeType=st.sampled_from(["application/json", "text/plain", "text/x.enum", "x"]),
+    responseSchema=_SCHEMA | st.just({"type": "STRING", "enum": ["a", "b"]}),
+    responseJsonSchema=_OBJECT,
+    thinkingConfig=record(
+        {}, includeThoughts=st.booleans(), thinkingBudget=st.integers(-2, 9), thinkingLevel=st.sampled_from(["LOW", "HIGH", "low", "X"])
+    ),
+)
+GEMINI = record(
+    {"contents": st.lists(_CONTENT, max_size=3)},
+    model=_WORD,
+    systemInstruction=record({"parts": st.lists(_GEMINI_PART, max_size=2)}, role=_WORD),
+    generationConfig=_GENERATION_CONFIG,
+    tools=st.lists(record({"functionDeclarations": st.lists(_DECLARATION, max_size=2)}, googleSearch=st.just({})), max_size=2),
+    toolConfig=record(
+        {},
+        functionCallingConfig=record(
+            {}, mode=st.sampled_from(["AUTO", "ANY", "NONE", "VALIDATED"]), allowedFunctionNames=st.lists(_WORD, max_size=2)
+        ),
+    ),
+    safetySettings=st.lists(_OBJECT, max_size=1),
+)
+
+
 class TestRoundTrips:
+    @given(GEMINI)
+    def test_gemini(self, document: dict[str, Any]) -> None:
+        """Gemini's contents."""
+        assert to_gemini(from_gemini(document)) == document
+
     @given(RESPONSES)
     def test_responses(self, document: dict[str, Any]) -> None:
         """OpenAI's responses."""

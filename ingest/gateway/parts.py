@@ -31,3 +31,4 @@ class Parts:
     keyring: Keyring
     quotas: Quotas
     placement: Placement
+    kept: Kept

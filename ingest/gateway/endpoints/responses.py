@@ -6,8 +6,8 @@ import time
 import uuid
 from typing import Any
 
-from ingest.gateway.endpoints.base import Sending
-from ingest.gateway.endpoints.translated import TranslatedAnswer, event, to_chat_upstream
+from ingest.gateway.endpoints.base import FOREIGN, Sending
+from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event, reader_of, to_upstream
 from ingest.gateway.errors import RESPONSES
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.veil import chat_additions
@@ -44,7 +44,7 @@ class Responses:
     def additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
         """What a chat request gets."""
         asked = {"stream": request.stream, "temperature": request.temperature, "top_logprobs": request.fields.get("top_logprobs")}
-        return {} if kind == "anthropic" else chat_additions(ChatRequest(b"", asked, []), kind)
+        return {} if kind in FOREIGN else chat_additions(ChatRequest(b"", asked, []), kind)
 
     def sending(self, exchange: Exchange, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
         """The chat request that it means.
@@ -52,21 +52,18 @@ class Responses:
         Raises:
             UsageError: the upstream cannot do what it asks for.
         """
-        if kind == "anthropic":
-            hint = "set gateway.upstream to an OpenAI-compatible server, or send the request to /v1/messages"
-            raise UsageError(f"{self.path} is not possible with an Anthropic upstream; {hint}", operation="forward", hint=hint)
-        return to_chat_upstream(conversation(from_responses(request.fields)), extra, kind)
+        return to_upstream(conversation(from_responses(request.fields)), extra, kind)
 
     def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> TranslatedAnswer:
         """A writer of responses."""
-        return ResponseAnswer(request)
+        return ResponseAnswer(request, reader_of(kind))
 
 
 class ResponseAnswer(TranslatedAnswer):
     """Writes the chunks of a chat completion as a response's events: one output item after the other."""
 
-    def __init__(self, request: ClientRequest) -> None:
-        super().__init__(b"text/event-stream" if request.stream else b"application/json")
+    def __init__(self, request: ClientRequest, reader: Reader) -> None:
+        super().__init__(b"text/event-stream" if request.stream else b"application/json", reader)
         self._response = _response(request)
         self._output: list[dict[str, Any]] = self._response["output"]
         self._open: tuple[str, int] | None = None  # the type of the open item, and which tool call it is
