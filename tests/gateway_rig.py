@@ -27,7 +27,7 @@ from store.log import open_log
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
-RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages")
+RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1beta/models/")
 """Paths that a broken upstream acts on; all others are 404."""
 HELLO: Any = [{"role": "user", "content": "Say something about the sea."}]
 

@@ -13,6 +13,7 @@ from schemas.requests.anthropic import from_anthropic, to_anthropic
 from schemas.requests.chat import from_chat, to_chat
 from schemas.requests.gemini import from_gemini, to_gemini
 from schemas.requests.openapi import in_camel_case, to_json_schema
+from schemas.requests.recorded import as_chat
 from schemas.requests.responses import conversation, from_responses, to_responses
 
 _SCALARS = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
@@ -322,3 +323,143 @@ class TestTranslated:
         }
         with pytest.raises(UsageError, match="not possible with an Anthropic upstream"):
             to_anthropic(from_chat({"model": "m", "messages": [], field: values[field]}))
+
+
+class TestGemini:
+    def test_to_chat(self) -> None:
+        """Everything that Gemini's words have a counterpart for; calls without ids get one, which their results share."""
+        document = {
+            "model": "m",
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "x"}, {"inlineData": {"mimeType": "image/png", "data": "AAAA"}}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "s"}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"b": 2}}}]},
+            ],
+            "tools": [
+                {"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT", "properties": {"a": {"type": "INTEGER"}}}}]}
+            ],
+            "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["f"]}},
+            "generationConfig": {
+                "candidateCount": 2,
+                "maxOutputTokens": 9,
+                "topK": 40.0,
+                "seed": 1,
+                "responseLogprobs": True,
+                "logprobs": 3,
+                "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": True},
+            },
+        }
+
+        assert to_chat(from_gemini(document), vllm=True) == {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
+                },
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}],
+                },
+                {"role": "tool", "tool_call_id": "call_1", "content": '{"b":2}'},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+                }
+            ],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "n": 2,
+            "max_tokens": 9,
+            "top_k": 40,
+            "seed": 1,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+
+    @pytest.mark.parametrize(
+        ("document", "place"),
+        [
+            ({"cachedContent": "c"}, "cachedContent"),
+            ({"tools": [{"googleSearch": {}}]}, "tools"),
+            ({"generationConfig": {"responseModalities": ["AUDIO"]}}, "responseModalities"),
+            ({"contents": [{"parts": [{"inlineData": {"mimeType": "audio/wav", "data": ""}}]}]}, "messages[0].content of type inlineData"),
+        ],
+    )
+    def test_what_others_cannot_do(self, document: dict[str, Any], place: str) -> None:
+        """It is refused by name before vLLM and before Anthropic."""
+        for write in (lambda request: to_chat(request, vllm=True), to_anthropic):
+            with pytest.raises(UsageError) as raised:
+                write(from_gemini({"contents": [], **document}))
+
+            assert (raised.value.place or "").endswith(place)
+
+    def test_schemas(self) -> None:
+        """Google's dialect of schemas means this as JSON schema."""
+        google = {
+            "type": "OBJECT",
+            "properties": {"b": {"type": "STRING", "nullable": True}, "a": {"type": "ARRAY", "items": {"type": "NUMBER"}, "minItems": "1"}},
+            "propertyOrdering": ["a", "b"],
+        }
+        schema = to_json_schema(google)
+
+        assert list(schema["properties"]) == ["a", "b"]
+        assert schema["properties"] == {
+            "a": {"type": "array", "items": {"type": "number"}, "minItems": 1},
+            "b": {"type": ["string", "null"]},
+        }
+
+    def test_spellings(self) -> None:
+        """Google's other spelling is read too, but for what is the client's own."""
+        snake = {"system_instruction": {"parts": [{"function_call": {"name": "f", "args": {"a_b": 1}}}]}}
+
+        assert in_camel_case(snake) == {"systemInstruction": {"parts": [{"functionCall": {"name": "f", "args": {"a_b": 1}}}]}}
+
+
+class TestHints:
+    """What another provider need not know is a short list; what says something is not on it."""
+
+    @pytest.mark.parametrize("field", [{"store": True}, {"metadata": {"a": "b"}}, {"prompt_cache_key": "k"}, {"service_tier": "auto"}])
+    def test_left_out(self, field: dict[str, Any]) -> None:
+        """Caching, filing, and what is so by default."""
+        written = to_anthropic(from_chat({"model": "m", "messages": [], "max_tokens": 1, **field}))
+
+        assert not written.keys() & field.keys()
+
+    @pytest.mark.parametrize(
+        "field", [{"service_tier": "flex"}, {"return_token_ids": True}, {"stream_options": {"include_obfuscation": True}}]
+    )
+    def test_refused(self, field: dict[str, Any]) -> None:
+        """What would change the answer or its price."""
+        with pytest.raises(UsageError):
+            to_anthropic(from_chat({"model": "m", "messages": [], "max_tokens": 1, **field}))
+
+    def test_a_summary_is_no_hint(self) -> None:
+        """An item's summary that says something is refused; an empty one is not."""
+        item = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
+        to_chat(from_responses({"input": [{**item, "summary": []}]}), vllm=True)
+        with pytest.raises(UsageError, match="summary"):
+            to_chat(from_responses({"input": [{**item, "summary": [{"type": "summary_text", "text": "s"}]}]}), vllm=True)
+
+
+class TestRecorded:
+    @pytest.mark.parametrize(
+        ("endpoint", "document"),
+        [
+            ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/messages", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/responses", {"model": "m", "input": [{"role": "user", "content": "x"}]}),
+        ],
+    )
+    def test_asked_again(self, endpoint: str, document: dict[str, Any]) -> None:
+        """Every conversation can be asked again as a chat completion."""
+        assert as_chat(endpoint, document) == {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+    def test_no_conversation(self) -> None:
+        """What is none says so."""
+        with pytest.raises(UsageError, match="a request to /v1/embeddings is no conversation"):
+            as_chat("/v1/embeddings", {"input": "x"})

@@ -32,8 +32,9 @@ from ingest.gateway.endpoints.responses import Responses
 from ingest.gateway.errors import Failure, error_body
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
-from ingest.gateway.kept import PATH as RESPONSE
-from ingest.gateway.kept import Kept, kept_response
+from ingest.gateway.kept import Kept
+from ingest.gateway.kept_api import PATH as RESPONSE
+from ingest.gateway.kept_api import kept_response
 from ingest.gateway.keys import Keyring
 from ingest.gateway.metrics import Meter, Metrics
 from ingest.gateway.models import PATHS, asked_for, models

@@ -7,23 +7,21 @@ memory, for the key that asked and up to a bound: a response that is forgotten, 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
-from ingest.gateway.exchange import Exchange
-from ingest.gateway.parts import Parts
 from ingest.gateway.sessions import Session
-from schemas.requests import dump, load
+from schemas.requests import dump, load, text_of
+from schemas.requests.client import ResponsesRequest
 
 KEPT_MAX = 1000
 """Responses remembered; the oldest are forgotten first."""
 
 KEPT_BYTES_MAX = 64 << 20
 """The bytes of all that is remembered, histories included."""
-
-PATH = "/v1/responses/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,26 +80,33 @@ def history(response: Response) -> list[Any]:
     return items
 
 
+def continued(
+    kept: Kept, owner: str, request: ResponsesRequest, session: Callable[[], Session]
+) -> tuple[ResponsesRequest, Response | None]:
+    """The request with what was said before in front of its own input, and the response that it goes on from.
+
+    Raises:
+        Failure: that response is not known.
+    """
+    fields = dict(request.fields)
+    name = fields.pop("previous_response_id", None)
+    items = [{"role": "user", "content": item} if isinstance(item, str) else item for item in request.messages]
+    earlier = kept.find(str(name), owner) if name is not None else None
+    if earlier is not None:
+        items = [*history(earlier), *items]
+        fields["input"] = items
+    stored = fields.get("store") is not False
+
+    def keep(document: dict[str, Any]) -> None:
+        if stored:
+            kept.keep(owner, session(), [*items, *document["output"]], document)
+
+    messages = request.messages if earlier is None else items
+    return ResponsesRequest(request.body, fields, messages, previous=text_of(name), keep=keep), earlier
+
+
 def _size(response: Response) -> int:
     return len(response.items) + len(response.document)
-
-
-async def kept_response(parts: Parts, exchange: Exchange) -> None:
-    """`GET` and `DELETE` of a response. What is deleted here stays on the tape, which has rules of its own."""
-    caller = await parts.keyring.caller(exchange)
-    key_id = caller.key.key_id if caller.key else parts.sessions.key_id(caller.authorization)
-    tenant = caller.key.tenant if caller.key else parts.settings.tenant
-    owner = owner_of(tenant, key_id, exchange.client)
-    name = exchange.scope["path"].removeprefix(PATH)
-    try:
-        if caller.refusal:
-            raise caller.refusal
-        if exchange.scope["method"] == "DELETE":
-            parts.kept.forget(name, owner)
-            return await exchange.respond(200, dump({"id": name, "object": "response", "deleted": True}), [errors.JSON])
-        return await exchange.respond(200, parts.kept.find(name, owner).document, [errors.JSON])
-    except Failure as failure:
-        return await exchange.fail(failure, [])
 
 
 def owner_of(tenant: str, key_id: str | None, address: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ingest.gateway.kept import Kept
 from ingest.gateway.keys import Keyring
 from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas

@@ -78,7 +78,9 @@ def to_anthropic(request: InferenceRequest) -> dict[str, Any]:
     target.own(generation)
     target.without(**sampling.model_dump(include={"min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty"}))
     document = present(
-        model=request.model, **_written_turns(target, identified(instructed(request.instructions, request.messages)), extensions), stream=request.stream
+        model=request.model,
+        **_written_turns(target, identified(instructed(request.instructions, request.messages)), extensions),
+        stream=request.stream,
     )
     foreign = PROVIDER not in request.provider_extensions and generation.max_tokens is None and "max_tokens" not in extensions
     document |= present(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -89,10 +90,16 @@ class MessagesRequest(ClientRequest):
     """A request to Anthropic's messages."""
 
 
+@dataclass(frozen=True)
 class ResponsesRequest(ClientRequest):
-    """A request to OpenAI's responses; each input item is a message."""
+    """A request to OpenAI's responses; each input item is a message. What went before `previous` is among them."""
 
     FIELD = "input"
+
+    previous: str | None = None
+    """The response that it goes on from."""
+    keep: Callable[[dict[str, Any]], None] | None = None
+    """Remembers its response for later requests."""
 
     @property
     def max_tokens(self) -> int | None:

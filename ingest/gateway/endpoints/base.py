@@ -14,7 +14,6 @@ from ingest.gateway.sse import Block
 from schemas.errors import UsageError
 from schemas.requests import ClientRequest, splice
 
-
 FOREIGN = {"anthropic": "an Anthropic upstream", "gemini": "a Gemini upstream"}
 """Kinds of upstream that do not speak OpenAI's language, with the words for them."""
 

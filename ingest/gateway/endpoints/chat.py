@@ -13,6 +13,7 @@ from ingest.gateway.veil import Veil, chat_additions
 from schemas.requests import ChatRequest, ClientRequest, read_chat
 from schemas.requests.chat import from_chat
 
+
 class ChatAnswer:
     """An answer of a chat completion, shown without what the gateway added."""
 

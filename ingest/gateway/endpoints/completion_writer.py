@@ -41,7 +41,9 @@ class CompletionWriter(TranslatedAnswer):
             if calls := message.get("tool_calls"):
                 message["tool_calls"] = [{"type": "function", **{name: call[name] for name in ("id", "function")}} for call in calls]
             said = {"role": "assistant", "content": None, "refusal": None, **message}
-            choices.append({"index": choice["index"], "message": said, "logprobs": choice.get("logprobs"), "finish_reason": choice["finish_reason"]})
+            choices.append(
+                {"index": choice["index"], "message": said, "logprobs": choice.get("logprobs"), "finish_reason": choice["finish_reason"]}
+            )
         return {**self._kind("chat.completion"), "choices": choices, "usage": _total(self._usage)}
 
     def _told(self, answer: dict[str, Any]) -> None:

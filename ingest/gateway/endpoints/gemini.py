@@ -50,9 +50,9 @@ class Generate:
         if kind != "gemini":
             asked = from_gemini(request.fields).model_copy(update={"stream": request.stream})
             return to_upstream(asked, extra, kind)
-        query = exchange.scope["query_string"]
-        if self._array:  # an array comes in the end only; events can be recorded as they come
-            query = b"&".join(part for part in (*query.split(b"&"), b"alt=sse") if part and not (part != b"alt=sse" and part.startswith(b"alt=")))
+        query: bytes = exchange.scope["query_string"]
+        if self._array:  # an array is complete in the end only; events can be recorded as they come
+            query = b"&".join([*(part for part in query.split(b"&") if part and not part.startswith(b"alt=")), b"alt=sse"])
         return Sending(gemini_path(request.model or "", stream=self._stream), _without_model(request.body), query)
 
     def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> Answer:

@@ -99,8 +99,9 @@ class Array:
 
 
 def _scores(result: dict[str, Any], chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    tops = result.get("topCandidates") or [{}] * len(chosen)
-    return [{**_score(one), "top_logprobs": [_score(other) for other in top.get("candidates") or ()]} for one, top in zip(chosen, tops)]  # noqa: B905
+    tops = [top.get("candidates") or () for top in result.get("topCandidates") or ()]
+    tops += [()] * (len(chosen) - len(tops))
+    return [{**_score(one), "top_logprobs": [_score(other) for other in top]} for one, top in zip(chosen, tops, strict=False)]
 
 
 def _score(candidate: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/responses`: translated to chat completions. Nothing is kept between two requests but on the tape."""
+"""OpenAI's `/v1/responses`: translated to chat completions or to what other upstreams speak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event,
 from ingest.gateway.errors import RESPONSES
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.veil import chat_additions
-from schemas.errors import UsageError
 from schemas.requests import ChatRequest, ClientRequest
 from schemas.requests.client import ResponsesRequest, read_responses
 from schemas.requests.responses import conversation, from_responses
@@ -65,6 +64,7 @@ class ResponseAnswer(TranslatedAnswer):
     def __init__(self, request: ClientRequest, reader: Reader) -> None:
         super().__init__(b"text/event-stream" if request.stream else b"application/json", reader)
         self._response = _response(request)
+        self._keep = request.keep if isinstance(request, ResponsesRequest) else None
         self._output: list[dict[str, Any]] = self._response["output"]
         self._open: tuple[str, int] | None = None  # the type of the open item, and which tool call it is
         self._text = ""
@@ -86,6 +86,7 @@ class ResponseAnswer(TranslatedAnswer):
         out = [] if self._sequence else self._begin({})
         out += self._close()
         self._response |= _outcome(self._finish, self._usage)
+        self._kept(self._response)
         return b"".join([*out, self._event(f"response.{self._response['status']}", response=self._response)])
 
     def write_completion(self, completion: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +100,13 @@ class ResponseAnswer(TranslatedAnswer):
         for call in message.get("tool_calls") or ():
             self._output.append(_done("function_call", _call(call), call["function"]["arguments"]))
         outcome = _outcome(choice.get("finish_reason") or "", completion.get("usage") or {})
-        return self._response | {"model": completion.get("model")} | outcome
+        response = self._response | {"model": completion.get("model")} | outcome
+        self._kept(response)
+        return response
+
+    def _kept(self, response: dict[str, Any]) -> None:
+        if self._keep is not None:
+            self._keep(response)
 
     def _begin(self, chunk: dict[str, Any]) -> list[bytes]:
         self._response["model"] = chunk.get("model") or self._response["model"]
@@ -173,7 +180,9 @@ def _response(request: ClientRequest) -> dict[str, Any]:
     defaults = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}, "text": {"format": {"type": "text"}}}
     known = {name: value for name, value in echoed.items() if value is not None}
     head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "status": "in_progress"}
-    rest: dict[str, Any] = {"error": None, "incomplete_details": None, "model": request.model, "output": [], "usage": None, "store": False}
+    rest: dict[str, Any] = {"error": None, "incomplete_details": None, "model": request.model, "output": [], "usage": None}
+    if isinstance(request, ResponsesRequest):
+        rest |= {"previous_response_id": request.previous, "store": request.fields.get("store") is not False}
     return {**head, **rest, **dict.fromkeys(_ECHOED), **defaults, **known}
 
 
