@@ -87,7 +87,7 @@ class TestOpenAiBeforeAnthropic:
         assert (sent["system"], sent["max_tokens"], sent["metadata"]) == ("Brief.", 4096, {"user_id": "u1"})
         assert sent["tools"] == [{"name": "get_weather", "description": "Weather.", "input_schema": CITY}]
         assert b"x-api-key: real" in upstream.heads[-1].lower()
-        assert text_of(rig.wait_for("generation_finished"), 0).startswith("Hm.")
+        assert text_of(rig.wait_for("generation_finished"), 0, "reasoning").startswith("Hm.")
 
     def test_chat_whole(self, before_anthropic: tuple[Rig, BrokenUpstream]) -> None:
         """A whole answer, and the next turn with the tool's result."""
@@ -230,7 +230,7 @@ class TestGeminiBeforeAnthropic:
         assert (call.id, call.args) == ("t1", {"city": "Oslo"})
         assert (usage.prompt_token_count, usage.candidates_token_count) == (7, 20)
         assert whole.function_calls == [call]
-        assert [part.text for part in whole.candidates[0].content.parts if part.text] == ["Let me see."]  # type: ignore[index,union-attr]
+        assert [part.text for part in whole.candidates[0].content.parts if part.text] == ["Let me see."]
 
     def test_errors(self, before_anthropic: tuple[Rig, BrokenUpstream]) -> None:
         """Errors of Anthropic's are exceptions of Google's client, before and after the first byte."""

@@ -28,17 +28,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> Itera
         yield it
 
 
-def google(rig: Rig) -> genai.Client:
+def google(rig: Rig) -> Any:
     """Google's own client; it retries nothing."""
     options = types.HttpOptions(base_url=rig.url, timeout=int(DEADLINE_S * 1000), retry_options=types.HttpRetryOptions(attempts=1))
-    return genai.Client(api_key=KEY, vertexai=False, http_options=options)
+    return rig.keep(genai.Client(api_key=KEY, vertexai=False, http_options=options))
 
 
-def latest(rig: Rig, count: int) -> list[Any]:
-    """The events of the newest generation once `count` more have ended."""
+def latest(rig: Rig) -> list[Any]:
+    """The events of the generation that ended last."""
     events = rig.events()
-    last = payloads(events, GenerationFinished)[-1].generation_id
-    assert count
+    ended = [event for event in events if event.kind == "generation_finished"]
+    last = getattr(max(ended, key=lambda event: event.recorded_at).payload, "generation_id", None)
     return [event for event in events if getattr(event.payload, "generation_id", None) == last]
 
 
@@ -47,7 +47,7 @@ class TestWithVllm:
         """The client's chunks are what vLLM said, and the tape has its token ids."""
         config = types.GenerateContentConfig(max_output_tokens=8, system_instruction="Be brief.", top_k=20, stop_sequences=["\x00"])
         chunks = list(google(shared).models.generate_content_stream(model=vllm.model, contents="The sea?", config=config))
-        events = latest(shared, 1)
+        events = latest(shared)
         submitted, finished = payloads(events, RequestSubmitted)[0], payloads(events, GenerationFinished)[0]
         last: Any = chunks[-1]
 
@@ -108,7 +108,7 @@ class TestWithVllm:
         counted = client.models.count_tokens(model=vllm.model, contents="The sea?")
         client.models.generate_content(model=vllm.model, contents="The sea?", config=types.GenerateContentConfig(max_output_tokens=1))
 
-        assert payloads(latest(shared, 1), GenerationFinished)[0].prompt_tokens == counted.total_tokens
+        assert payloads(latest(shared), GenerationFinished)[0].prompt_tokens == counted.total_tokens
         assert f"models/{vllm.model}" in [model.name for model in client.models.list()]
         assert client.models.get(model=vllm.model).name == f"models/{vllm.model}"
         with pytest.raises(errors.ClientError) as raised:
@@ -139,7 +139,7 @@ class TestWithVllm:
             "generation_config": {"max_output_tokens": 4},
         }
         answer = shared.post(body, f"/v1beta/models/{vllm.model}:streamGenerateContent?key={KEY}")
-        events = latest(shared, 1)
+        events = latest(shared)
         entries = answer.json()
 
         assert answer.headers["content-type"] == "application/json"
@@ -168,7 +168,7 @@ class TestOnCue:
         def parts(shown: bool) -> list[tuple[str | None, bool]]:
             config = types.GenerateContentConfig(thinking_config=types.ThinkingConfig(include_thoughts=shown))
             chunks = google(rig).models.generate_content_stream(model="m", contents="x", config=config)
-            found: Any = [part for one in chunks for c in one.candidates or () for part in (c.content.parts or ())]  # type: ignore[union-attr]
+            found: Any = [part for one in chunks for c in one.candidates or () for part in (c.content.parts or ())]
             return [(part.text, bool(part.thought)) for part in found]
 
         with broken(act) as upstream, running(tmp_path, upstream.url) as rig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from schemas.errors import UsageError
 from schemas.requests.anthropic import from_anthropic, to_anthropic
 from schemas.requests.chat import from_chat, to_chat
 from schemas.requests.gemini import from_gemini, to_gemini
+from schemas.requests.inference import InferenceRequest
 from schemas.requests.openapi import in_camel_case, to_json_schema
 from schemas.requests.recorded import as_chat
 from schemas.requests.responses import conversation, from_responses, to_responses
@@ -210,6 +213,25 @@ class TestRoundTrips:
     def test_anthropic(self, document: dict[str, Any]) -> None:
         """Anthropic's messages."""
         assert to_anthropic(from_anthropic(document)) == document
+
+
+_WRITERS: tuple[Callable[[InferenceRequest], dict[str, Any]], ...] = (
+    to_gemini,
+    to_anthropic,
+    to_responses,
+    lambda request: to_chat(request, vllm=True),
+    lambda request: to_chat(request, vllm=False),
+)
+
+
+@given(
+    GEMINI.map(from_gemini) | CHAT.map(from_chat) | ANTHROPIC.map(from_anthropic) | RESPONSES.map(from_responses),
+    st.sampled_from(_WRITERS),
+)
+def test_written_or_refused(request: InferenceRequest, write: Callable[[InferenceRequest], dict[str, Any]]) -> None:
+    """Whatever is asked of whomever: it is written or refused, and nothing else happens."""
+    with suppress(UsageError):
+        assert isinstance(write(request), dict)
 
 
 def _refused(document: dict[str, Any], **options: Any) -> str:

@@ -29,7 +29,7 @@ from ingest.gateway.endpoints.embeddings import Embeddings
 from ingest.gateway.endpoints.gemini import ARRAY, EVENTS, WHOLE, endpoint_of, method_of
 from ingest.gateway.endpoints.messages import Messages
 from ingest.gateway.endpoints.responses import Responses
-from ingest.gateway.errors import Failure, error_body
+from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
 from ingest.gateway.kept import Kept
@@ -140,15 +140,14 @@ class Gateway:
         wanted, endpoint = self._endpoints.get(path) or _named(path, method, exchange.scope["query_string"])
         if endpoint is None and path.startswith(DEBUG):
             return await debug_api(self.parts, exchange)
+        if path.startswith("/v1beta"):
+            exchange.shape = errors.GEMINI
         if endpoint is None:
-            if path.startswith("/v1beta"):
-                exchange.shape = errors.GEMINI
             served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
-            body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
-            return await exchange.respond(404, body, [errors.JSON])
+            return await exchange.fail(Failure(errors.NOT_SERVED, f"Nothing is served at {path[:200]}. Served: {served}."), [])
         if method != wanted:
-            body = error_body(f"{path} takes {wanted}, not {method}.", "invalid_request_error", "method_not_allowed")
-            return await exchange.respond(405, body, [errors.JSON, (b"allow", wanted.encode())])
+            failure = Failure(errors.WRONG_METHOD, f"{path[:200]} takes {wanted}, not {method}.")
+            return await exchange.fail(failure, [(b"allow", wanted.encode())])
         return await endpoint(self.parts, exchange)
 
     async def _health(self, parts: Parts, exchange: Exchange) -> None:
@@ -197,7 +196,7 @@ def _named(path: str, method: str, query: bytes) -> tuple[str, Handler | None]:
         return "POST", count_contents
     if endpoint := endpoint_of(path, query):
         return "POST", _GENERATE[endpoint]
-    return ("GET", models) if asked_for(path) else ("", None)
+    return ("GET", models) if asked_for(path, method) else ("", None)
 
 
 def _recorded(endpoint: Endpoint) -> Handler:

@@ -41,6 +41,8 @@ SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
 NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
 """Only in `strict` mode: what cannot be recorded is not served."""
 INTERNAL = Fault("gateway_error", "gateway", 500, True, "server_error")
+NOT_SERVED = Fault("not_found", "client", 404, False, "invalid_request_error")
+WRONG_METHOD = Fault("method_not_allowed", "client", 405, False, "invalid_request_error")
 NO_MODEL = Fault("model_not_found", "client", 404, False, "invalid_request_error")
 NO_RESPONSE = Fault("previous_response_not_found", "client", 404, False, "invalid_request_error")
 OVERLOADED = Fault("overloaded", "gateway", 503, True, "server_error")

@@ -26,9 +26,10 @@ Entry = dict[str, Any]
 """A model as OpenAI's list has it."""
 
 
-def asked_for(path: str) -> bool:
-    """Whether a path is that of the list or of one model."""
-    return path in PATHS or (path.startswith(tuple(f"{name}/" for name in PATHS)) and ":" not in path.rpartition("/")[2])
+def asked_for(path: str, method: str) -> bool:
+    """Whether a path is that of the list or of one model, whose name may have a colon; a POST to one names a method of Google's."""
+    one = path.startswith(tuple(f"{name}/" for name in PATHS)) and (method == "GET" or ":" not in path)
+    return path in PATHS or one
 
 
 async def models(parts: Parts, exchange: Exchange) -> None:
