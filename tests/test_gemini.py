@@ -11,11 +11,14 @@ import orjson
 import pytest
 from google import genai
 from google.genai import errors, types
+from pydantic import SecretStr
 
 from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted
+from schemas.settings import UpstreamSettings
 from tests.conftest import VllmService
 from tests.gateway_rig import DEADLINE_S, DONE, Peer, Rig, broken, chunk, free_port, running
 from tests.test_gateway import ids_of, payloads, text_of
+from tests.test_keys import guarded
 
 KEY = "AIza-0123456789-abcdefghijklmnop"
 HELLO = {"contents": [{"role": "user", "parts": [{"text": "Say something about the sea."}]}]}
@@ -274,6 +277,25 @@ class TestBeforeGemini:
         assert upstream.bodies[0] == orjson.loads(body)
         assert (finished.prompt_tokens, finished.completion_tokens) == (5, 9)
         assert text_of(events, 0, "reasoning").startswith("Hm.")
+
+    def test_virtual_keys(self, tmp_path: Path) -> None:
+        """A key of the gateway's own opens it in a header and in a query, and stays here; a wrong one is Google's exception."""
+        with (
+            broken(as_gemini) as upstream,
+            guarded(tmp_path, upstream.url, upstream_kind="gemini", upstream_key="real-0123") as (rig, made),
+        ):
+            token, _ = made.add(models=["gemini-*"])
+            path = "/v1beta/models/gemini-x:generateContent"
+            answers = [rig.post(HELLO, f"{path}?key={token}"), rig.post(HELLO, path, x_goog_api_key=token)]
+            other = rig.post(HELLO, path.replace("gemini-x", "other"), x_goog_api_key=token)
+            with pytest.raises(errors.ClientError) as raised:
+                google(rig).models.generate_content(model="gemini-x", contents="x")
+            framed = rig.framed()
+
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert (other.status_code, other.json()["error"]["status"]) == (403, "PERMISSION_DENIED")
+        assert (raised.value.code, raised.value.status) == (401, "UNAUTHENTICATED")
+        assert not [text for text in [*framed, *upstream.heads] if token.encode() in text]
 
     def test_errors_pass(self, tmp_path: Path) -> None:
         """An error of Google's, before and after the first byte, is the client's exception and on the tape."""

@@ -9,6 +9,8 @@ import openai
 import orjson
 import pytest
 
+from ingest.gateway.errors import Failure
+from ingest.gateway.kept import Kept
 from schemas.events import GenerationFinished, RequestSubmitted, ToolCall
 from tests.conftest import VllmService
 from tests.gateway_rig import DONE, Peer, broken, chunk, running
@@ -137,3 +139,17 @@ def _plain(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             part.pop("parsed", None)
             part.pop("logprobs", None)
     return items
+
+
+class TestKept:
+    def test_bound(self) -> None:
+        """The oldest responses are forgotten first, by number and by bytes; what is forgotten is not found."""
+        session: Any = None
+        for kept in (Kept(count_max=2), Kept(bytes_max=2 * len(b'[]{"id":"a"}'))):
+            for name in "abc":
+                kept.keep("me", session, [], {"id": name})
+            with pytest.raises(Failure, match="not found"):
+                kept.find("a", "me")
+            with pytest.raises(Failure):
+                kept.find("c", "somebody else")
+            assert kept.find("c", "me").document == b'{"id":"c"}'
