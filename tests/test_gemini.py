@@ -280,10 +280,11 @@ class TestBeforeGemini:
 
     def test_virtual_keys(self, tmp_path: Path) -> None:
         """A key of the gateway's own opens it in a header and in a query, and stays here; a wrong one is Google's exception."""
-        with (
-            broken(as_gemini) as upstream,
-            guarded(tmp_path, upstream.url, upstream_kind="gemini", upstream_key="real-0123") as (rig, made),
-        ):
+
+        def entry(url: str) -> UpstreamSettings:
+            return UpstreamSettings(name="up", url=url, kind="gemini", key=SecretStr("real-0123"))
+
+        with broken(as_gemini) as upstream, guarded(tmp_path, upstream.url, upstreams=[entry(upstream.url)]) as (rig, made):
             token, _ = made.add(models=["gemini-*"])
             path = "/v1beta/models/gemini-x:generateContent"
             answers = [rig.post(HELLO, f"{path}?key={token}"), rig.post(HELLO, path, x_goog_api_key=token)]
