@@ -138,12 +138,20 @@ class TestWorkers:
         assert {generation.status for generation in folded(events)} == {"failed"}
         assert known == {}
 
-    def test_claims(self, settings_embedded: Settings) -> None:
-        """Of several workers that find the same orphan only the one whose claim stands first settles it."""
+    @pytest.mark.parametrize("content", [True, False])
+    def test_claims(self, settings_embedded: Settings, content: bool) -> None:
+        """Of several workers that find the same orphan only the one whose claim stands first settles it; as its tenant wants it recorded."""
         control, log = open_control(settings_embedded), open_log(settings_embedded.log, settings_embedded.data)
         recorder = Recorder(log, settings_embedded.recorder, source="gateway")
         generation = str(uuid.uuid4())
-        fact = {"worker": "w-dead", "session": str(uuid.uuid4()), "tenant": "default", "retention_class": "standard", "actor": ""}
+        fact: dict[str, Any] = {
+            "worker": "w-dead",
+            "session": str(uuid.uuid4()),
+            "tenant": "default",
+            "retention_class": "standard",
+            "actor": "",
+        }
+        fact["content"] = content
         control.append(commands.STOPPED, generation, {**fact, "breakpoint": "b", "outcome": None})
         view = ControlView(control)
         living = [workers.Worker() for _ in range(4)]
@@ -165,6 +173,8 @@ class TestWorkers:
         events = events_of(settings_embedded)
 
         assert [event.kind for event in events] == ["breakpoint_released", "generation_failed"]
+        assert [part.content is not None for part in payloads(events, BreakpointReleased)] == [content]
+        assert [part.content is not None for part in payloads(events, GenerationFailed)] == [content]
 
     def test_silence_of_another_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A worker elsewhere counts as dead when nothing new was heard of it for the whole lease, by the observer's clock."""
