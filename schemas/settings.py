@@ -231,6 +231,8 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    blobs_s: float = Field(default=86_400.0, ge=0)
+    blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
 

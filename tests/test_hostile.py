@@ -17,12 +17,16 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+import zstandard
 
 from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted, SequenceFinished, TokenChunk
+from store.indexer import Indexer
 from tests.debug_rig import payloads
 from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, running, until
+from tests.tiered import tiered
 
 ASKED: dict[str, Any] = {"model": "m", "messages": HELLO, "stream": True}
+_SECRET_HEADERS = ("authorization", "x-api-key", "x-goog-api-key", "proxy-authorization", "cookie", "x-anything")
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens")
 
 
@@ -33,7 +37,7 @@ async def _answer(peer: Peer) -> None:
 @pytest.fixture(scope="module")
 def strict_limits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A gateway with small limits before an upstream that answers at once."""
-    limits = {"body_bytes_max": 50_000, "request_timeout_s": 0.5, "connections_max": 8}
+    limits: dict[str, Any] = {"body_bytes_max": 50_000, "request_timeout_s": 0.5, "connections_max": 8}
     with broken(_answer) as upstream, running(tmp_path_factory.mktemp("limits"), upstream.url, **limits) as rig:
         yield rig
 
@@ -192,6 +196,34 @@ def _still(count: Any) -> int | None:
     before = count()
     time.sleep(1.0)
     return before if before and count() == before else None
+
+
+def test_no_secret_of_a_header_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Credentials in headers and in the query are in no event, hot or cold, in no blob, no file and no line of the log."""
+    secrets = {name: f"sk-{number:02}-4f9a7c31d8e25b60" for number, name in enumerate(_SECRET_HEADERS)}
+    headers = {name: f"Bearer {secret}" if name == "authorization" else secret for name, secret in secrets.items()}
+    said = secrets["authorization"]
+    with broken(_answer) as upstream, running(tmp_path, upstream.url, upstream_key="sk-up-000111222333") as rig:
+        for text in (f"my key is {said}", f"my key is {said}" + " and more" * 10_000):
+            rig.post(
+                {"model": "m", "messages": [{"role": "user", "content": text}]}, "/v1/chat/completions?key=sk-query-0011223344", **headers
+            )
+        rig.post(f'{{"broken": "{said}'.encode(), **headers)
+        until(lambda: len(payloads(rig.events(), RequestSubmitted)) == 3 or None)
+        settings = rig.settings
+    with tiered(settings) as parts:
+        Indexer(settings, parts.log, parts.registry).run_once()
+        hot = b"".join(parts.records().values())
+        parts.tier()
+        cold = b"".join(parts.records().values())
+    blobs = [zstandard.ZstdDecompressor().decompress(path.read_bytes()) for path in tmp_path.rglob("blobs/**/*.zst")]
+    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    everything = hot + cold + b"".join(blobs) + files + "".join(capfd.readouterr()).encode()
+
+    assert hot
+    assert cold == hot
+    assert len(blobs) == 1
+    assert [secret for secret in (*secrets.values(), "sk-up-000111222333", "sk-query-0011223344") if secret.encode() in everything] == []
 
 
 DISCONNECTS = 1000

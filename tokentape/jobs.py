@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
@@ -14,7 +15,7 @@ from tokentape.installation import Installation
 
 
 def all_jobs(installation: Installation) -> list[Job]:
-    """Merge, tier, checkpoint and verify, with the schedule of the settings."""
+    """Merge, tier, checkpoint, collect blobs and verify, with the schedule of the settings."""
     every = installation.settings.jobs
     return [
         Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
@@ -25,6 +26,7 @@ def all_jobs(installation: Installation) -> list[Job]:
             installation.settings.ledger.checkpoint_s,
             lambda dry: _checkpoints(installation).run(dry_run=dry),
         ),
+        Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -50,6 +52,10 @@ def _tier(installation: Installation, dry_run: bool, *, all_days: bool = False) 
 
 def _checkpoints(installation: Installation) -> Checkpoints:
     return Checkpoints(installation.catalog, installation.ledger)
+
+
+def _blobs(installation: Installation) -> UnreferencedBlobs:
+    return UnreferencedBlobs(installation.settings, installation.catalog, installation.objects)
 
 
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
