@@ -154,6 +154,8 @@ class GatewaySettings(_Section):
     total_timeout_s: Seconds = Field(default=3600.0, description="longest time for one whole answer")
     retries: int = Field(default=1, ge=0, le=5, description="how often the only upstream is asked again, before its answer began")
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
+    request_timeout_s: Seconds = Field(default=120.0, description="until a request's head has come, and then its body; else 408")
+    connections_max: int = Field(default=16_384, ge=1, description="open connections of clients; one more is refused with 503")
     auth: Literal["off", "required"] = Field(default="off", description="required: only requests with a key of `tokentape keys`.")
 
     @model_validator(mode="after")
@@ -244,6 +246,8 @@ class JobsSettings(_Section):
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
     witness_s: float = Field(default=3600.0, ge=0)
+    blobs_s: float = Field(default=86_400.0, ge=0)
+    blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
 
