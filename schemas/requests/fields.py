@@ -79,6 +79,7 @@ HINTS = frozenset(
         "type",
         "status",
         "bare",
+        "system.role",
         "group",
         "openapi",
     )
