@@ -69,7 +69,7 @@ class TestWithVllm:
             asked: Any = {"model": vllm.model, "max_output_tokens": 5}
             first = client.responses.create(**asked, input="The sea?")
             with client.responses.stream(**asked, input="And then?", previous_response_id=first.id) as stream:
-                second = stream.get_final_response()
+                second: Any = list(stream)[-1].response
             third = client.responses.create(**asked, input="Go on.", previous_response_id=second.id)
             forgotten = client.responses.create(**asked, input="x", store=False)
             for name, who in ((first.id, stranger), (forgotten.id, client)):
