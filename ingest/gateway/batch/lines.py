@@ -130,7 +130,7 @@ def _line(number: int, data: bytes, settings: Settings, urls: Collection[str]) -
         raise ValueError(f"custom_id must be a text of 1 to {CUSTOM_ID_CHARACTERS_MAX} characters")
     if method != "POST":
         raise ValueError(f"method must be 'POST', not {str(method)[:20]!r}")
-    if url not in urls:
+    if not isinstance(url, str) or url not in urls:
         raise ValueError(f"url {str(url)[:80]!r} is not served in batches; valid: {', '.join(sorted(urls))}")
     if not isinstance(body, dict):
         raise ValueError("body must be a JSON object, the request itself")
