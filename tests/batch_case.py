@@ -224,8 +224,12 @@ class BatchCase:
     def test_killed_worker(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
         """A worker that is killed in the middle loses nothing: what it held is asked again by another, and each request has one result."""
         client = rig.client()
+        ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
+        upstream.asked.clear()
+        upstream.order.clear()
         upstream.open.clear()
         with worker(settings, upstream.url) as process:
+            shared_with(settings, process)
             made = submit(client, jsonl(*(request(f"r{i}", f"kill {i}") for i in range(30))))
             until(lambda: len(upstream.order) >= 2 * AT_WORK)  # both are at work
             os.kill(process.pid, signal.SIGKILL)
@@ -268,8 +272,12 @@ class BatchCase:
     def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
         """Two workers share the partitions of a model: both are at work at once, and no request is asked twice."""
         client = rig.client()
+        ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
+        upstream.asked.clear()
+        upstream.order.clear()
         upstream.open.clear()
-        with worker(settings, upstream.url):
+        with worker(settings, upstream.url) as process:
+            shared_with(settings, process)
             made = submit(client, jsonl(*(request(f"r{i}", f"share {i}") for i in range(24))))
             until(lambda: len(upstream.order) == 2 * AT_WORK)
             upstream.open.set()
@@ -359,6 +367,19 @@ def worker(settings: Settings, url: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
         process.wait()
         process.stdout.close()
+
+
+def shared_with(settings: Settings, process: subprocess.Popen[str]) -> None:
+    """Return when a worker has taken its half of the partitions of model m."""
+    control = open_control(settings)
+
+    def half() -> bool:
+        own = {name for name, fact in control.latest("batch.worker").items() if fact["pid"] == process.pid}
+        held = [key for key, fact in control.latest("batch.lease").items() if key.endswith("/m") and fact["worker"] in own]
+        return len(held) == settings.log.partitions // 2
+
+    until(half, 60.0)
+    control.close()
 
 
 def _queued(url: str) -> int:

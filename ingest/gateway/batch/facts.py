@@ -19,6 +19,8 @@ COMMITTED = "batch.committed"
 """`{log_id, offset}` by `<partition>/<model>`: every record before that offset has its result."""
 COUNTS = "batch.counts"
 """What one worker has brought to an end, by `<batch>/<worker>`."""
+LEASE = "batch.lease"
+"""Which worker has requests of a partition under way, by `<partition>/<model>`."""
 WORKER = "batch.worker"
 """Workers that live, and the patterns of the models that they can ask."""
 
@@ -40,9 +42,9 @@ class Facts:
             LogUnavailable: the control log does not answer.
         """
         plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        self._control.append(kind, key, plain)
+        position = self._control.append(kind, key, plain)
         deadline = time.monotonic() + READ_BACK_S
-        while self._shared.get(kind, key) != plain and time.monotonic() < deadline:
+        while self._shared.position < position and time.monotonic() < deadline:
             time.sleep(0.005)
 
     def latest(self, kind: str) -> dict[str, Value]:

@@ -1,18 +1,20 @@
 """A worker of batches: reads the log of each model that it can ask, has each request answered, keeps the result, then commits.
 
-Which worker reads which partition is a rule over the workers that live: each works it out for itself, and nobody has to agree.
-Where two hold a partition for a moment a request may be asked twice, as after a crash; its result is created once, so the first counts.
+Which worker reads which partition is a rule over the workers that live, which each works out for itself; a lease keeps a partition
+until what was read of it is done. Where two hold one all the same, as after a crash, a request may be asked twice; its result is
+created once, so the first counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, TypeVar
 
 import structlog
@@ -34,7 +36,7 @@ log = structlog.get_logger(__name__)
 TURN_S = 0.25
 """How often a worker looks who lives, commits, and sees what has ended."""
 
-TIDY_S = 5.0
+TIDY_S = 2.0
 """How often it deletes what is worked off, and measures what waits."""
 
 FORGET_S = 600.0
@@ -90,7 +92,7 @@ class Worker:
         self._ending = asyncio.Event()
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._windows: dict[tuple[str, int], Window] = {}
-        self._items: set[asyncio.Task[None]] = set()
+        self._items: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
         self._counts: dict[str, Counts] = {}
         self._counted: set[str] = set()  # batches whose counts are not written yet
         self._announced_at = 0.0
@@ -109,7 +111,7 @@ class Worker:
     async def close(self) -> None:
         """Stop; what is not finished is another worker's, or this one's when it starts again."""
         self.end()
-        tasks = [*self._readers.values(), *self._items, *([self._loop] if self._loop else [])]
+        tasks = [*self._readers.values(), *chain.from_iterable(self._items.values()), *([self._loop] if self._loop else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -166,6 +168,9 @@ class Worker:
         document = {**self._worker.document(), "models": self._patterns}
         await self._thread(self._facts.write, f.WORKER, self._worker.worker_id, document)
         self._announced_at = time.monotonic()
+        known = self._facts.latest(f.WORKER)
+        for worker in known.keys() - self._alive().keys():
+            await self._thread(self._facts.write, f.WORKER, worker, None)
 
     @property
     def _patterns(self) -> list[str]:
@@ -196,11 +201,10 @@ class Worker:
         """Read the partitions of a model that are this worker's; an answer that is slow keeps no other model waiting."""
         try:
             work = await self._thread(self._desk.works.of, model)
-            slots = asyncio.Semaphore(self._settings.concurrency)
             while not self._ending.is_set():
                 ready = await self._ready(model, work.partitions)
                 for partition in sorted(ready):
-                    await self._read(model, partition, slots)
+                    await self._read(model, partition, max(1, self._free(model) // len(ready)))
         except LogChanged as error:
             log.warning("batch work is read again", model=model, error=str(error))
             for key in [key for key in self._windows if key[0] == model]:
@@ -212,17 +216,41 @@ class Worker:
     async def _ready(self, model: str, partitions: int) -> set[int]:
         """Partitions of ours with something to read."""
         mine = self._mine(model, partitions)
-        for partition in set(range(partitions)) - mine:
-            self._windows.pop((model, partition), None)
-        for partition in mine:
-            if (model, partition) not in self._windows:
+        held = {partition for named, partition in self._windows if named == model}
+        for partition in held - mine:
+            await self._let_go(model, partition)
+        for partition in mine - held:
+            if await self._thread(self._lease, model, partition):
                 self._windows[model, partition] = await self._thread(self._window, model, partition)
-        windows = {partition: self._windows[model, partition] for partition in mine}
+        windows = {partition: self._windows[model, partition] for partition in mine if (model, partition) in self._windows}
         offsets = {p: window.read for p, window in windows.items() if window.read - window.offset < AHEAD_MAX}
+        if self._items[model] and not self._free(model):
+            await asyncio.wait(self._items[model], timeout=TURN_S, return_when=asyncio.FIRST_COMPLETED)
+            return set()
         if not offsets:
             await self._pause(TURN_S)
             return set()
         return await self._thread(lambda: self._desk.works.of(model).wait(offsets, wait_s=TURN_S))
+
+    def _free(self, model: str) -> int:
+        """How many more requests of a model may be at work here."""
+        return max(0, self._settings.concurrency - len(self._items[model]))
+
+    def _lease(self, model: str, partition: int) -> bool:
+        """Take a partition, unless a worker that lives still has requests of it under way."""
+        key, own = f"{partition}/{model}", self._worker.worker_id
+        holder = (self._facts.get(f.LEASE, key) or {}).get("worker")
+        if holder not in (None, own) and not self._others.dead(str(holder), self._facts.latest(f.WORKER)):
+            return False
+        self._facts.write(f.LEASE, key, {"worker": own})
+        return self._facts.get(f.LEASE, key) == {"worker": own}
+
+    async def _let_go(self, model: str, partition: int) -> None:
+        """Leave a partition to another worker once all that was read of it has its results and is committed."""
+        window = self._windows[model, partition]
+        if window.offset == window.read and window.written >= window.offset:
+            del self._windows[model, partition]
+            await self._thread(self._facts.write, f.LEASE, f"{partition}/{model}", None)
 
     def _window(self, model: str, partition: int) -> Window:
         """Where a partition is to be read from: what was committed, as far as it is of this log and still there."""
@@ -230,21 +258,19 @@ class Worker:
         log_id, committed = self._facts.committed(model, partition)
         first, end = work.bounds(partition)
         offset = max(first, committed if log_id == work.log_id and committed <= end else 0)
-        return Window(work.log_id, offset, read=offset, written=committed if log_id == work.log_id else -1)
+        return Window(work.log_id, offset, read=offset)
 
-    async def _read(self, model: str, partition: int, slots: asyncio.Semaphore) -> None:
+    async def _read(self, model: str, partition: int, limit: int) -> None:
+        """Begin the next requests of a partition, as long as there is room for more."""
         window = self._windows[model, partition]
-        batch = await self._thread(lambda: self._desk.works.of(model).read(partition, window.read, limit=self._settings.concurrency))
+        if not self._free(model):
+            return
+        batch = await self._thread(lambda: self._desk.works.of(model).read(partition, window.read, limit=min(limit, self._free(model))))
         for offset, value in enumerate(batch.values, batch.offset_first):
-            await slots.acquire()
-            if self._ending.is_set():
-                slots.release()
-                return
             window.read = offset + 1
             task = asyncio.create_task(self._item(window, offset, value))
-            self._items.add(task)
-            task.add_done_callback(self._items.discard)
-            task.add_done_callback(lambda _: slots.release())
+            self._items[model].add(task)
+            task.add_done_callback(self._items[model].discard)
 
     # One request
 
