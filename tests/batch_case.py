@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -221,26 +221,34 @@ class BatchCase:
         assert waiting[0].choices[0].message.content == f"you said {HELLO[0]['content']}"
         assert upstream.order.index(HELLO[0]["content"]) == AT_WORK
 
-    def test_killed_worker(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
-        """A worker that is killed in the middle loses nothing: what it held is asked again by another, and each request has one result."""
+    def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+        """Two workers share a model, and nothing is asked twice; when one is killed in the middle, the other asks again what it held.
+
+        Each request has one result either way.
+        """
         client = rig.client()
         ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
+        with worker(settings, upstream.url) as process:
+            shared_with(settings, process)
+            shared, once = self._shared_batch(client, upstream, lambda: None)
+            killed, again = self._shared_batch(client, upstream, lambda: _kill(process))
+
+        assert shared == killed == {f"r{i}": 1 for i in range(24)}
+        assert once == 24
+        assert again > 24  # what was under way in the dead worker
+
+    def _shared_batch(self, client: Any, upstream: Upstream, interrupt: Callable[[], None]) -> tuple[Counter[str], int]:
+        """A batch that is interrupted while both workers are busy with it: its results by custom id, and how often was asked."""
         upstream.asked.clear()
         upstream.order.clear()
         upstream.open.clear()
-        with worker(settings, upstream.url) as process:
-            shared_with(settings, process)
-            made = submit(client, jsonl(*(request(f"r{i}", f"kill {i}") for i in range(30))))
-            until(lambda: len(upstream.order) >= 2 * AT_WORK)  # both are at work
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
-            upstream.open.set()
-            batch = ended(client, made.id)
-        found = Counter(line["custom_id"] for line in lines_of(client, batch.output_file_id))
-
-        assert found == {f"r{i}": 1 for i in range(30)}
-        assert batch.request_counts.completed == 30
-        assert sum(upstream.asked.values()) > 30  # what was under way in the dead worker
+        made = submit(client, jsonl(*(request(f"r{i}", f"share {i}") for i in range(24))))
+        until(lambda: len(upstream.order) == 2 * AT_WORK)
+        interrupt()
+        upstream.open.set()
+        batch = ended(client, made.id)
+        assert batch.request_counts.completed == 24
+        return Counter(line["custom_id"] for line in lines_of(client, batch.output_file_id)), sum(upstream.asked.values())
 
     def test_restarted_alone(self, settings: Settings, upstream: Upstream) -> None:
         """With every worker killed the work waits in the log, and a worker that starts later ends it."""
@@ -255,8 +263,7 @@ class BatchCase:
         with worker(own, upstream.url) as process:
             batch = submit_at(desk, path)
             until(lambda: len(upstream.order) >= AT_WORK)
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill(process)
         upstream.open.set()
         still = desk.facts.status(batch)
         with worker(own, upstream.url):
@@ -268,23 +275,6 @@ class BatchCase:
 
         assert still == "in_progress"
         assert [line["custom_id"] for line in lines] == [f"r{i}" for i in range(20)]
-
-    def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
-        """Two workers share the partitions of a model: both are at work at once, and no request is asked twice."""
-        client = rig.client()
-        ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
-        upstream.asked.clear()
-        upstream.order.clear()
-        upstream.open.clear()
-        with worker(settings, upstream.url) as process:
-            shared_with(settings, process)
-            made = submit(client, jsonl(*(request(f"r{i}", f"share {i}") for i in range(24))))
-            until(lambda: len(upstream.order) == 2 * AT_WORK)
-            upstream.open.set()
-            batch = ended(client, made.id)
-
-        assert batch.request_counts.completed == 24
-        assert set(upstream.asked.values()) == {1}
 
     def test_upstream_away(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
         """Backlog and the age of the oldest request are in the metrics while work waits."""
@@ -380,6 +370,11 @@ def shared_with(settings: Settings, process: subprocess.Popen[str]) -> None:
 
     until(half, 60.0)
     control.close()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _queued(url: str) -> int:
