@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import structlog
@@ -54,6 +54,9 @@ from store.control import ControlView, open_control
 from store.objects import open_store
 from store.objects.base import ObjectStore
 
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
+
 log = structlog.get_logger(__name__)
 
 GRACE_S = 15.0
@@ -86,16 +89,19 @@ class Gateway:
         self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
         routes, sessions = Routes(settings.gateway), Sessions(settings)
         meter = Meter(Window.before(Offload(recorder, self.attachments, settings.recorder), redactor))
-        self._metrics = Metrics(meter, recorder, routes, self.attachments)
-        recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
         self._worker = WorkerName(settings.data / "control", sessions.installation)
+        self._tracing = _tracing(settings, meter, self._worker.name)
+        self._metrics = Metrics(meter, recorder, routes, self.attachments, self._tracing)
+        recorder = self._tracing or meter
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
         quotas = Quotas(control, shared, self._worker.name)
         stops = Stops(settings, recorder, control, shared)
         placement = Placement(settings.recorder, sessions.installation)
-        self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
+        self.parts = Parts(
+            settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement, self._tracing
+        )
         self.active: set[Exchange] = set()
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
@@ -132,6 +138,8 @@ class Gateway:
         self.parts.shared.close()
         self.parts.control.close()
         self._worker.close()
+        if self._tracing:
+            self._tracing.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
@@ -212,6 +220,15 @@ async def _models(parts: Parts, exchange: Exchange) -> None:
     except (aiohttp.ClientError, OSError) as error:
         return await exchange.fail(failure_of(error), [])
     return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def _tracing(settings: Settings, recorder: Recording, instance: str) -> Tracing | None:
+    """Spans where a collector is set; most gateways never need the SDK, which takes a fifth of a second to import."""
+    if not settings.telemetry.otlp_endpoint:
+        return None
+    from ingest.gateway.tracing import Tracing
+
+    return Tracing(settings.telemetry, recorder, instance)
 
 
 def _blob_objects(settings: Settings) -> ObjectStore:
