@@ -36,6 +36,8 @@ from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Keyring
 from ingest.gateway.metrics import Meter, Metrics
 from ingest.gateway.offload import Offload
+from ingest.gateway.openapi import PATH as OPENAPI
+from ingest.gateway.openapi import openapi
 from ingest.gateway.parts import Parts
 from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas, WorkerName
@@ -110,6 +112,7 @@ class Gateway:
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
             "/metrics": ("GET", self._measured),
+            OPENAPI: ("GET", _document),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -183,6 +186,11 @@ class Gateway:
                 await self.parts.routes.close()
                 self.attachments.close()
                 return await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _document(parts: Parts, exchange: Exchange) -> None:
+    """The OpenAPI document; it says nothing that the README does not."""
+    await exchange.respond(200, openapi(ENDPOINTS), [errors.JSON])
 
 
 async def _ready(parts: Parts, exchange: Exchange) -> None:
