@@ -9,8 +9,8 @@ const [url, model] = process.argv.slice(2);
 const openai = new OpenAI({ baseURL: `${url}/v1`, apiKey: "sk-node-0123456789", maxRetries: 0 });
 const anthropic = new Anthropic({ baseURL: url, apiKey: "sk-ant-node-0123456789", maxRetries: 0 });
 const messages = [{ role: "user", content: "Say something about the sea." }];
-const city = { type: "object", properties: { city: { enum: ["Oslo"] } }, required: ["city"] };
-const weather = { type: "function", function: { name: "get_weather", parameters: city } };
+const city = { type: "object", properties: { city: { enum: ["Oslo"] } }, required: ["city"], additionalProperties: false };
+const weather = { type: "function", function: { name: "get_weather", parameters: city, strict: true } };
 const seen = {};
 
 // What each case saw, with the generation that the gateway's header names.
@@ -69,9 +69,9 @@ async function message(name, options) {
 
 async function messageStreamed(name, options) {
   const stream = anthropic.messages.stream({ model, messages, max_tokens: 8, ...options });
-  const { response } = await stream.withResponse();
   let text = "";
   stream.on("text", (piece) => (text += piece));
+  const { response } = await stream.withResponse();
   await saw(name, response.headers, { pieces: text, ...answered(await stream.finalMessage()) });
 }
 
@@ -83,7 +83,7 @@ function answered({ content, stop_reason, usage }) {
   return { choices: [{ text, calls, finish }], input, output: usage.output_tokens };
 }
 
-const schema = { type: "json_schema", json_schema: { name: "place", schema: { ...city, additionalProperties: false } } };
+const schema = { type: "json_schema", json_schema: { name: "place", schema: city } };
 await chat("chat", { n: 3 });
 await chatStreamed();
 await chat("chat_tool", { temperature: 0, tools: [weather], tool_choice: { type: "function", function: { name: "get_weather" } }, max_tokens: 60 });
@@ -92,7 +92,7 @@ await respond("responses", false);
 await respond("responses_streamed", true);
 await message("message", {});
 await messageStreamed("message_streamed", {});
-const tool = { name: "get_weather", input_schema: city };
+const tool = { name: "get_weather", input_schema: city, strict: true };
 await message("message_tool", { temperature: 0, tools: [tool], tool_choice: { type: "tool", name: "get_weather" }, max_tokens: 60 });
 await raises("openai_no_model", () => openai.chat.completions.create({ model: "nobody", messages }));
 await raises("openai_bad", () => openai.chat.completions.create({ model, messages: "none" }));
