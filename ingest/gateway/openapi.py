@@ -64,7 +64,7 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
 def _generation(endpoint: Endpoint) -> Schema:
     """A recorded endpoint: whole answers as JSON, streams as server-sent events, errors in its provider's shape."""
     path = endpoint.path
-    streamed = {} if path == "/v1/embeddings" else {"text/event-stream": {}}
+    streamed: Schema = {} if path == "/v1/embeddings" else {"text/event-stream": {}}
     answer = {"application/json": {"schema": bodies.ANSWERS.get(path, bodies.OBJECT)}, **streamed}
     return {
         "operationId": path.removeprefix("/v1/").replace("/", "_"),
@@ -114,7 +114,7 @@ def _debug_paths() -> dict[str, Schema]:
     listed = {"name": "settled", "in": "query", "description": "Also what was decided lately.", "schema": bodies.BOOLEAN}
     edit = _body(bodies.EDIT)
     edit["content"]["application/json-patch+json"] = {"schema": bodies.PATCH}
-    paths = {
+    paths: dict[str, Schema] = {
         "/api/v1/breakpoints": {
             "get": _debug("breakpoints", _ok(bodies.record("breakpoints", breakpoints=bodies.array(known)))),
             "post": _debug("add_breakpoint", _ok(known, "201"), body=_body(asked, required=False)),
