@@ -212,7 +212,8 @@ def test_reasoning(tmp_path_factory: pytest.TempPathFactory) -> None:
     with broken(act) as upstream, running(tmp_path_factory.mktemp("reasoning"), upstream.url) as rig:
         chunks = list(rig.client().chat.completions.create(model="m", messages=HELLO, stream=True))
         told = last_told(rig.events())
-        chain = ChatAnthropic(model_name="m", base_url=rig.url, api_key=KEY, max_retries=0, timeout=DEADLINE_S)  # type: ignore[arg-type]  # as above
+        asked: dict[str, Any] = {"model_name": "m", "base_url": rig.url, "api_key": KEY, "max_retries": 0, "timeout": DEADLINE_S}
+        chain = ChatAnthropic(**asked)
         pieces = list(chain.stream(ASKED))
         again = last_told(rig.events())
     blocks = [block for piece in pieces for block in piece.content_blocks]
