@@ -72,7 +72,8 @@ async function messageStreamed(name, options) {
   let text = "";
   stream.on("text", (piece) => (text += piece));
   const { response } = await stream.withResponse();
-  await saw(name, response.headers, { pieces: text, ...answered(await stream.finalMessage()) });
+  const final = await stream.finalMessage();
+  await saw(name, response.headers, { pieces: text, ...answered(final) });
 }
 
 function answered({ content, stop_reason, usage }) {
