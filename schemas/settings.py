@@ -154,6 +154,8 @@ class GatewaySettings(_Section):
     total_timeout_s: Seconds = Field(default=3600.0, description="longest time for one whole answer")
     retries: int = Field(default=1, ge=0, le=5, description="how often the only upstream is asked again, before its answer began")
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
+    request_timeout_s: Seconds = Field(default=120.0, description="until a request's head has come, and then its body; else 408")
+    connections_max: int = Field(default=16_384, ge=1, description="open connections of clients; one more is refused with 503")
     auth: Literal["off", "required"] = Field(default="off", description="required: only requests with a key of `tokentape keys`.")
 
     @model_validator(mode="after")
@@ -207,6 +209,20 @@ class ColdSettings(_Section):
     timeout_s: Seconds = 30.0
 
 
+class WitnessSettings(_Section):
+    """Where copies of signed checkpoints go: somewhere that who runs this installation cannot rewrite."""
+
+    kind: Literal["off", "folder", "minio"] = Field(default="off", description="a folder on another disk, or a bucket of its own.")
+    folder: Path | None = Field(default=None, description="the folder, for kind folder")
+    endpoint: str = Field(default="127.0.0.1:9000", description="host:port of the S3 server, for kind minio")
+    secure: bool = Field(default=False, description="https")
+    region: str = "us-east-1"
+    bucket: str = Field(default="tokentape-witness", description="created with object lock when missing")
+    access_key: str = Field(default="", description="not the one of cold.access_key, or the witness proves little")
+    secret_key: SecretStr = SecretStr("")
+    lock_days: int = Field(default=0, ge=0, description="how long each copy is locked in compliance mode; 0 for not at all")
+
+
 class LedgerSettings(_Section):
     """The signed log of segments."""
 
@@ -229,6 +245,9 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    witness_s: float = Field(default=3600.0, ge=0)
+    blobs_s: float = Field(default=86_400.0, ge=0)
+    blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
 
@@ -264,6 +283,7 @@ class Settings(_Section):
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()
+    witness: WitnessSettings = WitnessSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ingest.attachments import Attachments
 from ingest.gateway import errors
+from ingest.gateway.connection import limited
 from ingest.gateway.counting import PATH as COUNT_TOKENS
 from ingest.gateway.counting import count_tokens
 from ingest.gateway.debug_api import PREFIX as DEBUG
@@ -121,7 +122,8 @@ class Gateway:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1003})
-        exchange = Exchange(scope, receive, send, self.parts.settings.gateway.body_bytes_max)
+        limits = self.parts.settings.gateway
+        exchange = Exchange(scope, receive, send, limits.body_bytes_max, limits.request_timeout_s)
         self.active.add(exchange)
         try:
             await self._route(exchange)
@@ -315,7 +317,7 @@ def serve(
         config = uvicorn.Config(
             gateway,
             loop="none",
-            http="httptools",
+            http=limited(settings.gateway.connections_max, settings.gateway.request_timeout_s),
             ws="none",
             lifespan="on",
             log_config=None,
