@@ -53,6 +53,8 @@ class Generation:
         self.session = self._session()
         redactor = parts.redactor.for_tenant(self.session.context.tenant)
         self.tape = Tape(parts.recorder, self.session, redactor.with_token(caller.credential), endpoint.path)
+        tracing = parts.tracing
+        self._trace = {"trace_id": tracing.begin(self.tape.generation_id, exchange, endpoint.path)} if tracing else {}
 
     @property
     def upstream(self) -> Upstream:
@@ -198,6 +200,7 @@ class Generation:
             "upstream": self.passage.upstream_name,
             "api_key_id": self._key_id,
             "request_digest": self.session.digest(body),
+            **self._trace,
         }
 
     async def _forward(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> bool:
@@ -239,7 +242,8 @@ class Generation:
             headers = [(name, value) for name, value in headers if name != "content-type"] + [("content-type", "application/json")]
         if kind == "vllm":
             headers += [(SESSION_HEADER, self.session.name), (GENERATION_HEADER, self.tape.name)]
-        return headers
+        tracing = self.parts.tracing
+        return tracing.outgoing(self.tape.generation_id, headers, self.upstream.url, kind) if tracing else headers
 
     def _expired(self, seconds: float) -> None:
         self.exchange.abort(Failure(errors.TIMEOUT, f"The upstream was silent for {seconds:g} s."))
