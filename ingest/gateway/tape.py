@@ -161,7 +161,7 @@ class Tape:
         for at, message in enumerate(request.messages):
             read, redacted = self._message(message, request.FIELD, at)
             messages.append(read)
-            taken += redacted
+            taken.update(redacted)
         facts = self._cleaned(facts, taken)
         new = [message for message in messages if self.session.first_seen(message.message_id)]
         ids = [message.message_id for message in messages]
