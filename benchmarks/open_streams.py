@@ -18,7 +18,7 @@ import uvloop
 from benchmarks.gateway import gateway, process, stub
 
 STREAMS = int(os.environ.get("BENCH_STREAMS", "2000"))
-SECONDS = 30
+SECONDS = 20
 PACE_S = 0.1
 
 
