@@ -207,6 +207,20 @@ class ColdSettings(_Section):
     timeout_s: Seconds = 30.0
 
 
+class WitnessSettings(_Section):
+    """Where copies of signed checkpoints go: somewhere that who runs this installation cannot rewrite."""
+
+    kind: Literal["off", "folder", "minio"] = Field(default="off", description="a folder on another disk, or a bucket of its own.")
+    folder: Path | None = Field(default=None, description="the folder, for kind folder")
+    endpoint: str = Field(default="127.0.0.1:9000", description="host:port of the S3 server, for kind minio")
+    secure: bool = Field(default=False, description="https")
+    region: str = "us-east-1"
+    bucket: str = Field(default="tokentape-witness", description="created with object lock when missing")
+    access_key: str = Field(default="", description="not the one of cold.access_key, or the witness proves little")
+    secret_key: SecretStr = SecretStr("")
+    lock_days: int = Field(default=0, ge=0, description="how long each copy is locked in compliance mode; 0 for not at all")
+
+
 class LedgerSettings(_Section):
     """The signed log of segments."""
 
@@ -229,6 +243,7 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    witness_s: float = Field(default=3600.0, ge=0)
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
 
@@ -254,6 +269,7 @@ class Settings(_Section):
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()
+    witness: WitnessSettings = WitnessSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()

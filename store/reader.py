@@ -27,6 +27,7 @@ from store.views import events_sql
 _ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for longest are detached
 _URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
 _ATTEMPTS = 3  # a shard can be merged away between snapshot and attach
+_ID_SPREAD_US = 60_000_000  # how far the time in an event's id may lie from `recorded_at`: an id is never smaller than the one before
 _MATCHES_SHOWN = 5  # sessions named when a prefix is not unique
 
 
@@ -99,6 +100,27 @@ class EventReader:
         if len(found) > 1:
             raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
         return bytes(found[0])
+
+    def place_of(self, event_id: bytes) -> Segment | Shard | None:
+        """What holds an event now; None when nothing does.
+
+        Looks first where the time in a UUIDv7 points to: the clock of the one who recorded it made both.
+        """
+        at = int.from_bytes(event_id[:6], "big") * 1000
+        near = self._catalog.snapshot(time=(at - _ID_SPREAD_US, at + _ID_SPREAD_US))
+        return self._holder(near, event_id) or self._holder(self._catalog.snapshot(), event_id)
+
+    def _holder(self, snapshot: Snapshot, event_id: bytes) -> Segment | Shard | None:
+        """The first part of a snapshot with this event: hot ones first, which are quick to ask."""
+        for shard in snapshot.shards:
+            if shard.rows and self._holds(Snapshot((shard,), ()), event_id):
+                return shard
+        return next((segment for segment in snapshot.segments if self._holds(Snapshot((), (segment,)), event_id)), None)
+
+    def _holds(self, snapshot: Snapshot, event_id: bytes) -> bool:
+        where = f"event_id BETWEEN {blob(event_id)} AND {blob(event_id)}"
+        found = self._read(lambda: snapshot, lambda only: self._query(only, "SELECT count(*) FROM events", where, ("event_id",)))
+        return bool(found.column(0)[0].as_py())
 
     def recent(self, limit: int = 50, *, tenant: str | None = None) -> list[SessionSummary]:
         """The sessions with the latest events, newest first; those of the platform itself only when asked for by tenant."""
