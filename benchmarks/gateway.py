@@ -41,7 +41,7 @@ TOKENS = 64
 _PACE_S = 0.004
 _LATENCY_ROUNDS, _STREAMS_EACH = 3, 4
 # Unpaced streams show throughput: as many at once as keep both cores busy.
-_LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 5, 320, 16
+_LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 3, 320, 16
 # A rival that is slower by orders gets fewer streams, or a round would take minutes.
 _RIVAL_STREAMS = 32
 
@@ -310,7 +310,9 @@ def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[flo
     gaps: list[float] = []
     wholes: list[float] = []
 
-    async def client(count: int) -> None:
+    async def client(number: int, count: int) -> None:
+        if paced:  # arriving apart, or each would wait for all the others
+            await asyncio.sleep(number / parallel * TOKENS * _PACE_S)
         reader, writer = await asyncio.open_connection(host, int(port))
         session = uuid.uuid4()
         writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -338,7 +340,7 @@ def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[flo
 
     async def main() -> float:
         began = time.perf_counter()
-        await asyncio.gather(*(client(streams // parallel) for _ in range(parallel)))
+        await asyncio.gather(*(client(number, streams // parallel) for number in range(parallel)))
         return time.perf_counter() - began
 
     elapsed = uvloop.run(main())
