@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from schemas.errors import StoreUnavailable, UnknownSession, UsageError
 from schemas.settings import Settings
+from store.blobs import MARK
 from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
 from store.columns import current_columns
 from store.duck import connect, mapped
@@ -128,6 +129,19 @@ class EventReader:
         found = self._summaries(self._hot_only, condition, limit)
         # A session of the cold tier is only of interest when hot has too few.
         return found if len(found) == limit else self._summaries(self._catalog.snapshot, condition, limit)
+
+    def blob_names(self) -> set[str]:
+        """The names of all blobs that an event refers to, in hexadecimal."""
+        sql = (
+            "SELECT DISTINCT name FROM (WITH asked AS (SELECT request_submitted.content AS content FROM events), "
+            "said AS (SELECT unnest(content.messages) AS message FROM asked) "
+            "SELECT lower(hex(content.parameters_blob.blob_id)) AS name FROM asked "
+            "UNION ALL SELECT lower(hex(message.blob.blob_id)) FROM said "
+            f"UNION ALL SELECT unnest(regexp_extract_all(message.body, '{MARK.pattern}', 1)) FROM said) WHERE name IS NOT NULL"
+        )
+        columns = ("kind", "request_submitted")
+        table = self._read(self._catalog.snapshot, lambda snapshot: self._query(snapshot, sql, "kind = 'request_submitted'", columns))
+        return set(table.column(0).to_pylist())
 
     def close(self) -> None:
         """Release files and connections; safe to call twice, and the next call opens them again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
@@ -15,7 +16,7 @@ from tokentape.installation import Installation
 
 
 def all_jobs(installation: Installation) -> list[Job]:
-    """Merge, tier, checkpoint, witness and verify, with the schedule of the settings."""
+    """All of them, with the schedule of the settings."""
     every = installation.settings.jobs
     return [
         Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
@@ -27,6 +28,7 @@ def all_jobs(installation: Installation) -> list[Job]:
             lambda dry: _checkpoints(installation).run(dry_run=dry),
         ),
         Job("witness", "copy the newest checkpoint to the witness", every.witness_s, lambda dry: _witness(installation, dry)),
+        Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -58,6 +60,10 @@ def _witness(installation: Installation, dry_run: bool) -> dict[str, Any]:
     if installation.witness is None:
         return {"copied": 0, "witness": "off: set witness"}
     return Witness(installation.ledger, installation.witness, installation.settings.witness.lock_days).run(dry_run=dry_run)
+
+
+def _blobs(installation: Installation) -> UnreferencedBlobs:
+    return UnreferencedBlobs(installation.settings, installation.catalog, installation.objects)
 
 
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
