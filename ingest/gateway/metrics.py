@@ -73,6 +73,7 @@ class Meter:
         self.redactions: Counter[str] = Counter()
         self._recorder = recorder
         self._pass_on = recorder.tokens
+        self._pass_on_run = recorder.run
         self._last: dict[tuple[bytes, int], int] = {}
 
     def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
@@ -106,6 +107,26 @@ class Meter:
         )
         self.tokens_out += after - position
         return after
+
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        """Record tokens that came at once: no time passed between them. The position of the next."""
+        last = self._last.get((generation_id, index))
+        if last is not None:
+            self.between_tokens.observe(offset_us - last)
+        self.between_tokens.counts[0] += len(token_ids) - 1
+        self._last[generation_id, index] = offset_us
+        self.tokens_out += len(token_ids)
+        return self._pass_on_run(session, generation_id, index, position, offset_us, token_ids, texts, logprobs)
 
     def _count(self, payload: Payload | Deferred) -> None:
         if isinstance(payload, RequestSubmitted):
