@@ -29,6 +29,7 @@ class LogSettings(_Section):
     topic: str = Field(default="tokentape.events", description="created when missing")
     partitions: int = Field(default=4, ge=1, le=1024, description="used when the log is created; fixed after that")
     replication: int = Field(default=1, ge=1, description="Kafka replication factor when the topic is created")
+    retention_h: float = Field(default=0, ge=0, description="how long Kafka keeps a topic that is created; 0: as the broker says")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
 
@@ -186,6 +187,18 @@ class DebugSettings(_Section):
     token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
+class BatchSettings(_Section):
+    """Batch work: files of requests that wait in a log per model and go after interactive requests."""
+
+    concurrency: int = Field(default=8, ge=0, description="batch requests of one model at work in one worker; 0: `up` works on none")
+    attempts_max: int = Field(default=5, ge=1, description="a request that fails so often, an absent upstream apart, ends as an error")
+    backoff_s: Seconds = Field(default=1.0, description="before the second attempt; doubled each time, a minute at most")
+    window_h: float = Field(default=24.0, gt=0, le=720, description="what has not begun after this has expired; a batch may say less")
+    file_bytes_max: int = Field(default=512 << 20, ge=1024, description="a larger file is refused")
+    lines_max: int = Field(default=1_000_000, ge=1, description="a file with more requests is refused")
+    keep_days: float = Field(default=30.0, gt=0, description="after this files and results are deleted")
+
+
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
@@ -258,6 +271,16 @@ class LoggingSettings(_Section):
     format: Literal["auto", "console", "json"] = Field(default="auto", description="auto is console on a terminal, else json.")
 
 
+class TelemetrySettings(_Section):
+    """OpenTelemetry spans of what passes through the gateway. They never hold content."""
+
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://.+)?$", description="base URL of an OTLP/HTTP collector; empty: no spans")
+    service_name: str = Field(default="tokentape", min_length=1, description="service.name of the spans")
+    sample_ratio: float = Field(default=1.0, ge=0, le=1, description="of requests that come without a trace; else the client decides")
+    queue_max: int = Field(default=8192, ge=1, description="spans that may wait for the collector; more are dropped and counted")
+    timeout_s: Seconds = Field(default=10.0, description="how long the collector may take for a batch, new attempts included")
+
+
 class Settings(_Section):
     """All settings of one installation."""
 
@@ -270,6 +293,7 @@ class Settings(_Section):
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
     debug: DebugSettings = DebugSettings()
+    batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()
@@ -277,3 +301,4 @@ class Settings(_Section):
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()

@@ -27,6 +27,7 @@ COMMANDS = {
     "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
+    "batch": ("batch",),
     "custody": ("verify",),
     "ledger": ("prove", "ledger"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ingest.gateway.kept import Kept
 from ingest.gateway.keys import Keyring
@@ -15,6 +16,9 @@ from ingest.gateway.tape import Recording
 from ingest.redaction import Redactor
 from schemas.settings import Settings
 from store.control import ControlLog, ControlView
+
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,4 @@ class Parts:
     quotas: Quotas
     placement: Placement
     kept: Kept
+    tracing: Tracing | None = None
