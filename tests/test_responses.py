@@ -79,7 +79,7 @@ class TestWithVllm:
             client.responses.delete(third.id)
             with pytest.raises(openai.NotFoundError):
                 client.responses.retrieve(third.id)
-            events = rig.events()
+            events = sorted(rig.events(), key=lambda event: event.recorded_at)
         submitted = [event for event in events if event.kind == "request_submitted"][:3]
         finished = payloads(events, GenerationFinished)
 
