@@ -20,7 +20,8 @@ from tests.gateway_rig import DEADLINE_S, DONE, Peer, Rig, broken, running
 from tests.test_gateway import payloads
 
 schema = schemathesis.openapi.from_dict(document(ENDPOINTS))
-GENERATING = {endpoint.path for endpoint in ENDPOINTS}
+GOOGLE = {f"/v1beta/models/{{model}}:{method}" for method in ("generateContent", "streamGenerateContent")}
+GENERATING = {endpoint.path for endpoint in ENDPOINTS} | GOOGLE
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,

@@ -170,7 +170,7 @@ class Gateway:
         if path.startswith("/v1beta"):
             exchange.shape = errors.GEMINI
         if endpoint is None:
-            served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
+            served = ", ".join(f"{method} {path}" for method, path in (*((m, p) for p, (m, _) in self._endpoints.items()), *_NAMED))
             return await exchange.fail(Failure(errors.NOT_SERVED, f"Nothing is served at {path[:200]}. Served: {served}."), [])
         if method != wanted:
             failure = Failure(errors.WRONG_METHOD, f"{path[:200]} takes {wanted}, not {method}.")
@@ -228,6 +228,16 @@ async def _ready(parts: Parts, exchange: Exchange) -> None:
     ready = any(lane.ready for lane in parts.routes.lanes)
     answer = {"status": "ready" if ready else "not ready", "upstreams": [lane.facts for lane in parts.routes.lanes]}
     await exchange.respond(200 if ready else 503, dump(answer), [errors.JSON])
+
+
+_NAMED = (
+    ("GET", "/v1/models/{model}"),
+    ("GET", "/v1beta/models/{model}"),
+    ("GET", "/v1/responses/{id}"),
+    ("DELETE", "/v1/responses/{id}"),
+    *(("POST", f"/v1beta/models/{{model}}:{name}") for name in ("generateContent", "streamGenerateContent", "countTokens")),
+)
+"""What is served at paths that hold a name."""
 
 
 def _named(path: str, method: str, query: bytes) -> tuple[str, Handler | None]:
