@@ -109,7 +109,7 @@ class RedactionSettings(RedactionPolicy):
         return self.tenants.get(tenant, self)
 
 
-UpstreamKind = Literal["auto", "vllm", "openai", "anthropic"]
+UpstreamKind = Literal["auto", "vllm", "openai", "anthropic", "gemini"]
 
 
 class BlobSettings(_Section):
@@ -139,7 +139,7 @@ class GatewaySettings(_Section):
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: int = Field(default=8400, ge=0, le=65535, description="0 picks a free port")
     upstream: str = Field(default="http://127.0.0.1:8000", description="base URL without /v1")
-    upstream_kind: UpstreamKind = Field(default="auto", description="auto asks /version once; Anthropic is never guessed.")
+    upstream_kind: UpstreamKind = Field(default="auto", description="auto asks /version once; Anthropic and Gemini are never guessed.")
     upstream_key: SecretStr | None = Field(default=None, description="bearer token sent upstream; else the client's own")
     upstreams: list[UpstreamSettings] = Field(
         default=[], description="[[gateway.upstreams]] in place of upstream: name, url, kind, key, models, weight, hardware"
