@@ -38,10 +38,6 @@ _MISSING: dict[Outcome, dict[str, str]] = {
 
 def finish(desk: BatchDesk, batch: Batch) -> None:
     """Put the results of a batch together and say that it has ended. Two that do it at once do no harm."""
-    if batch.ends is None:
-        error = "its submission was interrupted"
-        desk.facts.write(f.ENDING, batch.batch_id, Ended(status="failed", at=time.time(), counts=Counts(), error=error))
-        return
     outcome = _outcome(desk, batch)
     with desk.scratch() as folder:
         good, bad = folder / "good", folder / "bad"
