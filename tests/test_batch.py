@@ -239,16 +239,10 @@ def test_silent_submitter(tmp_path: Path) -> None:
     with desk_at(settings) as desk:
         submission = Submission(desk.facts, "batch_silent", hasty)
         submission.renew()
-        owner = Owner(tenant="default", name="somebody")
-        now = time.time()
-        common: dict[str, Any] = {
-            "batch_id": "batch_silent",
-            "owner": owner,
-            "endpoint": "mixed",
-            "input_file_id": "file-x",
-            "window": "1h",
-        }
-        desk.facts.write(BATCH, "batch_silent", Batch(**common, total=1, created_at=now, expires_at=now + 3600))
+        owner, now = Owner(tenant="default", name="somebody"), time.time()
+        times = {"created_at": now, "expires_at": now + 3600}
+        batch = Batch(batch_id="batch_silent", owner=owner, endpoint="mixed", input_file_id="file-x", window="1h", total=1, **times)
+        desk.facts.write(BATCH, batch.batch_id, batch)
         until(lambda: time.time() > now + 0.01)
         shown = json.loads(tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output)
         until(lambda: desk.facts.ended("batch_silent"))

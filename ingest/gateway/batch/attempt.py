@@ -83,8 +83,8 @@ class Answer:
 
 
 def worn_out(attempts: int) -> Answer:
-    """What a request gets whose every attempt ended with its worker."""
-    message = f"The request was begun {attempts} times, and each time its worker died before the answer."
+    """What a request gets whose last attempt ended with its worker."""
+    message = f"The request was begun {attempts} times and never came to an answer: its worker died or failed each time."
     return Answer(status=500, pieces=[errors.error_body(message, "server_error", "attempts_exhausted")])
 
 
