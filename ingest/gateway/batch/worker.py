@@ -309,6 +309,8 @@ class Worker:
         suspect = window.attempts.get(offset, 0) > 0
         while window.attempts.get(offset, 0) < self._settings.attempts_max:
             async with self._alone[window.model] if suspect else contextlib.nullcontext():
+                if self._ending.is_set() or not self._facts.wanted(batch):
+                    return None
                 answer = await self._attempt(batch, item, window, offset)
             if answer.interrupted:
                 return None
