@@ -109,8 +109,10 @@ def _keep(desk: BatchDesk, batch: Batch, path: Path, name: Literal["output", "er
 
 def _clear(desk: BatchDesk, batch: Batch) -> None:
     """Delete what the files of results replace."""
-    for found in list(desk.objects.list(result_of(batch, 0).rpartition("/")[0] + "/")):
-        desk.objects.delete(found.key)
+    results = [found.key for found in desk.objects.list(result_of(batch, 0).rpartition("/")[0] + "/")]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="batch-results") as pool:
+        for start in range(0, len(results), _PIECE):
+            list(pool.map(desk.objects.delete, results[start : start + _PIECE]))
     for key in desk.facts.latest(f.COUNTS):
         if key.startswith(f"{batch.batch_id}/"):
             desk.facts.write(f.COUNTS, key, None)

@@ -85,6 +85,7 @@ class Worker:
         self._announced_at = 0.0
         self._done_at = {"tidy": 0.0, "forget": time.monotonic()}
         self._loop: asyncio.Task[None] | None = None
+        self._ender: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look for work."""
@@ -98,7 +99,7 @@ class Worker:
     async def close(self) -> None:
         """Stop; what is not finished is another worker's, or this one's when it starts again."""
         self.end()
-        tasks = [*self._readers.values(), *chain.from_iterable(self._items.values()), *([self._loop] if self._loop else [])]
+        tasks = [*self._readers.values(), *chain.from_iterable(self._items.values()), *(task for task in (self._loop, self._ender) if task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -137,7 +138,8 @@ class Worker:
             if reader is None or reader.done():
                 self._readers[model] = asyncio.create_task(self._read_on(model))
         await self._thread(self._write_progress)
-        await self._end_batches()
+        if self._ender is None or self._ender.done():  # results of a long file take longer than a heartbeat
+            self._ender = asyncio.create_task(self._end_batches())
         if self._due("tidy", TIDY_S):
             await self._thread(self._tidy, models)
         if self._due("forget", FORGET_S) and self._first():
@@ -392,6 +394,11 @@ class Worker:
         """End the batches whose every record is done with."""
         if not self._first():
             return
-        for batch in self._facts.batches():
-            if self._facts.status(batch) not in ENDED and self._facts.worked_off(batch):
-                await self._thread(finish, self._desk, batch)
+        try:
+            for batch in self._facts.batches():
+                if self._facts.status(batch) not in ENDED and self._facts.worked_off(batch):
+                    await self._thread(finish, self._desk, batch)
+        except TokentapeError as error:
+            log.warning("the end of a batch waits", error=str(error))
+        except Exception:
+            log.exception("the end of a batch failed")
