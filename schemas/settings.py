@@ -191,7 +191,7 @@ class BatchSettings(_Section):
     """Batch work: files of requests that wait in a log per model and go after interactive requests."""
 
     concurrency: int = Field(default=8, ge=0, description="batch requests of one model at work in one worker; 0: `up` works on none")
-    attempts_max: int = Field(default=5, ge=1, description="a request that fails so often, an absent upstream apart, ends as an error")
+    attempts_max: int = Field(default=5, ge=1, description="a request that fails, or kills its worker, so often ends as an error")
     backoff_s: Seconds = Field(default=1.0, description="before the second attempt; doubled each time, a minute at most")
     window_h: float = Field(default=24.0, gt=0, le=720, description="what has not begun after this has expired; a batch may say less")
     file_bytes_max: int = Field(default=512 << 20, ge=1024, description="a larger file is refused")
