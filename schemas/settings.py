@@ -29,6 +29,7 @@ class LogSettings(_Section):
     topic: str = Field(default="tokentape.events", description="created when missing")
     partitions: int = Field(default=4, ge=1, le=1024, description="used when the log is created; fixed after that")
     replication: int = Field(default=1, ge=1, description="Kafka replication factor when the topic is created")
+    retention_h: float = Field(default=0, ge=0, description="how long Kafka keeps a topic that is created; 0: as the broker says")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
 
@@ -192,6 +193,18 @@ class SnapshotSettings(_Section):
     session_bytes_max: int = Field(default=100 << 20, ge=1, description="of one session; beyond it the oldest versions are let go")
 
 
+class BatchSettings(_Section):
+    """Batch work: files of requests that wait in a log per model and go after interactive requests."""
+
+    concurrency: int = Field(default=8, ge=0, description="batch requests of one model at work in one worker; 0: `up` works on none")
+    attempts_max: int = Field(default=5, ge=1, description="a request that fails so often, an absent upstream apart, ends as an error")
+    backoff_s: Seconds = Field(default=1.0, description="before the second attempt; doubled each time, a minute at most")
+    window_h: float = Field(default=24.0, gt=0, le=720, description="what has not begun after this has expired; a batch may say less")
+    file_bytes_max: int = Field(default=512 << 20, ge=1024, description="a larger file is refused")
+    lines_max: int = Field(default=1_000_000, ge=1, description="a file with more requests is refused")
+    keep_days: float = Field(default=30.0, gt=0, description="after this files and results are deleted")
+
+
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
@@ -278,6 +291,7 @@ class Settings(_Section):
     gateway: GatewaySettings = GatewaySettings()
     debug: DebugSettings = DebugSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
+    batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()

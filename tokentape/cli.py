@@ -28,6 +28,7 @@ COMMANDS = {
     "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
+    "batch": ("batch",),
     "custody": ("verify",),
     "ledger": ("prove", "ledger"),
 }

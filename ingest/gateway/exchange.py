@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from ingest.gateway import errors
@@ -87,6 +87,20 @@ class Exchange:
         if self.body_bytes > self._body_bytes_max:
             raise Failure(errors.TOO_LARGE, f"The body is over the limit of {self._body_bytes_max} bytes.")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The request's body as it comes, for who keeps no more of it and has a limit of its own.
+
+        Raises:
+            Failure: the client hung up before its end.
+        """
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Failure(errors.CLIENT_DISCONNECTED, "The client hung up before its request was complete.")
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
 
     def watch(self) -> None:
         """From here on a client that hangs up aborts the exchange; call when the body was read."""
