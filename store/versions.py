@@ -195,7 +195,7 @@ def _create(connection: sqlite3.Connection, layout: str) -> None:
 
 def _versions(connection: sqlite3.Connection, session_id: bytes) -> list[Version]:
     rows = connection.execute("SELECT * FROM version WHERE session_id = ? ORDER BY number", (session_id,))
-    return [Version(*row[:-1], bool(row[-1])) for row in rows]
+    return [Version(*(*row[:-1], bool(row[-1]))) for row in rows]
 
 
 def _bytes(connection: sqlite3.Connection, session_id: bytes) -> int:
