@@ -23,8 +23,11 @@ from store.versions import name_of, references
 RECORD_BYTES_MAX = 512
 """A record or a run of a list that is larger becomes a piece of its own."""
 
-RUN_MAX = 64
-"""Items in one run of a long list: a state grows at the end of its lists, so only the last run differs."""
+RUN_MAX = 16
+"""Records in one run of a long list: a state grows at the end of its lists, so only the last run differs."""
+
+NUMBERS_MAX = 1_024
+"""The same for lists of numbers, such as token ids, which come whole and stay as they are."""
 
 TEXT_MIN, TEXT_MAX = 2_048, 16_384
 """Characters of one part of a long text; a text of fewer than `TEXT_MAX` stays whole."""
@@ -70,13 +73,14 @@ class Pieces:
         return {name: self._fragment(getattr(value, name)) for name in names}
 
     def _list(self, items: list[Any]) -> Any:
-        return items if len(items) <= RUN_MAX else self._joined(_runs(items))
+        width = RUN_MAX if items and isinstance(items[0], dict | list) else NUMBERS_MAX
+        return items if len(items) <= width else self._joined(_runs(items, width))
 
     def _joined(self, parts: Iterable[Any]) -> dict[str, Any]:
         """Parts of a text or a list; of many parts, parts of those."""
         names = [{"=": self._piece(part)} for part in parts]
         while len(names) > RUN_MAX:
-            names = [{"=": self._piece({"+": run})} for run in _runs(names)]
+            names = [{"=": self._piece({"+": run})} for run in _runs(names, RUN_MAX)]
         return {"+": names}
 
     def _own(self, fragment: Any) -> Any:
@@ -109,8 +113,8 @@ def _whole(fragment: Any, get: Callable[[str], bytes]) -> Any:
     return {name: _whole(item, get) for name, item in fragment.items()}
 
 
-def _runs(items: Sequence[Any]) -> list[Sequence[Any]]:
-    return [items[at : at + RUN_MAX] for at in range(0, len(items), RUN_MAX)]
+def _runs(items: Sequence[Any], width: int) -> list[Sequence[Any]]:
+    return [items[at : at + width] for at in range(0, len(items), width)]
 
 
 def _parts(text: str) -> list[str]:
