@@ -71,21 +71,20 @@ class Versioning:
             known = []
         return self._add(events, known)
 
-    def _add(self, events: Sequence[StoredEvent], known: list[Version]) -> int:
-        done, made = known[-1].position if known else 0, 0
+    def _add(self, events: Sequence[StoredEvent], known: Sequence[Version]) -> int:
+        """Fold all events and cut the state wherever a version is missing."""
+        done = known[-1].position if known else 0
         if not any(stored.event.kind in STOPPED_KINDS for stored in events[done:]):
             return 0
-        state, pieces, basis = EMPTY, Pieces(), hashlib.sha256()
+        state, pieces, basis, made = EMPTY, Pieces(), hashlib.sha256(), list[Version]()
         for position, stored in enumerate(events, 1):
             state = apply(state, stored)
             basis.update(_standing(stored.event))
             if position > done and stored.event.kind in STOPPED_KINDS:
                 root, size = pieces.cut(state)
-                version = _version(len(known) + made + 1, stored.event, position, basis.digest(), root, size)
-                if not self.versions.add(version, pieces.made, bytes_max=self.bytes_max):
-                    break  # another run is at it
-                made += 1
-        return made
+                made.append(_version(len(known) + len(made) + 1, stored.event, position, basis.digest(), root, size))
+        added = self.versions.add(made, pieces.made, bytes_max=self.bytes_max)
+        return len(made) if added else 0  # else another run was faster
 
     def version(self, session_id: bytes, number: int) -> Version:
         """A version by its number.
@@ -140,4 +139,4 @@ def _stands_on(version: Version, events: Sequence[StoredEvent]) -> bool:
 
 def _standing(event: Event) -> bytes:
     """What changes where an event is another one, or its content was erased."""
-    return event.event_id + (event.commitment or bytes(32))
+    return event.event_id + (b"" if event.commitment is None else b"erased")

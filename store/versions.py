@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -105,27 +106,27 @@ class VersionStore:
         with self._connection("measure snapshots") as connection:
             return _bytes(connection, session_id)
 
-    def add(self, version: Version, pieces: Mapping[str, bytes], *, bytes_max: int) -> bool:
-        """Store a version and those of its pieces that are not there; then let the oldest go until `bytes_max` is kept.
+    def add(self, versions: Sequence[Version], pieces: Mapping[str, bytes], *, bytes_max: int) -> bool:
+        """Store the next versions of a session and those of their pieces that are not there, all or nothing.
 
-        The version added always stays. False when somebody else has stored this number meanwhile.
+        After each the oldest are let go until the session takes `bytes_max` at most; the newest always stays. False when
+        somebody else has stored these numbers meanwhile.
         """
-        with self._writing("store snapshot") as connection:
-            session_id = version.session_id
-            newest = connection.execute("SELECT max(number) FROM version WHERE session_id = ?", (session_id,)).fetchone()[0]
-            if version.number != (newest or 0) + 1:
+        session_id = versions[0].session_id
+        with self._writing("store snapshots") as connection:
+            known = _versions(connection, session_id)
+            if versions[0].number != len(known) + 1:
                 return False
-            kept = _bytes(connection, session_id)
-            added = _hold(connection, session_id, version.root, pieces)
-            kept += added
-            row = (*astuple(version)[:-2], added, False)
-            connection.execute(f"INSERT INTO version VALUES ({', '.join('?' * len(row))})", row)
-            for older in _versions(connection, session_id)[:-1]:
-                if kept <= bytes_max:
-                    break
-                if not older.let_go:
-                    kept -= _release(connection, session_id, older.root)
-                    connection.execute("UPDATE version SET let_go = 1 WHERE session_id = ? AND number = ?", (session_id, older.number))
+            live = deque(version for version in known if not version.let_go)
+            size = _bytes(connection, session_id)
+            for version in versions:
+                added = _hold(connection, session_id, version.root, pieces)
+                row = (*astuple(version)[:-2], added, False)
+                connection.execute(f"INSERT INTO version VALUES ({', '.join('?' * len(row))})", row)
+                size += added
+                while size > bytes_max and live:
+                    size -= _let_go(connection, live.popleft())
+                live.append(version)
         return True
 
     @contextmanager
@@ -215,6 +216,13 @@ def _hold(connection: sqlite3.Connection, session_id: bytes, root: str, pieces: 
             waiting += references(pieces[name])
             added += len(data)
     return added
+
+
+def _let_go(connection: sqlite3.Connection, version: Version) -> int:
+    """Keep of a version only that there was one; returns the bytes that went."""
+    place = (version.session_id, version.number)
+    connection.execute("UPDATE version SET let_go = 1 WHERE session_id = ? AND number = ?", place)
+    return _release(connection, version.session_id, version.root)
 
 
 def _release(connection: sqlite3.Connection, session_id: bytes, root: str) -> int:
