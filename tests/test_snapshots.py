@@ -378,7 +378,9 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     program = Program(tmp_path, Settings(data=tmp_path / "data"))
     tape, quiet = chat(2), Tape("quiet")
     quiet.request("q", [{"role": "user", "content": "hello"}], 0)
-    put_hot(open_catalog(tmp_path / "data"), "shard", [stored.event for stored in [*tape.events, *quiet.events]])
+    for made in (tape, quiet):
+        partition = partition_of(made.session_id, program.settings.log.partitions)
+        put_hot(open_catalog(tmp_path / "data"), made.session_id.hex(), [stored.event for stored in made.events], partition=partition)
     session, other = tape.session_id.hex(), quiet.session_id.hex()
     listed, page, shown, none = program.batch(
         ["snapshots", session, "--format", "json"],

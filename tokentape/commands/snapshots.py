@@ -11,7 +11,7 @@ from replay.render import SessionPage
 from replay.sections import sections
 from replay.snapshot import document_of, plain
 from replay.versioning import Versioning
-from replay.words import iso, uuid
+from replay.words import iso, printable, uuid
 from schemas.errors import UsageError
 from store.versions import Version
 from tokentape.commands.common import format_option, with_installation
@@ -74,7 +74,7 @@ def _total(kept: Versioning, versions: list[Version], session_id: bytes) -> None
 def _show(kept: Versioning, version: Version, fmt: str, *, full: bool) -> None:
     state = kept.state(version)
     if fmt == "table":
-        out.print(f"version {version.number}: {version.why}", markup=False, style="yellow")
+        out.print(printable(f"version {version.number}: {version.why}"), markup=False, style="yellow")
         out.print(SessionPage(state, full=full))
         return
     document = {"snapshot": _row(version), **sections(state, version.generation_id), "state": document_of(plain(state))}
