@@ -103,8 +103,9 @@ class EventReader:
         return bytes(found[0])
 
     def sessions_with(self, kinds: Collection[str], marks: Mapping[tuple[str, int], int]) -> set[tuple[bytes, str]]:
-        """The sessions that have events of some kinds, with the kind; only events at or after the offset that `marks` has for
-        their log and partition count, as far as whole shards and segments lie before it.
+        """Each session that has events of some kinds, with each of these kinds.
+
+        Shards and segments that end before `marks` (an offset, by log and partition) are left out.
         """
         where = f"kind IN ({', '.join(map(literal, kinds))})"
         sql = "SELECT DISTINCT session_id, kind FROM events"
