@@ -187,6 +187,12 @@ class DebugSettings(_Section):
     token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
+class SnapshotSettings(_Section):
+    """Versions of sessions that stopped at breakpoints, derived from the tape."""
+
+    session_bytes_max: int = Field(default=100 << 20, ge=1, description="of one session; beyond it the oldest versions are let go")
+
+
 class BatchSettings(_Section):
     """Batch work: files of requests that wait in a log per model and go after interactive requests."""
 
@@ -260,6 +266,7 @@ class JobsSettings(_Section):
     verify_s: float = Field(default=86_400.0, ge=0)
     witness_s: float = Field(default=3600.0, ge=0)
     blobs_s: float = Field(default=86_400.0, ge=0)
+    snapshots_s: float = Field(default=60.0, ge=0)
     blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
@@ -293,6 +300,7 @@ class Settings(_Section):
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
     debug: DebugSettings = DebugSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()

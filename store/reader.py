@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from schemas.errors import StoreUnavailable, UnknownSession, UsageError
 from schemas.settings import Settings
 from store.blobs import MARK
-from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
+from store.catalog import Catalog, Range, Segment, Shard, Snapshot, open_catalog
 from store.columns import current_columns
 from store.duck import connect, mapped
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.rows import StoredEvent, stored_events
-from store.views import events_sql
+from store.views import events_sql, literal
 
 _ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for longest are detached
 _URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
@@ -101,6 +101,18 @@ class EventReader:
         if len(found) > 1:
             raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
         return bytes(found[0])
+
+    def sessions_with(self, kinds: Collection[str], marks: Mapping[tuple[str, int], int]) -> set[tuple[bytes, str]]:
+        """Each session that has events of some kinds, with each of these kinds.
+
+        Shards and segments that end before `marks` (an offset, by log and partition) are left out.
+        """
+        where = f"kind IN ({', '.join(map(literal, kinds))})"
+        sql = "SELECT DISTINCT session_id, kind FROM events"
+        table = self._read(
+            lambda: _since(self._catalog.snapshot(), marks), lambda snapshot: self._query(snapshot, sql, where, ("session_id", "kind"))
+        )
+        return set(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
     def place_of(self, event_id: bytes) -> Segment | Shard | None:
         """What holds an event now; None when nothing does.
@@ -241,6 +253,18 @@ def _envelope() -> set[str]:
 def blob(value: bytes) -> str:
     """A BLOB as a SQL constant, which DuckDB uses to skip row groups."""
     return "'" + "".join(f"\\x{byte:02X}" for byte in value) + "'::BLOB"
+
+
+def _since(snapshot: Snapshot, marks: Mapping[tuple[str, int], int]) -> Snapshot:
+    """What may hold events at or after some offsets."""
+
+    def later(ranges: Sequence[Range]) -> bool:
+        return any(span.offset_next > marks.get((span.log_id, span.partition), 0) for span in ranges)
+
+    return Snapshot(
+        tuple(shard for shard in snapshot.shards if later(shard.ranges)),
+        tuple(segment for segment in snapshot.segments if later(segment.ranges)),
+    )
 
 
 def _overlapping(snapshot: Snapshot, low: bytes, high: bytes) -> Snapshot:

@@ -25,6 +25,7 @@ COMMANDS = {
     "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
     "debug": ("breakpoints", "stopped"),
+    "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
     "batch": ("batch",),

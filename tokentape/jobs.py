@@ -9,6 +9,7 @@ from lifecycle.checkpoints import Checkpoints
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
+from replay.versioning import Versioning, open_versions
 from schemas.errors import ProofError
 from store.ledger.witness import Witness, anchors
 from store.merge import merge
@@ -29,6 +30,12 @@ def all_jobs(installation: Installation) -> list[Job]:
         ),
         Job("witness", "copy the newest checkpoint to the witness", every.witness_s, lambda dry: _witness(installation, dry)),
         Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
+        Job(
+            "snapshots",
+            "keep versions of sessions that stopped at breakpoints",
+            every.snapshots_s,
+            lambda dry: versioning(installation).run(dry_run=dry),
+        ),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -79,6 +86,12 @@ def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
     if summary["outcome"] != "good":
         raise ProofError(f"verification found {summary['outcome']} data", operation="verify", hint="`tokentape verify` names each object")
     return summary
+
+
+def versioning(installation: Installation) -> Versioning:
+    """What derives the snapshots of the installation's sessions."""
+    settings = installation.settings
+    return Versioning(installation.reader, installation.catalog, open_versions(settings.data), settings.snapshots.session_bytes_max)
 
 
 def verification(installation: Installation) -> Verification:
