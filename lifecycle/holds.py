@@ -59,9 +59,24 @@ class Holds:
             entry = self.tiering.ledger.append(HOLD_PLACED, body)
             late = self._late(register, selector, entry.sequence)
             objects, warning = self._hold_objects(run, selector)
-        self._record(HoldPlaced(hold_id=bytes.fromhex(hold_id), selector=selector.model_dump_json(exclude_defaults=True), ledger_entry=entry.sequence, content=HoldContent(reason=reason)), by)
+        self._record(
+            HoldPlaced(
+                hold_id=bytes.fromhex(hold_id),
+                selector=selector.model_dump_json(exclude_defaults=True),
+                ledger_entry=entry.sequence,
+                content=HoldContent(reason=reason),
+            ),
+            by,
+        )
         log.info("hold.placed", hold=hold_id, events=events, ledger_entry=entry.sequence)
-        return {"hold": hold_id, "events": events, "ledger_entry": entry.sequence, "objects": objects, "gone_before": late, "warning": warning}
+        return {
+            "hold": hold_id,
+            "events": events,
+            "ledger_entry": entry.sequence,
+            "objects": objects,
+            "gone_before": late,
+            "warning": warning,
+        }
 
     def release(self, text: str, *, by: str, reason: str) -> dict[str, Any]:
         """End a hold.

@@ -316,6 +316,10 @@ class Rewriting:
         yield events_sql([f"hot_{number}" for number, _ in enumerate(shards)], [self.url(segment) for segment in snapshot.segments])
         detach(self.connection, shards)
 
+    def events(self, urls: Sequence[str]) -> str:
+        """A SELECT over the rows of some segments."""
+        return events_sql([], urls)
+
     def url(self, segment: Segment) -> str:
         """Where DuckDB reads a segment."""
         return self.tiering.objects.read_url(segment.key, expires_s=3600)

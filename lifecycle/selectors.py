@@ -111,7 +111,7 @@ class Matching:
                     FROM ({events}) WHERE kind IN ('session_opened', 'session_annotated')
                     ) SELECT session_id FROM told WHERE added OR removed GROUP BY session_id
                     HAVING {"bool_or(added)" if ever else "arg_max(NOT removed, place)"}"""
-                    )
+                )
             self._tables[tag, ever] = name
         return f"session_id IN (FROM {self._tables[tag, ever]})"
 

@@ -296,7 +296,7 @@ class Tiering:
     # After a kill
 
     def reconcile_alone(self) -> int:
-        """`reconcile` for who is alone already. The catalog follows the ledger in one step: a segment that a later entry replaced never shows."""
+        """`reconcile` for who is alone already: one step, in which no segment shows that a later entry replaced."""
         snapshot = self.catalog.snapshot()
         known = max((segment.ledger_entry for segment in snapshot.segments), default=-1)
         entries = [entry for entry in self.ledger.entries(known + 1) if entry.type in (ENTRY_TYPE, REWRITTEN)]
@@ -306,7 +306,8 @@ class Tiering:
         shards = [name for entry in entries if entry.type == ENTRY_TYPE for name in self._covered(entry)]
         if shards or segments or retire:
             self.catalog.swap(retire=shards, segments=segments, retire_segments=retire, owner=OWNER)
-            self._announce([segment for segment in segments if segment.ledger_entry in {e.sequence for e in entries if e.type == ENTRY_TYPE}])
+            sealed = {entry.sequence for entry in entries if entry.type == ENTRY_TYPE}
+            self._announce([segment for segment in segments if segment.ledger_entry in sealed])
         return len({segment.ledger_entry for segment in segments}) or int(bool(shards or retire))
 
     def _covered(self, entry: Entry) -> list[str]:
@@ -353,6 +354,7 @@ def says(data: bytes, schema: Schema) -> bool:
 
 
 def segment_to_json(item: Stored, schemas: Mapping[bytes, Mapping[str, Any]]) -> dict[str, Any]:
+    """A segment as it stands in the ledger; `schemas` are the objects of its writer schemas."""
     part = item.draft.part
     return {
         "key": item.key,

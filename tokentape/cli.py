@@ -28,6 +28,7 @@ COMMANDS = {
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
     "custody": ("verify",),
+    "retention": ("retention", "hold", "erase"),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 
