@@ -1,6 +1,7 @@
 """Small segments of one tenant, day and class become one, so that looking costs few requests.
 
-A day that was tiered in pieces leaves a segment a piece. The merged one supersedes them by a ledger entry of its own.
+A day that was tiered in pieces leaves a segment a piece. The merged one supersedes them by a ledger entry of its own. What
+a compliance lock keeps from being removed is left as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from lifecycle.register import Register
 from lifecycle.rewriting import Change, Done, rewriting
-from lifecycle.tiering import Tiering
+from lifecycle.tiering import WAIT_S, Tiering
 from store.catalog import Segment
 
 WHY = "merge"
@@ -29,14 +30,16 @@ class Compaction:
         if dry_run:
             return {"would_merge": [f"{group[0].tenant} {group[0].day}: {len(group)} segments" for group in self._groups()]}
         done = Done()
-        with self.tiering.alone():
+        with self.tiering.alone(wait_s=WAIT_S):
             self.tiering.reconcile_alone()
             register = Register(self.tiering.ledger)
             register.refresh()
             with rewriting(self.tiering, register) as run:
                 run.sweep()
                 for group in self._groups():
-                    run.apply(partial(Change, WHY, tuple(group)), done)
+                    free = tuple(segment for segment in group if run.locked_until(segment) is None)
+                    if len(free) > 1:
+                        run.apply(partial(Change, WHY, free), done)
         return {"segments": done.segments, "segments_new": done.segments_new, "bytes": done.bytes_written}
 
     def _groups(self) -> list[list[Segment]]:

@@ -23,7 +23,7 @@ from lifecycle.log_retention import trim
 from lifecycle.register import ERASURE_APPLIED, ERASURE_APPROVED, ERASURE_FINISHED, ERASURE_REQUESTED, Erasure, Register
 from lifecycle.rewriting import Change, Done, Rewriting, rewriting
 from lifecycle.selectors import Selector
-from lifecycle.tiering import Tiering
+from lifecycle.tiering import WAIT_S, Tiering
 from schemas.errors import ConflictError, UnknownName, UsageError
 from schemas.events import ErasureApplied, ErasureContent
 from schemas.sink import SessionContext, new_id
@@ -41,13 +41,6 @@ KIND = "erasure"
 """Of facts in the control log: by id what is to be erased and why. It goes when the erasure is finished."""
 
 WHY = "erasure"
-
-_BLOBS = f"""
-    SELECT tenant, unnest(list_concat(
-        list_transform(request_submitted.content.messages, m -> lower(hex(m.blob.blob_id))),
-        [lower(hex(request_submitted.content.parameters_blob.blob_id))],
-        flatten(list_transform(request_submitted.content.messages, m -> regexp_extract_all(m.body, {literal(MARK.pattern)}, 1))))) AS name
-    FROM ({{events}}) WHERE kind = 'request_submitted' AND {{condition}}"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ class Erasures:
                 summary["waiting"].append(f"{erasure_id}: {error.fault}, {error.hint}")
         return summary
 
-    def list(self) -> list[dict[str, Any]]:
+    def everything(self) -> list[dict[str, Any]]:
         """Every erasure: state, who requested and approved it, what is pending."""
         return [
             {
@@ -143,8 +136,8 @@ class Erasures:
 
     def _apply(self, erasure_id: str) -> dict[str, Any]:
         """Erase what is there; doing it again erases what came since, and looks after what was pending."""
-        self.tiering.run(all_days=True)
-        with self.tiering.alone():
+        with self.tiering.alone(wait_s=WAIT_S):
+            self.tiering.run_alone(all_days=True)
             register = self._register()
             erasure = register.erasures[erasure_id]
             subject = self._subject(erasure)
@@ -153,7 +146,7 @@ class Erasures:
                 self._check_holds(run, selector)
                 condition = selector.condition(run.matching)
                 touched = self._touched(run, selector, condition)
-                self._check_locks([segment for segment, contents in touched if contents])
+                self._check_locks(run, [segment for segment, contents in touched if contents])
                 blobs = sorted({*subject.get("blobs", ()), *self._blobs(run, selector, condition)})
                 spool = subject.get("spool")
                 places = {tuple(place) for place in (*subject.get("places", ()), *self._log_places(run, condition))}
@@ -189,10 +182,9 @@ class Erasures:
                     hint = "`tokentape hold list` shows why; it can be erased once the hold is released"
                     raise ConflictError(f"hold {hold.hold_id} keeps {held:,} of its events", operation="erase", hint=hint)
 
-    def _check_locks(self, segments: list[Segment]) -> None:
-        locks = [self.tiering.objects.lock_of(segment.key) for segment in segments]
-        until = max((lock.until for lock in locks if lock.mode == "compliance" and lock.until is not None), default=None)
-        if until is not None and until > dt.datetime.now(dt.UTC):
+    def _check_locks(self, run: Rewriting, segments: list[Segment]) -> None:
+        until = max((end for segment in segments if (end := run.locked_until(segment)) is not None), default=None)
+        if until is not None:
             hint = f"not before {until.isoformat()}; the job carries it out then"
             raise ConflictError("a compliance lock forbids it", operation="erase", hint=hint)
 
@@ -228,7 +220,7 @@ class Erasures:
         if not urls:
             return []
         events = run.events(urls)
-        rows = run.connection.execute(_BLOBS.format(events=events, condition=condition)).fetchall()
+        rows = run.connection.execute(_blobs_sql(events, condition)).fetchall()
         names = {(tenant, bytes.fromhex(name)) for tenant, name in rows if name}
         keys = [key_of(tenant, name, encoding) for tenant, name in names for encoding in ("zstd", "none")]
         return [key for key in keys if self.tiering.objects.head(key) is not None]
@@ -258,10 +250,10 @@ class Erasures:
         blobs = [key for key in subject["blobs"] if self.tiering.objects.head(key) is not None]
         return pending + ([f"blobs: {len(blobs)}, until nothing refers to them and they are collected"] if blobs else [])
 
-    def _enter(self, erasure: Erasure, subject: dict[str, Any], done: Done, segments: list[Segment], pending: list[str]) -> dict[str, Any]:
+    def _enter(self, erasure: Erasure, subject: dict[str, Any], done: Done, pending: list[str]) -> dict[str, Any]:
         """Enter what was erased where, unless the same stands already."""
         before = erasure.entries.get("applied")
-        earlier: Any = before.body if before is not None else {"contents": 0, "segments": 0, "versions": 0, "pending": None}
+        earlier: Any = {"contents": 0, "segments": 0, "versions": 0, "pending": None} | dict(before.body if before is not None else {})
         body = {
             "erasure_id": erasure.erasure_id,
             "by": erasure.by("approved"),
@@ -317,6 +309,15 @@ def find(register: Register, text: str) -> Erasure:
         return found[0]
     fault = "names several erasures" if found else "is no erasure"
     raise UnknownName(f"{text[:40]!r} {fault}", operation="erase", hint="`tokentape erase list` shows all")
+
+
+def _blobs_sql(events: str, condition: str) -> str:
+    """Tenant and name (hex) of each blob that requests refer to, once for each time."""
+    marks = f"list_transform(request_submitted.content.messages, m -> regexp_extract_all(m.body, {literal(MARK.pattern)}, 1))"
+    return f"""SELECT tenant, unnest(list_concat(
+        list_transform(request_submitted.content.messages, m -> lower(hex(m.blob.blob_id))),
+        [lower(hex(request_submitted.content.parameters_blob.blob_id))], flatten({marks}))) AS name
+        FROM ({events}) WHERE kind = 'request_submitted' AND {condition}"""
 
 
 def _selector(subject: dict[str, Any]) -> Selector:

@@ -97,7 +97,7 @@ class Holds:
         self.control.append(KIND, hold.hold_id, None)
         return {"hold": hold.hold_id, "ledger_entry": entry.sequence, "objects": objects, "warning": warning}
 
-    def list(self) -> list[dict[str, Any]]:
+    def standing(self) -> list[dict[str, Any]]:
         """Every hold that stands: what, who, why, since."""
         register = Register(self.tiering.ledger)
         register.refresh()

@@ -103,7 +103,7 @@ class Policies:
         names = tuple(policy.name for policy in (*dropping, *stripping))
         if not names:
             return None
-        return Verdict(*(_any(group, tagged) for group in (dropping, stripping, keeping)), names)
+        return Verdict(_any(dropping, tagged), _any(stripping, tagged), _any(keeping, tagged), names)
 
 
 def _any(policies: Sequence[RetentionPolicy], tagged: Tagged) -> str:

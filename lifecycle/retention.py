@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ import structlog
 from lifecycle.policies import ALL, Policies, age_of
 from lifecycle.register import POLICIES, Register
 from lifecycle.rewriting import Change, Done, Rewriting, rewriting
-from lifecycle.tiering import Tiering
+from lifecycle.tiering import WAIT_S, Tiering
 from schemas.events import RetentionApplied
 from schemas.sink import platform_session
 from store.catalog import Segment
@@ -48,16 +48,18 @@ class Due:
     contents: int
     held: int
     kept: int
+    locked_until: dt.datetime | None = None
+    """A compliance lock keeps all of it until then."""
 
     @property
     def whole(self) -> bool:
         """Whether every row goes."""
-        return self.events == self.segment.rows
+        return self.events == self.segment.rows and self.locked_until is None
 
     @property
     def anything(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.events or self.contents)
+        return bool(self.events or self.contents) and self.locked_until is None
 
     def to_row(self) -> dict[str, Any]:
         """A line of the preview."""
@@ -73,6 +75,7 @@ class Due:
             "objects": int(self.whole),
             "held": self.held,
             "kept": self.kept,
+            "locked_until": self.locked_until,
             "key": segment.key,
         }
 
@@ -104,23 +107,23 @@ class Retention:
             ConflictError: another run is at work, or a compliance lock forbids it.
             StoreUnavailable, StorageFull: the next run completes what this one began.
         """
-        self.tiering.run()
-        done, held = Done(), 0
-        with self.tiering.alone():
+        done = Done()
+        with self.tiering.alone(wait_s=WAIT_S):
+            self.tiering.run_alone()
             register = Register(self.tiering.ledger)
             register.refresh()
             version = self._enter_policies(register)
             with rewriting(self.tiering, register) as run:
                 swept = run.sweep()
                 due = list(self._due(run))
-                held = sum(item.held for item in due)
+                held, locked = sum(item.held for item in due), sum(item.events + item.contents for item in due if item.locked_until)
                 for group in _groups(due):
                     run.apply(partial(self._change, run, group, version), done)
                 run.sweep()
         collected = self.collect() if self.collect is not None else {}
         entry = self._enter(done, held, version)
         summary = {"events": done.events, "contents": done.stripped, "segments": done.segments, "bytes": done.bytes_gone}
-        return {**summary, "versions": done.versions_gone, "held": held, "swept": swept[0], "entry": entry, **collected}
+        return {**summary, "versions": done.versions_gone, "held": held, "locked": locked, "swept": swept[0], "entry": entry, **collected}
 
     def _due(self, run: Rewriting) -> Iterator[Due]:
         policies = Policies.of(self.tiering.settings)
@@ -128,7 +131,7 @@ class Retention:
             return
         for segment in self.tiering.catalog.snapshot().segments:
             if found := self._due_in(run, policies, segment):
-                yield found
+                yield replace(found, locked_until=run.locked_until(segment)) if found.anything else found
 
     def _due_in(self, run: Rewriting, policies: Policies, segment: Segment) -> Due | None:
         age = age_of(segment.day, self.now())
@@ -149,7 +152,11 @@ class Retention:
         """What to do with a group by the holds of now, some of which may be newer than the plan."""
         policies = Policies.of(self.tiering.settings)
         live = {segment.key for segment in self.tiering.catalog.snapshot().segments}
-        fresh = [due for item in group if item.segment.key in live and (due := self._due_in(run, policies, item.segment)) is not None]
+        fresh = [
+            due
+            for item in group
+            if item.anything and item.segment.key in live and (due := self._due_in(run, policies, item.segment)) is not None
+        ]
         whole = [due for due in fresh if due.whole]
         facts = {"policies": version, "names": sorted({name for due in fresh for name in due.names})}
         if len(group) > 1 or whole:

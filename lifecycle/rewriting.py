@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,11 @@ class Change:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def loses(self) -> bool:
+        """Whether anything is lost by it, so that a hold matters."""
+        return bool(self.drop or self.strip or self.whole)
+
+    @property
     def rows(self) -> int:
         """Rows before."""
         return sum(segment.rows for segment in self.segments)
@@ -93,7 +99,7 @@ def rewriting(tiering: Tiering, register: Register) -> Iterator[Rewriting]:
     settings = tiering.settings
     root = settings.data / "tmp"
     root.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="rewrite-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix=f"rewrite-{os.getpid()}-", dir=root))
     extensions = ("httpfs",) if settings.cold.kind != "local" else ()
     limits: dict[str, Any] = {"threads": settings.sql.threads, "memory_limit": f"{settings.sql.memory_mb}MB"}
     try:
@@ -139,13 +145,12 @@ class Rewriting:
                 return
             if made is not None and made.stored is not None:
                 self.tiering.objects.purge(made.stored.key)
-        raise ConflictError("the ledger is too busy", operation="rewrite", place=change.segments[0].key, hint="try again later")
+        raise ConflictError("the ledger is too busy", operation="rewrite", place="ledger", hint="try again later")
 
     def sweep(self, *, orphan_s: float = ORPHAN_S) -> tuple[int, int, int]:
         """Remove what no live segment is: how many keys, versions and bytes. Old versions and delete markers count.
 
-        Raises:
-            ConflictError: a lock forbids it.
+        What a lock keeps is left for a later run.
         """
         objects = self.tiering.objects
         live = {segment.key for segment in self.tiering.catalog.snapshot().segments}
@@ -158,7 +163,8 @@ class Rewriting:
         for key in stale:
             info = objects.head(key)
             if key in self.register.gone or info is None or info.modified_at < limit:
-                versions, keys, size = versions + self._purge(key), keys + 1, size + (info.size if info else 0)
+                with contextlib.suppress(ConflictError):  # locked: a later run
+                    versions, keys, size = versions + self._purge(key), keys + 1, size + (info.size if info else 0)
         return keys, versions, size
 
     # One change
@@ -249,7 +255,7 @@ class Rewriting:
                 if any(item.type == REWRITTEN for item in news):
                     hint = "try again when it is done"
                     raise ConflictError("another process rewrites segments", operation="rewrite", place="ledger", hint=hint) from None
-                if any(item.type == HOLD_PLACED for item in news):
+                if change.loses and any(item.type == HOLD_PLACED for item in news):
                     return None
                 continue
             crash_point("rewrite.committed")
@@ -288,6 +294,14 @@ class Rewriting:
         if left := dict(objects.remains(key)).get(key):
             raise StoreUnavailable(f"{left} versions are still there", operation="purge", place=key, hint="the next run tries again")
         return versions
+
+    def locked_until(self, segment: Segment) -> dt.datetime | None:
+        """Until when a compliance lock keeps a segment from being removed; None where none does."""
+        try:
+            lock = self.tiering.objects.lock_of(segment.key)
+        except KeyError:
+            return None  # reading it will say that it is not there
+        return lock.until if lock.mode == "compliance" and lock.until is not None and lock.until > dt.datetime.now(dt.UTC) else None
 
     # Holds of the object store
 

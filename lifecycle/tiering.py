@@ -13,9 +13,11 @@ import datetime as dt
 import hashlib
 import itertools
 import json
+import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +52,11 @@ REWRITTEN = "rewritten"
 
 CLAIM_S = 3600.0
 """How long a day's shards are kept from being merged; renewed with every segment."""
+
+WAIT_S = 600.0
+"""How long retention, erasure and compaction wait for a run that is at work."""
+
+_POLL_S = 0.1
 
 OWNER = "tier"
 """Who claims: one name for all runs, of which a lock lets one go at a time, so that the next finishes a killed one's work."""
@@ -90,21 +97,26 @@ class Tiering:
         if dry_run:
             return self._preview(self._closed(all_days))
         with self.alone():
-            self.clear()
-            finished = self.reconcile_alone()
-            shards = self._closed(all_days)
-            segments: list[Segment] = []
-            for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
-                segments += self._tier_day(list(group))
+            return self.run_alone(all_days=all_days)
+
+    def run_alone(self, *, all_days: bool = False) -> dict[str, Any]:
+        """`run` for who is alone already."""
+        self.clear()
+        finished = self.reconcile_alone()
+        shards = self._closed(all_days)
+        segments: list[Segment] = []
+        for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
+            segments += self._tier_day(list(group))
         summary = {"shards": len(shards), "events": sum(shard.rows for shard in shards), "finished_earlier": finished}
         size = sum(segment.bytes for segment in segments)
         return {**summary, "segments": len(segments), "bytes": size, "keys": [segment.key for segment in segments]}
 
     def clear(self) -> None:
-        """Remove the scratch folders of killed runs."""
-        for pattern in ("tier-*", "rewrite-*"):
-            for left in (self.settings.data / "tmp").glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
+        """Remove the scratch folders of killed runs; `rewrite-PID-…` may be that of somebody who only looks."""
+        folder = self.settings.data / "tmp"
+        looking = [path for path in folder.glob("rewrite-*") if not _runs(int(path.name.split("-")[1]))]
+        for left in (*folder.glob("tier-*"), *looking):
+            shutil.rmtree(left, ignore_errors=True)
 
     def reconcile(self) -> int:
         """Finish what killed runs committed but did not swap; how many ledger entries that were, 0 while a run is at work.
@@ -118,14 +130,15 @@ class Tiering:
             return 0
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One run at a time; the lock dies with its process.
+    def alone(self, *, wait_s: float = 0.0) -> Iterator[None]:
+        """One run at a time, waited for up to `wait_s`; the lock dies with its process.
 
         Raises:
             ConflictError: another run is at work.
         """
-        path = self.catalog.path.parent / "fences" / "tier.lock"
-        lock = FileLock.take(path, secrets.token_hex(8))
+        path, deadline = self.catalog.path.parent / "fences" / "tier.lock", time.monotonic() + wait_s
+        while (lock := FileLock.take(path, secrets.token_hex(8))) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         if lock is None:
             raise ConflictError("another tiering run is at work", operation="tier", place=str(path), hint="try again when it is done")
         try:
@@ -326,6 +339,17 @@ class Tiering:
             hint = "run `tokentape rebuild`: it makes the shards anew behind what is cold"
             raise ConflictError(f"shard {mixed[0]} is cold in part", operation="tier", place=entry.key, hint=hint)
         return covered
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine is alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _overlap(one: Range, other: Range) -> bool:

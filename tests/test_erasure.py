@@ -113,7 +113,7 @@ def test_what_was_pending_is_followed_up(local: Tiered) -> None:
     assert first["contents"] == 22
     assert (again["finished"], len(again["waiting"])) == (0, len(first["pending"]))
     assert (last["open"], last["finished"], last["waiting"]) == (1, 1, [])
-    assert [item["state"] for item in erasures(local).list()] == ["finished"]
+    assert [item["state"] for item in erasures(local).everything()] == ["finished"]
     assert all(local.log.bounds(p)[0] == local.log.bounds(p)[1] for p in range(local.log.partitions))
     assert erasures(local).follow_up()["open"] == 0
     assert local.verification().report().exit_code == 0
@@ -165,12 +165,14 @@ def test_a_compliance_lock_forbids_it_until_a_date(rig: Tiered) -> None:
 
 def test_the_commands(tmp_path: Path) -> None:
     """Keep, hold, forget as custodians do it, with keys; every refusal is one line."""
-    settings = Settings(data=tmp_path / "data", retention=RetentionSettings(policies=[RetentionPolicy(name="all", max_days=0)]))
+    settings = Settings(data=tmp_path / "data")
     with tiered(settings) as rig:
         sessions = list(dict.fromkeys(entry.key.hex() for entry in talk(rig)))
         rig.set_day("2026-01-10")
         rig.tier()
     program = Program(tmp_path, settings)
+    with program.file.open("a") as file:
+        file.write('\n[[retention.policies]]\nname = "all"\nmax_days = 1\n')
     create = ["keys", "create", "--no-models", "--owner"]
     made = program.batch(
         [*create, "ada", "--role", "custodian"], [*create, "bob", "--role", "custodian"], [*create, "eve", "--role", "reader"]

@@ -309,7 +309,22 @@ class _Run:
         self.bytes_read += claim.bytes
         return True
 
+    def _erased_since(self) -> dict[str, Entry]:
+        """Objects that went while this was running: what removes one enters it first."""
+        found: dict[str, Entry] = {}
+        number = self.length
+        while True:
+            try:
+                entry = decode_entry(number, self.store.get(entry_key(number)))
+                entry.check(self.verifier, self.origin)
+            except (KeyError, ModifiedNote, UnsignedNote, CorruptStore, UsageError):
+                return found
+            keys = entry.body.get("erased")
+            found.update(dict.fromkeys(keys, entry) if isinstance(keys, list) else {})
+            number += 1
+
     def _add_absent(self, claim: Claim, erased_by: Entry | None) -> None:
+        erased_by = erased_by or self._erased_since().get(claim.key)
         if erased_by is not None and erased_by.sequence > claim.entry.sequence:
             why = _REMOVED.get(str(erased_by.body.get("why")), "erased")
             self._add("erased-with-proof", claim.key, f"entered by {claim.entry.sequence}, {why} by {erased_by.sequence}")

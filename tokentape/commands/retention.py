@@ -25,7 +25,7 @@ from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, tiering_of
 from tokentape.output import err, warn, write_rows
 
-COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "key")
+COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "locked_until", "key")
 ERASURE_COLUMNS = ("erasure", "state", "requested_by", "approved_by", "requested_at", "pending")
 HOLD_COLUMNS = ("hold", "what", "by", "since", "reason", "ledger_entry")
 
@@ -106,7 +106,7 @@ def place(installation: Installation, sessions: tuple[str, ...], where: str | No
 def list_(installation: Installation, fmt: str) -> None:
     """The holds that stand: what, who, since when, why."""
     with contextlib.closing(open_control(installation.settings)) as control:
-        write_rows(Holds(tiering_of(installation), control).list(), fmt, HOLD_COLUMNS)
+        write_rows(Holds(tiering_of(installation), control).standing(), fmt, HOLD_COLUMNS)
 
 
 @hold.command()
@@ -162,7 +162,7 @@ def approve(installation: Installation, erasure_id: str) -> None:
 def erase_list(installation: Installation, fmt: str) -> None:
     """All erasures: state, who requested and approved them, what is pending."""
     with contextlib.closing(open_control(installation.settings)) as control:
-        write_rows(erasures_of(installation, control).list(), fmt, ERASURE_COLUMNS)
+        write_rows(erasures_of(installation, control).everything(), fmt, ERASURE_COLUMNS)
 
 
 @erase.command()
