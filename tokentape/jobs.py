@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.compaction import Compaction
 from lifecycle.erasure import Erasures
@@ -15,12 +16,13 @@ from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
 from schemas.errors import ProofError
 from store.control import ControlLog, open_control
+from store.ledger.witness import Witness, anchors
 from store.merge import merge
 from tokentape.installation import Installation
 
 
 def all_jobs(installation: Installation) -> list[Job]:
-    """Merge, tier, checkpoint, retention and verify, with the schedule of the settings."""
+    """All of them, with the schedule of the settings."""
     every = installation.settings.jobs
     return [
         Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
@@ -36,6 +38,8 @@ def all_jobs(installation: Installation) -> list[Job]:
             "erasures", "carry on erasures that a lock kept or that are pending", every.erasure_s, lambda dry: _erasures(installation, dry)
         ),
         Job("compact", "merge small cold segments", every.compact_s, lambda dry: _compact(installation, dry)),
+        Job("witness", "copy the newest checkpoint to the witness", every.witness_s, lambda dry: _witness(installation, dry)),
+        Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -62,6 +66,16 @@ def _tier(installation: Installation, dry_run: bool, *, all_days: bool = False) 
 
 def _checkpoints(installation: Installation) -> Checkpoints:
     return Checkpoints(installation.catalog, installation.ledger)
+
+
+def _witness(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    if installation.witness is None:
+        return {"copied": 0, "witness": "off: set witness"}
+    return Witness(installation.ledger, installation.witness, installation.settings.witness.lock_days).run(dry_run=dry_run)
+
+
+def _blobs(installation: Installation) -> UnreferencedBlobs:
+    return UnreferencedBlobs(installation.settings, installation.catalog, installation.objects)
 
 
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
@@ -114,5 +128,6 @@ def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
 
 
 def verification(installation: Installation) -> Verification:
-    """Verification with the installation's own store and public key."""
-    return Verification(installation.objects, installation.verifier, installation.registry)
+    """Verification with the installation's own store and public key, against what its witness has seen."""
+    kept = tuple(anchors(installation.witness)) if installation.witness else ()
+    return Verification(installation.objects, installation.verifier, installation.registry, kept)
