@@ -11,6 +11,7 @@ import pytest
 
 from lifecycle.erasure import Erasures
 from lifecycle.holds import Holds
+from lifecycle.proving import Prover
 from lifecycle.selectors import Selector
 from schemas.errors import ConflictError, UnknownName, UsageError
 from schemas.events import ErasureApplied
@@ -19,6 +20,7 @@ from schemas.sink import SessionContext
 from store.control import open_control
 from store.ledger.entry import decode_entry
 from store.log.base import Entry
+from store.reader import EventReader
 from tests.eventgen import conversation, datum
 from tests.program import Program
 from tests.tiered import Tiered, tiered
@@ -82,10 +84,13 @@ def test_content_goes_and_every_proof_stands(rig: Tiered) -> None:
     assert list((rig.settings.data / "hot" / "shards").glob("*.duckdb")) == []
     assert not any(prompt(first, session) in rig.objects.get(key) for key, _ in rig.objects.remains(""))
     assert any(line.startswith("log, partition") for line in done["pending"])
+    rig.checkpoint()
     report = rig.verification().report()
+    prover = Prover(EventReader(rig.settings, rig.catalog, rig.objects), rig.objects, rig.ledger, rig.registry)
 
     assert report.exit_code == 0, report.findings
     assert report.events >= rows
+    assert prover.event(mine[1]["event_id"]).check(rig.ledger.verifier)
     (told,) = [payload for payload in rig.sink.payloads if isinstance(payload, ErasureApplied)]
     assert (told.approvers, told.events) == (["ada", "bob"], len(mine))
     certificate = json.loads(erasures(rig).certificate(erasure_id))

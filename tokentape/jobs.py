@@ -101,6 +101,11 @@ def _retention(installation: Installation, dry_run: bool) -> dict[str, Any]:
     return summary
 
 
+def sign(installation: Installation) -> None:
+    """Sign the ledger's new head at once: until then its end could be cut off unnoticed."""
+    _checkpoints(installation).run()
+
+
 def erasures_of(installation: Installation, control: ControlLog) -> Erasures:
     """Erasures over the installation's parts."""
     return Erasures(tiering_of(installation), installation.log, control)
@@ -108,7 +113,10 @@ def erasures_of(installation: Installation, control: ControlLog) -> Erasures:
 
 def _erasures(installation: Installation, dry_run: bool) -> dict[str, Any]:
     with contextlib.closing(open_control(installation.settings)) as control:
-        return erasures_of(installation, control).follow_up(dry_run=dry_run)
+        summary = erasures_of(installation, control).follow_up(dry_run=dry_run)
+    if summary["open"] and not dry_run:
+        sign(installation)
+    return summary
 
 
 def _compact(installation: Installation, dry_run: bool) -> dict[str, Any]:

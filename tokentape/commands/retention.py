@@ -22,7 +22,7 @@ from store.control import ControlLog, open_control
 from tokentape.commands.common import format_option, with_installation
 from tokentape.commands.pipeline import print_summary
 from tokentape.installation import Installation
-from tokentape.jobs import all_jobs, erasures_of, retention_of, tiering_of
+from tokentape.jobs import all_jobs, erasures_of, retention_of, sign, tiering_of
 from tokentape.output import err, warn, write_rows
 
 COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "locked_until", "key")
@@ -176,13 +176,14 @@ def certificate(installation: Installation, erasure_id: str) -> None:
 
 @contextlib.contextmanager
 def _acting(installation: Installation) -> Iterator[tuple[VirtualKey, ControlLog]]:
-    """The custodian who acts, and the control log.
+    """The custodian who acts, and the control log; what was entered is signed at the end.
 
     Raises:
         UsageError: no key, an unknown one, or one without the role.
     """
     with contextlib.closing(open_control(installation.settings)) as control:
         yield _custodian(installation, control), control
+        sign(installation)
 
 
 def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:
