@@ -131,8 +131,11 @@ class LocalStore:
         """See `ObjectStore.lock_of`."""
         if self.head(key) is None:
             raise KeyError(key)
-        until, mode = self._locked_until(key), self._note(key).get("mode", "compliance")
-        return NO_LOCK if until is None else Lock(mode, until)
+        note = self._note(key)
+        if "until" in note:
+            return Lock(note.get("mode", "compliance"), datetime.fromisoformat(note["until"]))
+        until = None if note.get("held") else self._locked_until(key)
+        return NO_LOCK if until is None else Lock("compliance", until)
 
     def set_hold(self, key: str, held: bool) -> None:
         """See `ObjectStore.set_hold`. Kept beside the lock, and as advisory as that."""
