@@ -120,6 +120,7 @@ class Retention:
                 for group in _groups(due):
                     run.apply(partial(self._change, run, group, version), done)
                 run.sweep()
+                run.follow_holds(self.tiering.catalog.snapshot().segments)
         collected = self.collect() if self.collect is not None else {}
         entry = self._enter(done, held, version)
         summary = {"events": done.events, "contents": done.stripped, "segments": done.segments, "bytes": done.bytes_gone}

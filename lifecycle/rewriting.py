@@ -27,7 +27,7 @@ import structlog
 from lifecycle.register import HOLD_PLACED, Hold, Register
 from lifecycle.selectors import Matching
 from lifecycle.tiering import OWNER, REWRITTEN, Stored, Tiering, segment_to_json, segments_of
-from schemas.errors import ConflictError, CorruptStore, StoreUnavailable
+from schemas.errors import ConflictError, CorruptStore, StoreUnavailable, UsageError
 from store import duck
 from store.catalog import Segment
 from store.cold import ROW_GROUP_ROWS, Draft, plan_parts, read_content, write_part
@@ -267,8 +267,7 @@ class Rewriting:
         new = segments_of(entry)
         self.tiering.catalog.swap(retire_segments=[segment.key for segment in change.segments], segments=new, owner=OWNER)
         crash_point("rewrite.swapped")
-        if self.register.holds:
-            self.hold_objects(new)
+        self.follow_holds(new)
         for segment in change.segments:
             done.versions_gone += self._purge(segment.key)
             crash_point("rewrite.purged_one")
@@ -288,7 +287,7 @@ class Rewriting:
         """Remove an object and look whether it is gone. What is still held of it stands in its successor by now."""
         objects = self.tiering.objects
         if self.register.holds or self.register.released:
-            with contextlib.suppress(KeyError):
+            with contextlib.suppress(KeyError, UsageError):  # gone, or a bucket that keeps no holds
                 objects.set_hold(key, False)
         versions = objects.purge(key)
         if left := dict(objects.remains(key)).get(key):
@@ -315,6 +314,14 @@ class Rewriting:
             self.tiering.objects.set_hold(segment.key, there)
             held += there
         return held
+
+    def follow_holds(self, segments: Sequence[Segment]) -> None:
+        """`hold_objects` for segments that are new; a bucket that keeps no holds does not stop anything."""
+        wanted = [segment for segment in segments if any(hold.selector.may_touch(segment) for hold in self.register.holds.values())]
+        try:
+            self.hold_objects(wanted)
+        except UsageError as error:
+            log.warning("rewrite.no_object_holds", error=str(error))
 
     def _touched(self, segment: Segment, holds: Sequence[Hold]) -> bool:
         return self.count([segment], " OR ".join(hold.selector.condition(self.matching) for hold in holds)) > 0
