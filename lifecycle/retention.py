@@ -147,7 +147,8 @@ class Retention:
         wanted = " OR ".join(filter(None, (verdict.drop, verdict.strip and f"(salt IS NOT NULL AND ({verdict.strip}))")))
         strip_only = f"salt IS NOT NULL AND ({strip or 'false'}) AND NOT coalesce({drop or 'false'}, false)"
         conditions = [drop or "false", strip_only, f"({wanted}) AND ({held or 'false'})", f"({wanted}) AND ({verdict.kept or 'false'})"]
-        return Due(segment, verdict.names, drop, strip, *run.counts([segment], conditions))
+        events, contents, in_hold, kept = run.counts([segment], conditions)
+        return Due(segment, verdict.names, drop, strip, events, contents, in_hold, kept)
 
     def _change(self, run: Rewriting, group: list[Due], version: int) -> Change | None:
         """What to do with a group by the holds of now, some of which may be newer than the plan."""

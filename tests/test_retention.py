@@ -353,6 +353,11 @@ class TestCompaction:
         assert local.catalog.snapshot().segments == before
 
 
+def test_every_step_is_killed() -> None:
+    """None is forgotten below."""
+    assert {step for steps in KILLED.values() for step in steps} == set(CRASH_POINTS)
+
+
 CHILD = """
 import pickle, sys
 import datetime as dt
@@ -367,21 +372,23 @@ with tiered(pickle.load(open(sys.argv[1], "rb"))) as rig:
 """
 
 
-@pytest.mark.parametrize("what", ["merge", "retention"])
+KILLED = {"merge": ("put", "committed", "swapped", "purged_one"), "retention": ("written", "before_commit", "purged")}
+"""Every step once: what is killed is the same rewrite."""
+
+
+@pytest.mark.parametrize("what", KILLED)
 def test_killed_at_every_step(local: Tiered, tmp_path: Path, what: str) -> None:
     """Each row is in an answer once, or not at all once its removal was entered; the next run finishes and nothing is left over."""
     policies(local, {"kind": "token_chunk", "max_days": 30} if what == "retention" else {"tenant": "nobody", "max_days": 1})
     file = tmp_path / "settings"
     file.write_bytes(pickle.dumps(local.settings))
-    children = []
-    for step in CRASH_POINTS:
+    for step in KILLED[what]:
         talk(local, OLD, tenants=("acme",))
         if what == "merge":
             talk(local, OLD, tenants=("acme",))
         events = local.table().num_rows
         environment = {**os.environ, VARIABLE: f"rewrite.{step}", "PYTHONPATH": str(ROOT)}
         child = subprocess.run([sys.executable, "-c", CHILD, str(file), what], env=environment, cwd=ROOT, check=False, capture_output=True)
-        children.append(child.returncode)
 
         assert child.returncode == -signal.SIGKILL, (step, child.stderr.decode()[-2000:])
         local.tiering().reconcile()
