@@ -184,26 +184,43 @@ def test_the_commands(tmp_path: Path) -> None:
     )
     ada, bob, eve = ([f"--set=custody.key={ran.text.strip()}"] for ran in made)
     hold = ["hold", "place", "--session", sessions[0], "--reason", "matter 1"]
-    refused = program.batch(hold, [*eve, *hold], [*ada, "hold", "place", "--where", "tenant = 'x'", "--reason", "r"], code=2)
-    placed, listed, preview, applied = program.batch(
-        [*ada, *hold], ["hold", "list", "--format", "json"], ["retention", "preview", "--format", "json"], ["retention", "apply"]
+    none, wrong, nothing, placed, listed, preview, applied = program.batch(
+        hold,
+        [*eve, *hold],
+        [*ada, "hold", "place", "--where", "tenant = 'x'", "--reason", "r"],
+        [*ada, *hold],
+        ["hold", "list", "--format", "json"],
+        ["retention", "preview", "--format", "json"],
+        ["retention", "apply"],
+        code=None,
     )
-    held = placed.text.strip()
-    asked = program.run(*eve, "hold", "release", held, "--reason", "x", code=2)
-    refused_erasure = program.run(*ada, "erase", "request", "--session", sessions[0], "--reason", "x", code=7)
-    program.run(*bob, "hold", "release", held[:30], "--reason", "closed")
-    request = program.run(*ada, "erase", "request", "--session", sessions[0], "--reason", "asked").text.strip()
-    alone = program.run(*ada, "erase", "approve", request, code=2)
-    approved, certificate, verified = program.batch([*bob, "erase", "approve", request], ["erase", "certificate", request], ["verify"])
+    held, request = placed.text.strip(), ["erase", "request", "--session", sessions[0], "--reason", "asked"]
+    unheld, kept, _, requested = program.batch(
+        [*eve, "hold", "release", held, "--reason", "x"],
+        [*ada, *request],
+        [*bob, "hold", "release", held[:30], "--reason", "closed"],
+        [*ada, *request],
+        code=None,
+    )
+    erasure_id = requested.text.strip()
+    alone, approved, certificate, verified = program.batch(
+        [*ada, "erase", "approve", erasure_id],
+        [*bob, "erase", "approve", erasure_id],
+        ["erase", "certificate", erasure_id],
+        ["verify"],
+        code=None,
+    )
 
-    assert "needs a key with the role custodian" in refused[0].complaint
-    assert "of eve has reader; custody needs custodian" in refused[1].complaint
-    assert "nothing is held" in refused[2].complaint
+    assert [ran.code for ran in (none, wrong, nothing, unheld, kept, alone)] == [2, 2, 2, 2, 7, 2]
+    assert [ran.code for ran in (placed, listed, preview, applied, requested, approved, certificate, verified)] == [0] * 8
+    assert "needs a key with the role custodian" in none.complaint
+    assert "of eve has reader; custody needs custodian" in wrong.complaint
+    assert "nothing is held" in nothing.complaint
     assert [(row["what"], row["by"], row["reason"]) for row in listed.rows] == [(f"session {sessions[0]}", "ada", "matter 1")]
     assert [(row["events"], row["held"]) for row in preview.rows] == [(11, 11)]
     assert "events: 11" in applied.text
-    assert "of eve has reader" in asked.complaint
-    assert "keeps 11 of its events" in refused_erasure.complaint
+    assert "of eve has reader" in unheld.complaint
+    assert "keeps 11 of its events" in kept.complaint
     assert "ada requested it and cannot approve it" in alone.complaint
     assert "contents: 11" in approved.text
     assert json.loads(certificate.text)["body"]["requested_by"] == "ada"
