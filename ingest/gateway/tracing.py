@@ -73,7 +73,7 @@ class Tracing:
 
     def __init__(self, settings: TelemetrySettings, recorder: Recording, instance: str) -> None:
         self.durable = recorder.durable
-        self.tokens = recorder.tokens  # spans have no part in tokens, so these cost nothing
+        self.tokens, self.run = recorder.tokens, recorder.run  # spans have no part in tokens, so these cost nothing
         self.outlet: Outlet
         self._provider: TracerProvider
         self._provider, self.outlet = span_provider(settings, instance)
