@@ -32,6 +32,9 @@ class LogSettings(_Section):
     retention_h: float = Field(default=0, ge=0, description="how long Kafka keeps a topic that is created; 0: as the broker says")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
+    retention_days: float = Field(
+        default=30.0, ge=0, description="how long a record that is cold stays in the log; Kafka: retention.ms of a topic made here"
+    )
 
 
 class SamplingRule(_Section):
@@ -228,6 +231,72 @@ class ColdSettings(_Section):
     timeout_s: Seconds = 30.0
 
 
+class RetentionPolicy(_Section):
+    """How long what it selects is kept, in days after the day of the event ended.
+
+    `tenant` and `retention_class` are shell patterns, `kind` and `tag` words; what is not given matches all. Where several
+    match, the longest `min_days` and the shortest `max_days` hold, and a minimum beats every maximum.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    tenant: str | None = None
+    retention_class: str | None = None
+    kind: str | None = None
+    tag: str | None = None
+    min_days: float = Field(default=0, ge=0)
+    max_days: float | None = Field(default=None, ge=0)
+    content_days: float | None = Field(default=None, ge=0)
+    hot_days: float | None = Field(default=None, ge=0)
+    lock: Literal["none", "governance", "compliance"] | None = None
+
+    @property
+    def selector(self) -> tuple[str | None, ...]:
+        """What it is for."""
+        return self.tenant, self.retention_class, self.kind, self.tag
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> RetentionPolicy:
+        for name in ("content_days", "max_days"):
+            days = getattr(self, name)
+            if days is not None and days < self.min_days:
+                raise ValueError(f"policy {self.name}: {name} {days:g} would delete under its own min_days {self.min_days:g}")
+            if days is not None and self.hot_days is not None and days < self.hot_days:
+                raise ValueError(f"policy {self.name}: {name} {days:g} is less than hot_days {self.hot_days:g}; rows go from the cold tier")
+        if self.max_days is not None and self.content_days is not None and self.content_days > self.max_days:
+            raise ValueError(f"policy {self.name}: content_days {self.content_days:g} is more than max_days {self.max_days:g}")
+        if (self.kind or self.tag) and (self.lock or self.hot_days is not None):
+            raise ValueError(f"policy {self.name}: lock and hot_days hold for whole segments: select by tenant or retention_class")
+        return self
+
+
+class RetentionSettings(_Section):
+    """Which events go when. Without a policy everything is kept."""
+
+    policies: list[RetentionPolicy] = Field(
+        default=[],
+        description="[[retention.policies]]: name; tenant, retention_class, kind, tag; min_days, max_days, content_days, hot_days, lock",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> RetentionSettings:
+        names: set[str] = set()
+        selectors: dict[tuple[str | None, ...], str] = {}
+        for policy in self.policies:
+            if policy.name in names:
+                raise ValueError(f"two policies are called {policy.name!r}: each needs a name of its own")
+            if other := selectors.get(policy.selector):
+                raise ValueError(f"policies {other} and {policy.name} contradict each other: both select the same events; keep one of them")
+            names.add(policy.name)
+            selectors[policy.selector] = policy.name
+        return self
+
+
+class CustodySettings(_Section):
+    """Who places holds, releases them and erases."""
+
+    key: SecretStr | None = Field(default=None, description="token of a key with the role custodian (`tokentape keys create`)")
+
+
 class WitnessSettings(_Section):
     """Where copies of signed checkpoints go: somewhere that who runs this installation cannot rewrite."""
 
@@ -264,6 +333,9 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    retention_s: float = Field(default=86_400.0, ge=0)
+    compact_s: float = Field(default=86_400.0, ge=0)
+    erasure_s: float = Field(default=3600.0, ge=0)
     witness_s: float = Field(default=3600.0, ge=0)
     blobs_s: float = Field(default=86_400.0, ge=0)
     snapshots_s: float = Field(default=60.0, ge=0)
@@ -304,9 +376,20 @@ class Settings(_Section):
     batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
+    retention: RetentionSettings = RetentionSettings()
+    custody: CustodySettings = CustodySettings()
     ledger: LedgerSettings = LedgerSettings()
     witness: WitnessSettings = WitnessSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    @model_validator(mode="after")
+    def _locks_end(self) -> Settings:
+        for policy in self.retention.policies:
+            least = min((days for days in (policy.max_days, policy.content_days) if days is not None), default=None)
+            if self.cold.lock == "compliance" and policy.lock is None and least is not None and least < self.cold.lock_days:
+                fault = f"policy {policy.name} deletes after {least:g} days, cold.lock = compliance forbids it for {self.cold.lock_days}"
+                raise ValueError(f"{fault}: lower cold.lock_days or give the policy a lock of its own")
+        return self

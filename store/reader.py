@@ -184,7 +184,7 @@ class EventReader:
                 try:
                     return ask(snapshot)
                 except duckdb.Error as error:
-                    vanished = any(not shard.path.exists() for shard in snapshot.shards)
+                    vanished = any(not shard.path.exists() for shard in snapshot.shards) or superseded(self._catalog, snapshot.segments)
                     if not vanished or attempt == _ATTEMPTS - 1:
                         raise self._mapped(error) from error
         raise AssertionError("unreachable")
@@ -235,6 +235,11 @@ class EventReader:
         if isinstance(error, duckdb.HTTPException) or "Could not establish connection" in text or "HTTP" in text:
             return StoreUnavailable(text, operation="read session", place="cold store", hint="see whether the object store answers")
         return mapped(type(error)(text), operation="read session", place=str(self._settings.data))
+
+
+def superseded(catalog: Catalog, segments: Sequence[Segment]) -> bool:
+    """Whether one of some segments has been replaced meanwhile, so that its object may be gone."""
+    return not {segment.key for segment in segments} <= {segment.key for segment in catalog.snapshot().segments}
 
 
 def _by_log(table: pa.Table) -> pa.Table:

@@ -30,6 +30,7 @@ COMMANDS = {
     "keys": ("keys",),
     "batch": ("batch",),
     "custody": ("verify",),
+    "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
