@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from replay.calibration import FALSE_ALARM, Calibration, Calibrations
 from replay.drift import Judgement, Verdict, judge, worst
 from replay.engines.base import Engine, Refused, Request, Scored
-from replay.floors import Floor, floor_of, measured, same_kernels
+from replay.floors import Floor, floor_of, measured, same_kernels, same_precision
 from replay.fold import Until, fold
+from replay.measurement import ALTERNATIVES
+from replay.noise import named
+from replay.prompts import Prompt, prompt_of
+from replay.sampling import made_again, sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
@@ -117,11 +122,14 @@ def run_compare(
     strict: bool = False,
     actor: str = "",
     until: Until | None = None,
+    calibrations: Calibrations | None = None,
     on_sequence: Callable[[bytes, SequenceOutcome], None] | None = None,
 ) -> Outcome:
     """Compare one session with an engine and record the replay in a session of its own.
 
-    `on_sequence` is told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive.
+    With a calibration of the recorded environment the chance of a false *model differs* or *sampling differs* is at most
+    `FALSE_ALARM`, for the session as for each of its sequences: n sequences are tested at an n-th of it each. `on_sequence` is
+    told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive.
 
     Raises:
         UnknownSession: no events.
@@ -134,7 +142,8 @@ def run_compare(
     subjects = [g for g in state.generations.values() if g.recording and g.recording.tokens]
     recorded = _recorded_environments(state, subjects or list(state.generations.values()))
     present = engine.fingerprint(recorded[-1] if recorded else None)
-    run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor))
+    run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), calibrations)
+    run.tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
     run.start(state.last.event_id)
     outcomes = [] if run.refused else [run.generation(generation, on_sequence) for generation in subjects]
     return run.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
@@ -166,13 +175,16 @@ class _Run:
         present: e.EnvironmentCaptured | None,
         recorded: list[e.EnvironmentCaptured],
         context: SessionContext,
+        calibrations: Calibrations | None = None,
     ) -> None:
         self.state, self.engine, self.sink, self.strict, self.context = state, engine, sink, strict, context
         self.present, self.recorded = present, recorded
         self.replay_id = new_id()
         self.known = present is not None and bool(recorded)
         self.differences = _differences(recorded, present)
-        self.refused = strict and (bool(self.differences) or not self.known)
+        self.refused = strict and (bool(self.differences) or not self.known or any(r.origin != present.origin for r in recorded if present))
+        self.tests = 1
+        self._calibration = self._calibrated(calibrations)
         self._floors: dict[str | None, Floor] = {}
         self._down: str | None = None
 
@@ -212,28 +224,67 @@ class _Run:
     def _sequence(self, generation: Generation, sequence: Sequence) -> SequenceOutcome:
         tape = taped(sequence)
         document = self.state.edited(generation)
-        prompt = generation.recording.prompt_token_ids if generation.recording else ()
-        hindrance = self._down or _hindrance(document, prompt, tape.token_ids, tape.missing)
-        if hindrance:
-            return _inconclusive(sequence, hindrance)
-        request = Request(generation.request.model if generation.request else None, document or {})
+        request = Request(generation.request.model if generation.request else None, document or {}, self._alternatives())
         try:
-            scored = self.engine.force(request, prompt, tape.token_ids)
+            prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
+            hindrance = self._down or _hindrance(document, prompt.token_ids, tape.token_ids, tape.missing)
+            if hindrance:
+                return _inconclusive(sequence, hindrance)
+            scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
             self._down = str(error)
             return _inconclusive(sequence, self._down)
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
         greedy = is_greedy(document)
-        judgement = judge(tape.logprobs, scored, floor=self._floor(request.model), greedy=greedy)
-        return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing, greedy), scored)
+        floor, alarm = self._floor(request.model), FALSE_ALARM / self.tests
+        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=self._calibration, false_alarm=alarm)
+        judgement = prompt.judged(judgement)
+        if not greedy and judgement.verdict in ("identical", "numeric_drift"):
+            judgement = self._drawn(judgement, generation, sequence.index, tape.token_ids, scored)
+        kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
+        return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
+
+    def _drawn(self, judgement: Judgement, generation: Generation, index: int, ids: tuple[int, ...], scored: Scored) -> Judgement:
+        """The judgement after the seeded choices were made again, or with why they could not be."""
+        calibration, request = self._calibration, generation.request
+        noise = named(calibration.noise) if calibration else None
+        if calibration is None or noise is None:
+            why = "the engine is not calibrated" if calibration is None else "the noise of its runner is not known"
+            return _undrawn(judgement, why)
+        sampler = sampler_of(self.state.edited(generation), request.seed if request else None, index)
+        if isinstance(sampler, str):
+            return _undrawn(judgement, sampler)
+        made = made_again(ids, scored.alternatives, sampler, noise, tolerance=calibration.noise_tolerance)
+        if isinstance(made, str):
+            return _undrawn(judgement, made)
+        told = [one for one in made if one is not None]
+        misses, limit = told.count(False), calibration.limit_of_misses(len(told), FALSE_ALARM / self.tests / 2)
+        if misses <= limit:
+            return replace(judgement, reason=f"{judgement.reason}; {len(told) - misses} of {len(told)} seeded choices made again")
+        drawn = f"seed {sampler.seed} and temperature {sampler.temperature:g}"
+        reason = f"logprobs agree, but {misses} of {len(told)} tokens are not what {drawn} draw; noise would explain {limit}"
+        return replace(judgement, verdict="sampling_differs", reason=reason, first_telling=made.index(False))
+
+    def _alternatives(self) -> int:
+        return ALTERNATIVES if self._calibration and self._calibration.noise else 0
+
+    def _calibrated(self, calibrations: Calibrations | None) -> Calibration | None:
+        """The calibration of the recorded environment, where nothing says that today's noise is another."""
+        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
+        found = calibrations.of(self.recorded[-1]) if calibrations and alike else None
+        return found if found and all(found.fits(environment) for environment in self.recorded) else None
 
     def _floor(self, model: str | None) -> Floor:
-        """The noise floor for a model: measured, once, where the same kernels are at work as far as is told."""
+        """The noise floor for a model: calibrated, or measured, once, where the same kernels are at work as far as is told."""
         if model not in self._floors:
             default = floor_of([*self.recorded, self.present])
-            alike = self.known and same_kernels(self.differences)
-            self._floors[model] = measured(self.engine, model, default) if alike else default
+            alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
+            if self._calibration:
+                source = f"calibrated {self._calibration.made_at:%Y-%m-%d}: p99 over {self._calibration.tokens:,} tokens"
+                self._floors[model] = Floor(self._calibration.p99, source, default.dtype)
+            else:
+                self._floors[model] = measured(self.engine, model, default) if alike else default
         return self._floors[model]
 
     def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
@@ -252,7 +303,8 @@ class _Run:
     def _reason(self, generations: list[GenerationOutcome], verdict: Verdict) -> str:
         if self.refused:
             keys = ", ".join(difference.key for difference in self.differences[:5])
-            what = f"{count(len(self.differences), 'difference')}: {keys}" if self.differences else "it is not known on both sides"
+            unlike = "it is not known on both sides" if not self.known else "it was captured in another way, which tells other things"
+            what = f"{count(len(self.differences), 'difference')}: {keys}" if self.differences else unlike
             return f"strict: the environment is not the recorded one ({what})"
         sequences = [s for g in generations for s in g.sequences]
         if not sequences:
@@ -308,13 +360,15 @@ def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:
     return SequenceOutcome(sequence.index, Judgement("inconclusive", reason, tokens=sequence.tokens))
 
 
-def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None, greedy: bool) -> Judgement:
-    """The judgement with what it does not cover said in its reason."""
+def _undrawn(judgement: Judgement, why: str) -> Judgement:
+    return replace(judgement, reason=f"{judgement.reason}; the choice of sampled tokens is not recomputed: {why}")
+
+
+def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None) -> Judgement:
+    """The judgement with the tokens that it does not cover said in its reason."""
     notes = [judgement.reason]
     if judgement.scored < sequence.tokens:
         notes.append(f"{judgement.scored} of {sequence.tokens} tokens scored" + (f", as {missing}" if missing else ""))
-    if not greedy and judgement.verdict in ("identical", "numeric_drift"):
-        notes.append("the choice of sampled tokens is not recomputed")
     return replace(judgement, tokens=sequence.tokens, reason="; ".join(notes))
 
 
