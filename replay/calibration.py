@@ -3,9 +3,10 @@
 What was measured is kept as samples of |drift| by how likely the token was, since logprobs of unlikely tokens move more.
 Under the null hypothesis, that today's engine is the calibrated one, each token's drift has the conformal p-value
 (1 + samples at least as large) / (1 + samples) of its class (Mondrian conformal prediction, Vovk et al.). A sequence's
-tokens are joined by Fisher's method: the sum of -ln p is at most Gamma(n, 1). Tokens of one sequence are not independent, so
-n is divided by the dispersion that whole sequences showed while calibrating (Brown's method). A second test looks
-for one token that no noise explains. Both have half of the stated chance of a false alarm.
+tokens are joined by Fisher's method: the sum of -ln p is at most Gamma(n, 1). Tokens of one sequence are not independent, and
+some sequences drift more as a whole, so n is divided by the dispersion that whole sequences showed while calibrating
+(Brown's method), which grows with n. A second test looks for one token that no noise explains, and a third, of seeded
+choices (`replay.sampling`), has the other half of the stated chance of a false alarm.
 
 Calibrations are files in `DATA/calibrations`, written by rename and named by the digests that they hold for.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,8 @@ ROUNDING_NATS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """About one unit in the last place of a logit: what one token may be off where calibrating saw no drift at all."""
 EQUAL_NATS = 2e-6
 """Two units in the last place of a 32-bit logprob: what printing and parsing may change."""
+SPREAD_ERRORS = 2.0
+"""Standard errors added to the variance that whole sequences showed."""
 FALSE_ALARM = 1e-3
 """Chance of a false *model differs* or *sampling differs*, per sequence and per session."""
 
@@ -70,8 +73,10 @@ class Calibration(BaseModel):
     samples: list[list[float]]
     far_nats: float
     """The drift beyond which one token tells."""
-    dispersion: float
-    """Variance of a sequence's sum over that of independent tokens, at least 1."""
+    spread: float
+    """By how much sequences differ as a whole: variance of a sequence's mean evidence per token, over that of one token."""
+    tokens_median: int
+    """Tokens of the sequences in which that was seen."""
     noise: str | None = None
     """The noise function that made the engine's seeded tokens again, None where none did."""
     noise_tolerance: float = 0.0
@@ -87,6 +92,10 @@ class Calibration(BaseModel):
     def p99(self) -> float:
         """The largest 99th percentile of a condition, in nats."""
         return max((condition.p99 for condition in self.conditions), default=0.0)
+
+    def dispersion(self, tokens: int) -> float:
+        """Variance of the sum over a sequence of so many tokens, over that of independent ones; at least 1."""
+        return 1 + self.spread * max(tokens, self.tokens_median)
 
     @cached_property
     def _classes(self) -> list[Drifts]:
@@ -114,8 +123,8 @@ class Calibration(BaseModel):
         """Whether the calibrated engine's noise explains these drifts; `false_alarm` is the chance of a no where it does."""
         p = self.p_values(logprobs, drift)
         evidence = float(-np.log(p).sum())
-        tokens = len(p) / self.dispersion
-        chance = gamma_tail(tokens, evidence / self.dispersion)
+        dispersion = self.dispersion(len(p))
+        chance = gamma_tail(len(p) / dispersion, evidence / dispersion)
         telling = int(np.argmax(p <= min(0.01, p.min() * 1.0001)))
         if float(drift.max()) > self.far_nats:
             reason = f"token {int(np.argmax(drift > self.far_nats))} is off by more than {self.far_nats:.2g} nats, which no noise explains"
@@ -174,9 +183,10 @@ def calibrated(
         ],
         samples=samples,
         far_nats=far,
-        dispersion=1.0,
+        spread=0.0,
+        tokens_median=int(np.median([len(m.drift) for m in measured])),
     )
-    return first.model_copy(update={"dispersion": _dispersion(first, measured)})
+    return first.model_copy(update={"spread": _spread(first, measured)})
 
 
 def _condition(name: str, those: Sequence[Measured]) -> Condition:
@@ -195,17 +205,17 @@ def _sample(drift: Drifts, which: npt.NDArray[np.intp], number: int, rng: np.ran
     return [float(f"{value:.6g}") for value in np.sort(kept)]
 
 
-def _dispersion(calibration: Calibration, measured: Iterable[Measured]) -> float:
-    """By how much more than independent tokens would the sums of whole sequences vary, at least 1.
+def _spread(calibration: Calibration, measured: Sequence[Measured]) -> float:
+    """The variance that sequences have as a whole, from the excess of their sums over n: of independent tokens it is n.
 
-    Mean square of (sum - n) per sequence over n: it counts sequences and conditions that drift more as a whole, too.
+    Only sums above n count, and twice: what lies below raises no alarm. So few sequences tell a variance by a margin only,
+    which is added: two standard errors.
     """
-    ratios = []
-    for each in measured:
-        evidence = -np.log(calibration.p_values(each.logprobs, each.drift))
-        excess = max(0.0, float(evidence.sum()) - len(evidence))
-        ratios.append(excess**2 / len(evidence))
-    return max(1.0, 2 * float(np.mean(ratios))) if ratios else 1.0
+    lengths = np.array([len(each.drift) for each in measured], np.float64)
+    sums = np.array([-np.log(calibration.p_values(each.logprobs, each.drift)).sum() for each in measured])
+    excess = 2 * np.maximum(sums - lengths, 0.0) ** 2
+    margin = 1 + SPREAD_ERRORS * math.sqrt(2 / len(measured))
+    return max(0.0, float((excess.mean() * margin - lengths.mean()) / (lengths**2).mean()))
 
 
 class Calibrations:

@@ -16,7 +16,7 @@ from replay.drift import Judgement, Verdict, judge, worst
 from replay.engines.base import Engine, Refused, Request, Scored
 from replay.floors import Floor, floor_of, measured, same_kernels, same_precision
 from replay.fold import Until, fold
-from replay.measurement import ALTERNATIVES
+from replay.measurement import alternatives_for
 from replay.noise import named
 from replay.prompts import Prompt, prompt_of
 from replay.sampling import made_again, sampler_of
@@ -224,7 +224,7 @@ class _Run:
     def _sequence(self, generation: Generation, sequence: Sequence) -> SequenceOutcome:
         tape = taped(sequence)
         document = self.state.edited(generation)
-        request = Request(generation.request.model if generation.request else None, document or {}, self._alternatives())
+        request = Request(generation.request.model if generation.request else None, document or {}, self._alternatives(document))
         try:
             prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
             hindrance = self._down or _hindrance(document, prompt.token_ids, tape.token_ids, tape.missing)
@@ -266,8 +266,8 @@ class _Run:
         reason = f"logprobs agree, but {misses} of {len(told)} tokens are not what {drawn} draw; noise would explain {limit}"
         return replace(judgement, verdict="sampling_differs", reason=reason, first_telling=made.index(False))
 
-    def _alternatives(self) -> int:
-        return ALTERNATIVES if self._calibration and self._calibration.noise else 0
+    def _alternatives(self, document: dict[str, Any] | None) -> int:
+        return alternatives_for(document or {}) if self._calibration and self._calibration.noise else 0
 
     def _calibrated(self, calibrations: Calibrations | None) -> Calibration | None:
         """The calibration of the recorded environment, where nothing says that today's noise is another."""

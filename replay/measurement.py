@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,10 @@ SEQUENCES, TOKENS = 48, 192
 """What is said by default: about 9,000 tokens, each scored twice."""
 ALONE = 6
 """Sequences said one at a time: each costs as many steps as a whole batch."""
-ALTERNATIVES = 1024
+ALTERNATIVES = 32
+"""Likeliest tokens that a draw is made among: another seed or temperature rarely favours a token that is not among them."""
+ALTERNATIVES_TOP_P = 1024
+"""For top_p the mass of all matters: with so many a small vocabulary is whole."""
 NOISE_MISSES_MAX = 0.05
 """A noise function that makes fewer of the tokens again than 95 % is not the one at work."""
 TOLERANCE_DRIFTS = 2.0
@@ -67,6 +71,11 @@ def measure(
     found = calibrated(environment, engine.name, measured, dtype=dtype, made_at=dt.datetime.now(dt.UTC))
     say("making the seeded choices again")
     return _with_noise(found, together, scored, possible(environment))
+
+
+def alternatives_for(document: Mapping[str, Any]) -> int:
+    """How many of the likeliest tokens are needed to make the choices of a request again."""
+    return ALTERNATIVES_TOP_P if document.get("top_p") not in (None, 1, 1.0) else ALTERNATIVES
 
 
 def _request(model: str | None, number: int, tokens: int) -> Request:

@@ -37,7 +37,7 @@ VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
 """Variables that are recorded beside those of vLLM (VLLM_…) and NCCL (NCCL_…)."""
-_PLACES = re.compile(r"(_PATH|_ROOT|_DIR|_IP|_HOST|_PORT|_FILE|_ID|_INTERFACE)$")
+_PLACES = re.compile(r"(_PATH|_ROOT|_DIR|_IP|_HOST|_PORT|_FILE|_ID|_INTERFACE|_IDENT|_NAME)$")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}")
 
@@ -51,13 +51,14 @@ _NOT_RECORDED = frozenset(
         "parallel_config.data_parallel_master_ip", "parallel_config.data_parallel_master_port", "parallel_config.data_parallel_rpc_port",
         "parallel_config.master_addr", "parallel_config.master_port", "parallel_config.placement_group",
         "parallel_config.ray_workers_use_nsight",
-        "profiler_config", "observability_config",
         "compilation_config.cache_dir", "compilation_config.local_cache_dir", "compilation_config.debug_dump_path",
         "compilation_config.compilation_time", "compilation_config.encoder_compilation_time", "compilation_config.enabled_custom_ops",
         "compilation_config.disabled_custom_ops", "compilation_config.traced_files", "compilation_config.static_forward_context",
     )
 )  # fmt: skip
 """Places, names and what changes from run to run: two engines that would say the same must have the same digests."""
+_WATCHING = ("config.profiler_config.", "config.observability_config.", "config.parallel_config._", "config.model_config._")
+"""Sections that only say how the engine is watched, and private fields."""
 
 
 def environment_of(config: Any, worker: Mapping[str, Any], digests: FileDigests, probes: Mapping[str, Any]) -> EnvironmentCaptured:
@@ -131,7 +132,12 @@ def _configuration(config: Any) -> Iterator[tuple[str, Any]]:
 
     document = TypeAdapter(type(config)).dump_python(config, mode="json", fallback=str, warnings=False)
     for key, value in flat("config", document, 2):
-        if key not in _NOT_RECORDED and not _ADDRESS.search(text := dump(value).decode()) and len(text) < 4096:
+        if (
+            key not in _NOT_RECORDED
+            and not key.startswith(_WATCHING)
+            and not _ADDRESS.search(text := dump(value).decode())
+            and len(text) < 4096
+        ):
             yield key, value
 
 

@@ -174,9 +174,8 @@ def _print(found: Calibration) -> None:
         for c in found.conditions
     ]
     write_rows(rows, "table", columns)
-    click.echo(
-        f"one token tells beyond {found.far_nats:.2g} nats; sequences vary {found.dispersion:.3g} times as much as independent tokens"
-    )
+    varies = found.dispersion(found.tokens_median)
+    click.echo(f"one token tells beyond {found.far_nats:.2g} nats; sequences vary {varies:.3g} times as much as independent tokens would")
     if found.noise:
         again = f"{found.noise_tokens - found.noise_misses:,} of {found.noise_tokens:,} seeded choices"
         click.echo(f"seeded tokens are drawn by {found.noise}: it makes {again} again")
