@@ -21,9 +21,9 @@ from replay.noise import Noise, possible
 from replay.sampling import made_again, sampler_of
 from schemas.errors import UsageError
 
-SEQUENCES, TOKENS = 48, 192
-"""What is said by default: about 9,000 tokens, each scored twice."""
-ALONE = 6
+SEQUENCES, TOKENS = 32, 128
+"""What is said by default: about 4,000 tokens, each scored twice."""
+ALONE = 4
 """Sequences said one at a time: each costs as many steps as a whole batch."""
 ALTERNATIVES = 32
 """Likeliest tokens that a draw is made among: another seed or temperature rarely favours a token that is not among them."""

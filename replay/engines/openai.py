@@ -36,7 +36,7 @@ MINUS_INFINITY = -9999.0
 """What vLLM writes into JSON where a logprob is -inf."""
 ALTERNATIVES_MAX = 20
 """A server reports no more of the likeliest tokens than its --max-logprobs, 20 unless it was started with another."""
-PARALLEL = 8
+PARALLEL = 32
 """Requests that are sent at once where the engine may work on several."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
 
