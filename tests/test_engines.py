@@ -93,7 +93,7 @@ def tape_of(said: Generated, model: str, environment: EnvironmentCaptured | None
         tape.add(environment)
     fields = {name: value for name, value in parameters.items() if name not in ("messages", "n")}
     g = tape.request(
-        "g", MESSAGES, 0, model=model, parameters={"model": model, **fields, "n": len(said.sequences)}, n=len(said.sequences),
+        "g", MESSAGES, 0, model=model, parameters={**fields, "n": len(said.sequences)}, n=len(said.sequences),
         seed=parameters.get("seed"), temperature=parameters.get("temperature"), environment_id=environment and environment.environment_id,
     )  # fmt: skip
     tape.started(g, 1, 1, said.prompt_token_ids)
@@ -233,12 +233,13 @@ def test_another_version_of_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     assert f"vLLM {found}" in str(caught.value)
 
 
-def test_an_unknown_model_and_a_wrong_option_are_one_line(tmp_path: Path) -> None:
-    """A folder that is not there, one without a model, a word that is no option."""
-    with pytest.raises(UsageError, match="no model lies at"):
-        VllmEngine(str(tmp_path / "nothing"))
-    with pytest.raises(UsageError, match="vLLM does not start") as caught:
-        VllmEngine(str(tmp_path))
+def test_an_unknown_model_and_a_wrong_option_are_one_line(tmp_path: Path, vllm: VllmService) -> None:
+    """A folder that is not there, one without a model, an option that vLLM has not, a word that is none."""
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(UsageError, match="no model lies at"):
+            VllmEngine(str(folder))
+    with pytest.raises(UsageError, match="no_such_option") as caught:
+        VllmEngine(str(vllm.model_dir), options={"no_such_option": 1})
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="is no engine option"):
         parsed_options(["dtype"])

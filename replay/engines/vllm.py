@@ -45,6 +45,8 @@ PASSED_ON = (
 """Fields of a request that are vLLM's own sampling parameters by the same name."""
 NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logit_bias")
 """Fields that a free generation in this process does not carry out; forcing does not need them."""
+CONFIGURATION = ("config.json", "params.json")
+"""One of these lies in every model's folder."""
 OPTION = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -293,7 +295,9 @@ def _start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
     Raises:
         UsageError: vLLM does not take the model or an option.
     """
-    if ("/" in model or model.startswith(".")) and not Path(model).exists() and model.count("/") != 1:
+    folder = Path(model)
+    named = model.count("/") <= 1 and not model.startswith((".", "/")) and not folder.exists()  # a name on a hub, not a folder
+    if not named and not any((folder / name).exists() for name in CONFIGURATION) and not folder.is_file():
         raise UsageError(f"no model lies at {model}", operation="start engine", hint="name the folder that holds config.json")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core in this process: one to watch, one to end
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
