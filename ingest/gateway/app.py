@@ -19,6 +19,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ingest.attachments import Attachments
 from ingest.gateway import errors
+from ingest.gateway.batch import api as batch_api
+from ingest.gateway.batch.desk import BatchDesk
+from ingest.gateway.batch.facts import Facts
+from ingest.gateway.batch.metrics import families as batch_metrics
+from ingest.gateway.batch.worker import Worker
+from ingest.gateway.connection import limited
 from ingest.gateway.counting import PATH as COUNT_TOKENS
 from ingest.gateway.counting import count_tokens
 from ingest.gateway.debug_api import PREFIX as DEBUG
@@ -53,6 +59,7 @@ from store.blobs import BlobStore
 from store.control import ControlView, open_control
 from store.objects import open_store
 from store.objects.base import ObjectStore
+from store.work import WorkLogs
 
 log = structlog.get_logger(__name__)
 
@@ -90,13 +97,18 @@ class Gateway:
         recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
-        self._worker = WorkerName(settings.data / "control", sessions.installation)
+        self._name = WorkerName(settings.data / "control", sessions.installation)
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
-        quotas = Quotas(control, shared, self._worker.name)
+        quotas = Quotas(control, shared, self._name.name)
         stops = Stops(settings, recorder, control, shared)
         placement = Placement(settings.recorder, sessions.installation)
         self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
         self.active: set[Exchange] = set()
+        batchable = {endpoint.path: endpoint for endpoint in ENDPOINTS}
+        desk = BatchDesk(settings, Facts(control, shared), WorkLogs(settings), batchable)
+        self._batches = batch_api.BatchApi(self.parts, desk)
+        self.worker = Worker(self.parts, desk, self.active, batchable)
+        self._metrics.add(lambda: batch_metrics(self.worker))
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             COUNT_TOKENS: ("POST", count_tokens),
@@ -112,7 +124,8 @@ class Gateway:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1003})
-        exchange = Exchange(scope, receive, send, self.parts.settings.gateway.body_bytes_max)
+        limits = self.parts.settings.gateway
+        exchange = Exchange(scope, receive, send, limits.body_bytes_max, limits.request_timeout_s)
         self.active.add(exchange)
         try:
             await self._route(exchange)
@@ -122,6 +135,7 @@ class Gateway:
     async def drain(self, grace_s: float) -> None:
         """Wait for open exchanges, then end those that are left."""
         self.parts.stops.end()
+        self.worker.end()
         if tasks := {exchange.task for exchange in self.active}:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
@@ -131,11 +145,13 @@ class Gateway:
         """Let go of what was opened; after the last exchange has ended."""
         self.parts.shared.close()
         self.parts.control.close()
-        self._worker.close()
+        self._name.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
         wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None and batch_api.serves(path):
+            return await self._batches(exchange)
         if endpoint is None and path.startswith(DEBUG):
             return await debug_api(self.parts, exchange)
         if endpoint is None:
@@ -163,18 +179,28 @@ class Gateway:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.parts.routes.open()
-                self.parts.keyring.open()
-                self.parts.quotas.open()
-                await self.parts.stops.start()
+                await self.open()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self.parts.stops.close()
-                await self.parts.keyring.close()
-                await self.parts.quotas.close()
-                await self.parts.routes.close()
-                self.attachments.close()
+                await self.shut()
                 return await send({"type": "lifespan.shutdown.complete"})
+
+    async def open(self) -> None:
+        """Begin, in the loop that serves."""
+        await self.parts.routes.open()
+        self.parts.keyring.open()
+        self.parts.quotas.open()
+        await self.parts.stops.start()
+        self.worker.start()
+
+    async def shut(self) -> None:
+        """End what `open` began; after `drain`."""
+        await self.worker.close()
+        await self.parts.stops.close()
+        await self.parts.keyring.close()
+        await self.parts.quotas.close()
+        await self.parts.routes.close()
+        self.attachments.close()
 
 
 async def _ready(parts: Parts, exchange: Exchange) -> None:
@@ -290,7 +316,7 @@ def serve(
         config = uvicorn.Config(
             gateway,
             loop="none",
-            http="httptools",
+            http=limited(settings.gateway.connections_max, settings.gateway.request_timeout_s),
             ws="none",
             lifespan="on",
             log_config=None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -135,8 +135,13 @@ class Metrics:
         self._recorder = recorder
         self._routes = routes
         self._attachments = attachments
+        self._more: list[Callable[[], Iterator[Metric]]] = []
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def add(self, families: Callable[[], Iterator[Metric]]) -> None:
+        """Tell also what another part has to tell."""
+        self._more.append(families)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -160,6 +165,8 @@ class Metrics:
         yield _counter("redactions", "What redaction took out of requests.", meter.redactions, "rule")
         yield from self._of_routes()
         yield from self._of_recorder()
+        for families in self._more:
+            yield from families()
         yield _counter("blobs_stored", "Large bodies and attachments sent to the blob store.", self._attachments.stored)
         yield _counter(
             "blobs_inline", "Requests whose large parts stayed in their event, as the store did not answer.", self._attachments.kept
