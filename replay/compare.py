@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
@@ -114,6 +114,27 @@ def _judgement_document(judgement: Judgement) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What an engine told and was measured to be, for replays that follow one another."""
+
+    environments: dict[bytes | None, e.EnvironmentCaptured | None] = field(default_factory=dict)
+    floors: dict[tuple[str | None, Floor], Floor] = field(default_factory=dict)
+
+    def environment(self, engine: Engine, recorded: e.EnvironmentCaptured | None) -> e.EnvironmentCaptured | None:
+        """The engine's environment, asked once for each that was recorded."""
+        key = recorded.environment_id if recorded else None
+        if key not in self.environments:
+            self.environments[key] = engine.fingerprint(recorded)
+        return self.environments[key]
+
+    def floor(self, engine: Engine, model: str | None, default: Floor) -> Floor:
+        """The floor as measured, once for a model and default."""
+        if (model, default) not in self.floors:
+            self.floors[model, default] = measured(engine, model, default)
+        return self.floors[model, default]
+
+
 def run_compare(
     events: Iterable[StoredEvent],
     engine: Engine,
@@ -123,17 +144,20 @@ def run_compare(
     actor: str = "",
     until: Until | None = None,
     calibrations: Calibrations | None = None,
+    run: str | None = None,
+    memory: Memory | None = None,
     on_sequence: Callable[[bytes, SequenceOutcome], None] | None = None,
 ) -> Outcome:
     """Compare one session with an engine and record the replay in a session of its own.
 
     With a calibration of the recorded environment the chance of a false *model differs* or *sampling differs* is at most
     `FALSE_ALARM`, for the session as for each of its sequences: n sequences are tested at an n-th of it each. `on_sequence` is
-    told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive.
+    told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive; as part of a
+    `run`, whose name is then the workflow of the replay's session, it leaves the replay unfinished instead, to be done again.
 
     Raises:
         UnknownSession: no events.
-        EngineUnavailable: the engine does not answer at all; then nothing is recorded.
+        EngineUnavailable: the engine does not answer at all, and nothing is recorded; or it fails in a run.
     """
     state = fold(events, until=until)
     if state.session_id is None or state.last is None:
@@ -141,12 +165,14 @@ def run_compare(
     begun = time.monotonic_ns()
     subjects = [g for g in state.generations.values() if g.recording and g.recording.tokens]
     recorded = _recorded_environments(state, subjects or list(state.generations.values()))
-    present = engine.fingerprint(recorded[-1] if recorded else None)
-    run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), calibrations)
-    run.tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
-    run.start(state.last.event_id)
-    outcomes = [] if run.refused else [run.generation(generation, on_sequence) for generation in subjects]
-    return run.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
+    memory = memory or Memory()
+    present = memory.environment(engine, recorded[-1] if recorded else None)
+    replay = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), memory, calibrations)
+    replay.tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
+    replay.run = run
+    replay.start(state.last.event_id)
+    outcomes = [] if replay.refused else [replay.generation(generation, on_sequence) for generation in subjects]
+    return replay.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
 
 
 def _context(state: SessionState, actor: str) -> SessionContext:
@@ -175,7 +201,8 @@ class _Run:
         present: e.EnvironmentCaptured | None,
         recorded: list[e.EnvironmentCaptured],
         context: SessionContext,
-        calibrations: Calibrations | None = None,
+        memory: Memory,
+        calibrations: Calibrations | None,
     ) -> None:
         self.state, self.engine, self.sink, self.strict, self.context = state, engine, sink, strict, context
         self.present, self.recorded = present, recorded
@@ -184,14 +211,15 @@ class _Run:
         self.differences = _differences(recorded, present)
         self.refused = strict and (bool(self.differences) or not self.known or any(r.origin != present.origin for r in recorded if present))
         self.tests = 1
+        self.run: str | None = None
         self._calibration = self._calibrated(calibrations)
-        self._floors: dict[str | None, Floor] = {}
+        self._memory = memory
         self._down: str | None = None
 
     def start(self, until: bytes) -> None:
         """Record that the replay began, and against what."""
         subject = self.state.session_id or b""
-        self._record(e.SessionOpened(purpose="replay", parent_session=subject, parent_event=until))
+        self._record(e.SessionOpened(workflow=self.run, purpose="replay", parent_session=subject, parent_event=until))
         if self.present is not None:
             self._record(self.present)
         self._record(
@@ -232,6 +260,9 @@ class _Run:
                 return _inconclusive(sequence, hindrance)
             scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
+            if self.run is not None:
+                self._record(e.SessionClosed(reason="the engine failed"))
+                raise
             self._down = str(error)
             return _inconclusive(sequence, self._down)
         if isinstance(scored, Refused):
@@ -277,15 +308,12 @@ class _Run:
 
     def _floor(self, model: str | None) -> Floor:
         """The noise floor for a model: calibrated, or measured, once, where the same kernels are at work as far as is told."""
-        if model not in self._floors:
-            default = floor_of([*self.recorded, self.present])
-            alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
-            if self._calibration:
-                source = f"calibrated {self._calibration.made_at:%Y-%m-%d}: p99 over {self._calibration.tokens:,} tokens"
-                self._floors[model] = Floor(self._calibration.p99, source, default.dtype)
-            else:
-                self._floors[model] = measured(self.engine, model, default) if alike else default
-        return self._floors[model]
+        default = floor_of([*self.recorded, self.present])
+        if self._calibration:
+            source = f"calibrated {self._calibration.made_at:%Y-%m-%d}: p99 over {self._calibration.tokens:,} tokens"
+            return Floor(self._calibration.p99, source, default.dtype)
+        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
+        return self._memory.floor(self.engine, model, default) if alike else default
 
     def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
         """Record the verdict on the whole and close the replay's session."""
