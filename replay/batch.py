@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from replay.calibration import Calibrations
-from replay.compare import Memory, Outcome, run_compare
+from replay.compare import Outcome, run_compare
 from replay.engines.base import Engine
+from replay.memory import Memory
 from schemas.errors import EngineUnavailable, TokentapeError, UnknownSession
 from schemas.sink import EventSink
 from store.rows import StoredEvent

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
+from replay.draws import judged_by_draws
 from replay.drift import Judgement, Verdict, judge, worst
 from replay.engines.base import Engine, Refused, Request, Scored
-from replay.floors import Floor, floor_of, measured, same_kernels, same_precision
+from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
 from replay.measurement import alternatives_for
-from replay.noise import named
+from replay.memory import Memory
 from replay.prompts import Prompt, prompt_of
-from replay.sampling import made_again, sampler_of
+from replay.sampling import sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
@@ -114,27 +115,6 @@ def _judgement_document(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What an engine told and was measured to be, for replays that follow one another."""
-
-    environments: dict[bytes | None, e.EnvironmentCaptured | None] = field(default_factory=dict)
-    floors: dict[tuple[str | None, Floor], Floor] = field(default_factory=dict)
-
-    def environment(self, engine: Engine, recorded: e.EnvironmentCaptured | None) -> e.EnvironmentCaptured | None:
-        """The engine's environment, asked once for each that was recorded."""
-        key = recorded.environment_id if recorded else None
-        if key not in self.environments:
-            self.environments[key] = engine.fingerprint(recorded)
-        return self.environments[key]
-
-    def floor(self, engine: Engine, model: str | None, default: Floor) -> Floor:
-        """The floor as measured, once for a model and default."""
-        if (model, default) not in self.floors:
-            self.floors[model, default] = measured(engine, model, default)
-        return self.floors[model, default]
-
-
 def run_compare(
     events: Iterable[StoredEvent],
     engine: Engine,
@@ -167,9 +147,8 @@ def run_compare(
     recorded = _recorded_environments(state, subjects or list(state.generations.values()))
     memory = memory or Memory()
     present = memory.environment(engine, recorded[-1] if recorded else None)
-    replay = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), memory, calibrations)
-    replay.tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
-    replay.run = run
+    tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
+    replay = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), memory, calibrations, tests, run)
     replay.start(state.last.event_id)
     outcomes = [] if replay.refused else [replay.generation(generation, on_sequence) for generation in subjects]
     return replay.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
@@ -203,6 +182,8 @@ class _Run:
         context: SessionContext,
         memory: Memory,
         calibrations: Calibrations | None,
+        tests: int,
+        run: str | None,
     ) -> None:
         self.state, self.engine, self.sink, self.strict, self.context = state, engine, sink, strict, context
         self.present, self.recorded = present, recorded
@@ -210,8 +191,8 @@ class _Run:
         self.known = present is not None and bool(recorded)
         self.differences = _differences(recorded, present)
         self.refused = strict and (bool(self.differences) or not self.known or any(r.origin != present.origin for r in recorded if present))
-        self.tests = 1
-        self.run: str | None = None
+        self._false_alarm = FALSE_ALARM / max(tests, 1)
+        self._run = run
         self._calibration = self._calibrated(calibrations)
         self._memory = memory
         self._down: str | None = None
@@ -219,7 +200,7 @@ class _Run:
     def start(self, until: bytes) -> None:
         """Record that the replay began, and against what."""
         subject = self.state.session_id or b""
-        self._record(e.SessionOpened(workflow=self.run, purpose="replay", parent_session=subject, parent_event=until))
+        self._record(e.SessionOpened(workflow=self._run, purpose="replay", parent_session=subject, parent_event=until))
         if self.present is not None:
             self._record(self.present)
         self._record(
@@ -260,7 +241,7 @@ class _Run:
                 return _inconclusive(sequence, hindrance)
             scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
-            if self.run is not None:
+            if self._run is not None:
                 self._record(e.SessionClosed(reason="the engine failed"))
                 raise
             self._down = str(error)
@@ -268,34 +249,14 @@ class _Run:
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
         greedy = is_greedy(document)
-        floor, alarm = self._floor(request.model), FALSE_ALARM / self.tests
+        floor, alarm = self._floor(request.model), self._false_alarm
         judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=self._calibration, false_alarm=alarm)
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
-            judgement = self._drawn(judgement, generation, sequence.index, tape.token_ids, scored)
+            drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
+            judgement = judged_by_draws(judgement, drawn, tape.token_ids, scored, self._calibration, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
-
-    def _drawn(self, judgement: Judgement, generation: Generation, index: int, ids: tuple[int, ...], scored: Scored) -> Judgement:
-        """The judgement after the seeded choices were made again, or with why they could not be."""
-        calibration, request = self._calibration, generation.request
-        noise = named(calibration.noise) if calibration else None
-        if calibration is None or noise is None:
-            why = "the engine is not calibrated" if calibration is None else "the noise of its runner is not known"
-            return _undrawn(judgement, why)
-        sampler = sampler_of(self.state.edited(generation), request.seed if request else None, index)
-        if isinstance(sampler, str):
-            return _undrawn(judgement, sampler)
-        made = made_again(ids, scored.alternatives, sampler, noise, tolerance=calibration.noise_tolerance)
-        if isinstance(made, str):
-            return _undrawn(judgement, made)
-        told = [one for one in made if one is not None]
-        misses, limit = told.count(False), calibration.limit_of_misses(len(told), FALSE_ALARM / self.tests / 2)
-        if misses <= limit:
-            return replace(judgement, reason=f"{judgement.reason}; {len(told) - misses} of {len(told)} seeded choices made again")
-        drawn = f"seed {sampler.seed} and temperature {sampler.temperature:g}"
-        reason = f"logprobs agree, but {misses} of {len(told)} tokens are not what {drawn} draw; noise would explain {limit}"
-        return replace(judgement, verdict="sampling_differs", reason=reason, first_telling=made.index(False))
 
     def _alternatives(self, document: dict[str, Any] | None) -> int:
         return alternatives_for(document or {}) if self._calibration and self._calibration.noise else 0
@@ -386,10 +347,6 @@ def is_greedy(document: dict[str, Any] | None) -> bool:
 
 def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:
     return SequenceOutcome(sequence.index, Judgement("inconclusive", reason, tokens=sequence.tokens))
-
-
-def _undrawn(judgement: Judgement, why: str) -> Judgement:
-    return replace(judgement, reason=f"{judgement.reason}; the choice of sampled tokens is not recomputed: {why}")
 
 
 def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None) -> Judgement:

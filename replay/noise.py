@@ -60,8 +60,8 @@ def _gumbel_on_cpu(seed: int) -> Draw | None:
 def _kernel() -> Any:
     """vLLM's own kernel for it, None where it is not installed."""
     try:
-        import torch  # as above
-        from vllm.platforms import current_platform  # as above
+        import torch
+        from vllm.platforms import current_platform
 
         if not hasattr(torch.ops._C, "fused_gumbel_argmax"):
             current_platform.import_kernels()

@@ -79,7 +79,7 @@ def environment_of(config: Any, worker: Mapping[str, Any], digests: FileDigests,
 
 def worker_facts(worker: Any) -> dict[str, Any]:
     """What only the worker knows: runner, attention backends, threads that compute. Runs in the worker (`collective_rpc`)."""
-    import torch  # this module is read where there is no torch
+    import torch  # imported where it is used: this module is read where there is none
 
     runner = getattr(worker, "model_runner", None)
     groups = getattr(runner, "attn_groups", None) or []
@@ -101,7 +101,7 @@ def worker_facts(worker: Any) -> dict[str, Any]:
 
 def _split_kv() -> bool | None:
     """Whether attention on a CPU splits the keys and values over its threads, which changes the order of sums."""
-    from vllm import envs  # as above
+    from vllm import envs
 
     try:
         return bool(envs.VLLM_CPU_ATTN_SPLIT_KV)
@@ -142,8 +142,8 @@ def _configuration(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _libraries() -> Iterator[tuple[str, Any]]:
-    import torch  # as above
-    import vllm  # as above
+    import torch
+    import vllm
 
     yield "version", vllm.__version__
     commit = getattr(getattr(vllm, "_version", None), "__commit_id__", None)
@@ -159,7 +159,7 @@ def _libraries() -> Iterator[tuple[str, Any]]:
 
 
 def _hardware() -> Iterator[tuple[str, Any]]:
-    import torch  # as above
+    import torch
 
     yield "hardware.cpu", _cpu()
     yield "hardware.cores", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -18,11 +18,9 @@ from replay.calibration import (
     Calibration,
     Calibrations,
     Measured,
-    binomial_limit,
     calibrated,
-    gamma_tail,
-    upper_share,
 )
+from replay.chances import binomial_limit, gamma_tail, upper_share
 from replay.compare import run_compare
 from replay.differences import report, sentence
 from replay.drift import judge

