@@ -23,7 +23,11 @@ IN_PROCESS = "vllm:"
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options by which a command is told its engine."""
     options = (
-        click.option("--engine", metavar="URL|vllm:MODEL", help="A running vLLM, or one of this process.  [default: the first upstream]"),
+        click.option(
+            "--engine",
+            metavar="URL|vllm:MODEL",
+            help="A running vLLM, or one of this process; replay: or `recorded`.  [default: the first upstream]",
+        ),
         click.option(
             "--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32."
         ),
