@@ -26,7 +26,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--engine",
             metavar="URL|vllm:MODEL",
-            help="A running vLLM, or one of this process; replay: or `recorded`.  [default: the first upstream]",
+            help="A running vLLM, or one of this process; `recorded` is the tape.  [default: upstream]",
         ),
         click.option(
             "--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32."
