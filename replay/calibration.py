@@ -45,6 +45,8 @@ ROUNDING_NATS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """About one unit in the last place of a logit: what one token may be off where calibrating saw no drift at all."""
 EQUAL_NATS = 2e-6
 """Two units in the last place of a 32-bit logprob: what printing and parsing may change."""
+TELLING = 0.01
+"""The first token with a p-value of this or less is the one that tells."""
 SPREAD_ERRORS = 2.0
 """Standard errors added to the variance that whole sequences showed."""
 FALSE_ALARM = 1e-3
@@ -126,7 +128,7 @@ class Calibration(BaseModel):
         evidence = float(-np.log(p).sum())
         dispersion = self.dispersion(len(p))
         chance = gamma_tail(len(p) / dispersion, evidence / dispersion)
-        telling = int(np.argmax(p <= min(0.01, p.min() * 1.0001)))
+        telling = int(np.argmax(p <= max(TELLING, p.min())))
         if float(drift.max()) > self.far_nats:
             reason = f"token {int(np.argmax(drift > self.far_nats))} is off by more than {self.far_nats:.2g} nats, which no noise explains"
             return Tested(reason, int(np.argmax(drift > self.far_nats)), 0.0)

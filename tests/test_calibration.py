@@ -24,7 +24,7 @@ from replay.chances import binomial_limit, gamma_tail, upper_share
 from replay.compare import run_compare
 from replay.differences import report, sentence
 from replay.drift import judge
-from replay.engines.base import Scored
+from replay.engines.base import Request, Scored
 from replay.floors import Floor
 from replay.noise import possible
 from replay.sampling import Sampler, sampler_of
@@ -168,6 +168,48 @@ def test_several_sequences_share_the_chance_of_an_alarm() -> None:
         return judge(recorded, present, floor=floor, greedy=False, calibration=found, false_alarm=false_alarm).verdict
 
     assert ("model_differs", "numeric_drift") == (verdict(FALSE_ALARM), verdict(FALSE_ALARM / 1e4))
+
+
+class Templated(Scorer):
+    """An engine whose template makes `prompt` of any messages."""
+
+    def __init__(self, prompt: tuple[int, ...], present: EnvironmentCaptured) -> None:
+        super().__init__(lambda ids: scored([-1.0] * len(ids)), present)
+        self.prompt = prompt
+
+    def render(self, request: Request) -> tuple[int, ...]:
+        """Always the same."""
+        return self.prompt
+
+
+@pytest.mark.parametrize(
+    ("rendered", "verdict", "reason"),
+    [
+        ((0, 1, 9, 9, 9, 9), "model_differs", "makes another prompt of the messages, from its token 2 on; behind the recorded prompt: "),
+        ((0, 1, 9, 3, 4), "identical", "logprobs equal"),
+        ((0, 1, 2, 3, 4), "identical", "logprobs equal"),
+    ],
+)
+def test_another_template_or_tokenizer_is_another_model(rendered: tuple[int, ...], verdict: str, reason: str) -> None:
+    """Where the environment says that it changed and it makes other ids; a date in it that moved on is no change."""
+    tape = taped([-1.0] * 20)
+    recorded_in(tape, environment(**{"probe.chat_template": "a"}))
+    outcome = run_compare(tape.events, Templated(rendered, environment(**{"probe.chat_template": "b"})), Sink())
+
+    assert verdict == outcome.verdict
+    assert reason in outcome.reason
+
+
+def test_a_prompt_without_ids_is_rendered_today() -> None:
+    """The tokens are forced behind what today's template makes of the messages, and the reason says so."""
+    tape = taped([-1.0] * 20)
+    started = next(i for i, stored in enumerate(tape.events) if stored.event.kind == "generation_started")
+    payload = tape.events[started].event.payload.model_copy(update={"content": None})
+    tape.events[started] = replace(tape.events[started], event=tape.events[started].event.model_copy(update={"payload": payload}))
+    outcome = run_compare(tape.events, Templated((1, 2), environment()), Sink())
+
+    assert "identical" == outcome.verdict
+    assert "today's template rendered it" in outcome.reason
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,7 @@ def test_four_right_verdicts_from_the_command_line(installation: Program, loaded
         ["replay", mine, "--engine", f"vllm:{changed}", *small, "--engine-option", "dtype=float32", "--format", "json"],
         ["replay", mine, "--engine", f"vllm:{vllm.model_dir}", *small, "--engine-option", "dtype=bfloat16", "--format", "json"],
         ["env", "list", "--format", "json"],
+        timeout_s=240,  # two engines are loaded in it
     )
 
     assert "seeded choices again" in calibrated.text
