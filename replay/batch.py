@@ -33,7 +33,7 @@ class Token(NamedTuple):
     drift_max: float
     session: bytes
     generation: bytes
-    index: int
+    sequence: int
     first_telling: int | None
 
 

@@ -82,10 +82,13 @@ def judge(
     figures = (
         f"drift mean {drift.mean():.2g}, max {drift.max():.2g} nats; {len(beyond)} of {len(drift)} tokens above the floor of {floor.nats:g}"
     )
-    why, first = _beyond_noise(drift, beyond, floor)
+    why: str | None
+    first: int | None
     if calibration:
         expected = np.array([recorded[i] for i in places], np.float64)
         why, first, _ = calibration.test(expected, drift, false_alarm=false_alarm)
+    else:
+        why, first = _beyond_noise(drift, beyond, floor)
     if why:
         telling = places[first or 0]
         verdict, reason = "model_differs", f"{why}: {figures}"

@@ -40,7 +40,8 @@ PARALLEL = 32
 """Requests that are sent at once where the engine may work on several."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Answer(NamedTuple):

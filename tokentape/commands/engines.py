@@ -15,6 +15,7 @@ from replay.measurement import SEQUENCES, TOKENS, measure
 from schemas.environment import CLASSES, classify, compare
 from schemas.errors import UnknownName, UsageError
 from schemas.events import EnvironmentCaptured, Pair
+from schemas.probe import item
 from tokentape.commands.common import format_option, with_installation
 from tokentape.engines import calibrations, engine_options, open_engine
 from tokentape.installation import Installation
@@ -160,7 +161,7 @@ def _served(environment: EnvironmentCaptured | None) -> str | None:
     Raises:
         UsageError: it serves several, and none was named.
     """
-    models = next((json.loads(pair.value) for pair in environment.items if pair.key == "models"), []) if environment else []
+    models: list[dict[str, Any]] = (item(environment, "models") if environment else None) or []
     names = [str(entry.get("id")) for entry in models]
     if len(names) > 1:
         raise UsageError("this engine serves several models", operation="calibrate", hint=f"--model is one of: {', '.join(names)}")

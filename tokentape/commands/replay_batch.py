@@ -117,7 +117,7 @@ def _print(run: str, summary: Summary, fmt: str) -> None:
         click.echo(f"{summary.unknown:8,}  gone since they were listed")
     click.echo(f"{count(summary.tokens, 'token')} in {summary.seconds:.1f} s, {speed:,.0f} tokens/s; recorded as run {run}")
     for token in worst:
-        where = f"sequence {token['index']} of generation {token['generation']} in session {token['session']}"
+        where = f"sequence {token['sequence']} of generation {token['generation']} in session {token['session']}"
         click.echo(f"  drift up to {token['drift_max']:.2g} nats: {where}")
 
 
