@@ -106,7 +106,7 @@ def test_chances_are_those_of_the_tables() -> None:
 def test_calibrations_are_found_by_what_they_hold_for(tmp_path: Path) -> None:
     """Another weight or kernel is another engine; scheduling and a probe's flutter are not."""
     rng = np.random.default_rng(0)
-    probe = {"probe.logprobs": [-1.0, -2.0], "probe.choices": [5, 6]}
+    probe: dict[str, Any] = {"probe.logprobs": [-1.0, -2.0], "probe.choices": [5, 6]}
     store = Calibrations(tmp_path / "calibrations")
     store.save(calibration(rng, environment(**probe)))
     present = environment(**{**probe, "probe.logprobs": [-1.02, -2.0], "cache.block_size": 32})
@@ -143,7 +143,8 @@ def recorded_in(tape: Tape, present: EnvironmentCaptured) -> None:
 def test_a_calibrated_replay_sees_what_the_default_hides(tmp_path: Path) -> None:
     """A hundredth of a nat on each token is under every default, and ten times this engine's own noise."""
     rng = np.random.default_rng(1)
-    here = environment(**{"probe.logprobs": [-1.0], "probe.choices": [5]})
+    probe: dict[str, Any] = {"probe.logprobs": [-1.0], "probe.choices": [5]}
+    here = environment(**probe)
     tape = taped([-1.0] * 60)
     recorded_in(tape, here)
     store = Calibrations(tmp_path)
