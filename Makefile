@@ -58,6 +58,7 @@ lock: setup ## write locks/*.txt anew from pyproject.toml (PACKAGE=name moves on
 	@$(COMPILE) $(UPGRADE) pyproject.toml --group test -c locks/engine.txt -o locks/test.txt
 	@$(COMPILE) $(UPGRADE) --group boot -c locks/engine.txt -o locks/boot.txt
 	@$(COMPILE) $(UPGRADE) --group tools -o locks/tools.txt
+	@$(COMPILE) $(UPGRADE) --group rivals -o locks/rivals.txt
 
 clean: ## remove caches of the tools (never data, never .venv)
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

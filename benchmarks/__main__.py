@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "memory", "verdicts")
+NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "open_streams", "stops", "memory", "verdicts")
 
 RESULTS = Path(__file__).parent / "results"
 

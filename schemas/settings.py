@@ -271,6 +271,16 @@ class LoggingSettings(_Section):
     format: Literal["auto", "console", "json"] = Field(default="auto", description="auto is console on a terminal, else json.")
 
 
+class TelemetrySettings(_Section):
+    """OpenTelemetry spans of what passes through the gateway. They never hold content."""
+
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://.+)?$", description="base URL of an OTLP/HTTP collector; empty: no spans")
+    service_name: str = Field(default="tokentape", min_length=1, description="service.name of the spans")
+    sample_ratio: float = Field(default=1.0, ge=0, le=1, description="of requests that come without a trace; else the client decides")
+    queue_max: int = Field(default=8192, ge=1, description="spans that may wait for the collector; more are dropped and counted")
+    timeout_s: Seconds = Field(default=10.0, description="how long the collector may take for a batch, new attempts included")
+
+
 class Settings(_Section):
     """All settings of one installation."""
 
@@ -291,3 +301,4 @@ class Settings(_Section):
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()

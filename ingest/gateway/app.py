@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import structlog
@@ -42,6 +42,8 @@ from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Keyring
 from ingest.gateway.metrics import Meter, Metrics
 from ingest.gateway.offload import Offload
+from ingest.gateway.openapi import PATH as OPENAPI
+from ingest.gateway.openapi import openapi
 from ingest.gateway.parts import Parts
 from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas, WorkerName
@@ -60,6 +62,9 @@ from store.control import ControlView, open_control
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.work import WorkLogs
+
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -93,16 +98,19 @@ class Gateway:
         self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
         routes, sessions = Routes(settings.gateway), Sessions(settings)
         meter = Meter(Window.before(Offload(recorder, self.attachments, settings.recorder), redactor))
-        self._metrics = Metrics(meter, recorder, routes, self.attachments)
-        recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
         self._name = WorkerName(settings.data / "control", sessions.installation)
+        self._tracing = _tracing(settings, meter, self._name.name)
+        self._metrics = Metrics(meter, recorder, routes, self.attachments, self._tracing)
+        recorder = self._tracing or meter
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
         quotas = Quotas(control, shared, self._name.name)
         stops = Stops(settings, recorder, control, shared)
         placement = Placement(settings.recorder, sessions.installation)
-        self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
+        self.parts = Parts(
+            settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement, self._tracing
+        )
         self.active: set[Exchange] = set()
         batchable = {endpoint.path: endpoint for endpoint in ENDPOINTS}
         desk = BatchDesk(settings, Facts(control, shared), WorkLogs(settings), batchable)
@@ -116,6 +124,7 @@ class Gateway:
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
             "/metrics": ("GET", self._measured),
+            OPENAPI: ("GET", _document),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,6 +155,8 @@ class Gateway:
         self.parts.shared.close()
         self.parts.control.close()
         self._name.close()
+        if self._tracing:
+            self._tracing.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
@@ -203,6 +214,11 @@ class Gateway:
         self.attachments.close()
 
 
+async def _document(parts: Parts, exchange: Exchange) -> None:
+    """The OpenAPI document; it says nothing that the README does not."""
+    await exchange.respond(200, openapi(ENDPOINTS), [errors.JSON])
+
+
 async def _ready(parts: Parts, exchange: Exchange) -> None:
     """Whether an upstream can take a request now: they are asked. 200 if one can, else 503."""
     await parts.routes.probe()
@@ -238,6 +254,15 @@ async def _models(parts: Parts, exchange: Exchange) -> None:
     except (aiohttp.ClientError, OSError) as error:
         return await exchange.fail(failure_of(error), [])
     return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def _tracing(settings: Settings, recorder: Recording, instance: str) -> Tracing | None:
+    """Spans where a collector is set; most gateways never need the SDK, which takes a fifth of a second to import."""
+    if not settings.telemetry.otlp_endpoint:
+        return None
+    from ingest.gateway.tracing import Tracing
+
+    return Tracing(settings.telemetry, recorder, instance)
 
 
 def _blob_objects(settings: Settings) -> ObjectStore:
