@@ -12,6 +12,7 @@ import orjson
 from replay.calibration import FALSE_ALARM, Calibration
 from replay.differences import MEANING, name_of, report
 from replay.measurement import SEQUENCES, TOKENS, measure
+from replay.words import printable, shorten
 from schemas.environment import CLASSES, classify, compare
 from schemas.errors import UnknownName, UsageError
 from schemas.events import EnvironmentCaptured, Pair
@@ -30,6 +31,8 @@ FOUND = (
 )
 SHORT = 12
 """Hex digits of a digest in a table; any unique beginning names an environment."""
+
+VALUE_CHARACTERS = 160
 
 json_option = click.option(
     "--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it."
@@ -73,9 +76,9 @@ def show(installation: Installation, environment: str, fmt: str) -> None:
         click.echo(f"\n{kind} {digest.hex()[:SHORT] if digest else 'untold'}: {MEANING[kind]}")
         for pair in found.items:
             if classify(pair.key) == kind:
-                click.echo(f"  {pair.key} = {pair.value[:160]}" + ("…" if len(pair.value) > 160 else ""))
+                click.echo(f"  {printable(pair.key)} = {shorten(pair.value, VALUE_CHARACTERS)}")
     if found.unknown:
-        click.echo(f"\nnot told: {', '.join(found.unknown)}")
+        click.echo(f"\nnot told: {printable(', '.join(found.unknown))}")
 
 
 @env.command()
@@ -91,7 +94,7 @@ def diff(installation: Installation, first: str, second: str, fmt: str) -> None:
         _print_json([{**difference.model_dump(), "name": name_of(difference.key)} for difference in differences])
         return
     for line in report(before, after, differences):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 def _rows(installation: Installation, statement: str, operation: str) -> list[dict[str, Any]]:
