@@ -17,7 +17,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("schemas", "store", "ingest", "replay", "lifecycle", "tokentape")
-LOCKS = sorted((ROOT / "locks").glob("*.txt"))
+LOCKS = sorted(path for path in (ROOT / "locks").glob("*.txt") if path.stem != "rivals")
+"""Locks of this project's own environments; the rivals that benchmarks run beside have one apart, with pins of their own."""
 
 
 def project() -> dict[str, Any]:
