@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes the table to `benchmarks/results/`.
 
-python -m benchmarks [recorder ingest query bytes gateway history fresh memory custody …]
+python -m benchmarks [recorder ingest query bytes gateway history fresh memory custody verdicts …]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "open_streams", "stops", "memory", "custody")
+NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "open_streams", "stops", "memory", "custody", "verdicts")
 
 RESULTS = Path(__file__).parent / "results"
 

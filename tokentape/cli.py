@@ -24,6 +24,8 @@ COMMANDS = {
     "services": ("up",),
     "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
+    "replay_batch": ("replay-batch",),
+    "engines": ("env", "calibrate"),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
