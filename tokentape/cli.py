@@ -24,6 +24,7 @@ COMMANDS = {
     "services": ("up",),
     "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
+    "exact": ("engine-runs", "replay-batch"),
     "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
