@@ -20,7 +20,7 @@ from typing import Any
 RECORDING = "ingest.vllm.scheduler.RecordingScheduler"
 
 
-def make_model(folder: Path, *, hidden: int = 512, layers: int = 4) -> None:
+def make_model(folder: Path, *, hidden: int = 512, layers: int = 4, intermediate: int = 1408) -> None:
     """Write a random bf16 Llama whose logits nearly tie, the hardest case for exactness, with the tokenizer of the tiny model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +32,7 @@ def make_model(folder: Path, *, hidden: int = 512, layers: int = 4) -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=hidden * 11 // 4,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=max(1, hidden // 256),

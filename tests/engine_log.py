@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from replay.exact.run import Run, load
@@ -39,3 +40,19 @@ def runs_of(data: Path) -> list[Run]:
 
 def _session(stored: list[StoredEvent], session_id: bytes) -> list[StoredEvent]:
     return [one for one in stored if one.event.session_id == session_id]
+
+
+def await_end(data: Path, runs: int = 1, timeout_s: float = 120.0) -> None:
+    """Return when the recorders of so many engine runs have written their last events."""
+    deadline = time.monotonic() + timeout_s
+    while _ended(data) < 2 * runs:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the recorder of the engine has not ended")
+        time.sleep(0.1)
+
+
+def _ended(data: Path) -> int:
+    """Sessions of engine runs that are closed."""
+    if not (data / "log" / "log.sqlite").exists():
+        return 0
+    return sum(event.kind == "session_closed" and event.source == "engine" for event in events_of(data))

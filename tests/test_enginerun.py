@@ -27,7 +27,7 @@ from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageErr
 from schemas.events import EngineStep, Event, GenerationStarted
 from schemas.sink import new_id
 from store.rows import StoredEvent
-from tests.engine_log import events_of
+from tests.engine_log import await_end, events_of
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -165,7 +165,7 @@ class _Fake:
 
         new = [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in self.live] if first else []
         cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[])
-        counts = {name: 3 if first else 1 for name in self.live}
+        counts = dict.fromkeys(self.live, 3 if first else 1)
         self.tap.scheduling()
         self.tap.scheduled(
             SimpleNamespace(
@@ -182,7 +182,7 @@ class _Fake:
         ]
         result = SimpleNamespace(
             logprobs=SimpleNamespace(logprobs=numpy.full((len(self.live), 2), -0.5, dtype="f4")),
-            req_id_to_index={name: i for i, name in enumerate(self.live)},
+            req_ids=list(self.live),
         )
         self.live = [name for name in self.live if name not in ends]
         scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=self.live)
@@ -216,6 +216,7 @@ def _recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, lis
     engine.tap.finished([engine.live.pop()], "FINISHED_ABORTED", idle=False)
     engine.step(ends=tuple(engine.live))
     engine.tap.close()
+    await_end(tmp_path)
     return _run(tmp_path)
 
 
@@ -252,6 +253,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path, monkeypatch:
     engine.arrive("a-0000000a")
     engine.step(first=True, ends=("a-0000000a",))
     engine.tap.close()
+    await_end(tmp_path)
     with pytest.raises(ConflictError, match="speculative decoding"):
         check(_run(tmp_path)[0], forced=False)
 
@@ -291,6 +293,7 @@ def test_a_frame_cut_short_is_left_out(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "tokentape.engine"]
     sent = SIZE.pack(len(frame)) + frame + SIZE.pack(1000) + b"cut"
     subprocess.run(program, input=sent, env={"TOKENTAPE_DATA": str(tmp_path), "PATH": ""}, check=True, timeout=120)
+    await_end(tmp_path)
     kinds = [event.kind for event in events_of(tmp_path)]
 
     assert 1 == kinds.count("request_submitted")

@@ -18,6 +18,8 @@ from schemas.enginerun import facts, versions
 class _Recording:
     """What is put before a scheduler class: every call is passed on, and told to the tap."""
 
+    __slots__ = ()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tap = Tap(_header(self.vllm_config), caching=self.cache_config.enable_prefix_caching)  # type: ignore[attr-defined]
@@ -72,7 +74,7 @@ def recording(scheduler: type) -> type:
     """The recording subclass of a scheduler class; one that replays a record makes none of its own."""
     if issubclass(scheduler, _Recording) or getattr(scheduler, "replays", False):
         return scheduler
-    return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__})
+    return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__, "__slots__": ()})
 
 
 class RecordingScheduler:

@@ -1,8 +1,8 @@
 """What an engine core says of its calls, in a few microseconds each: all encoding is done by a process of its own.
 
-The engine thread puts plain values into a list. Some dozens of calls later a thread hands the list, as one frame, to the
-recorder's process (`tokentape.engine`), whose end of the pipe outlives the engine: what was sent is on the tape even if
-the engine is killed. A recorder that cannot follow never holds the engine up: frames are let go and counted, and the
+The engine's thread puts what it has at hand into a list. Some dozens of calls later another thread, which works while the
+engine waits for its device, makes plain values of them and hands them, as one frame, to the recorder's process
+(`tokentape.engine`), which outlives the engine: what was sent is on the tape even if the engine is killed. A recorder that cannot follow never holds the engine up: frames are let go and counted, and the
 tape says from where on the run cannot be replayed.
 """
 
@@ -30,8 +30,8 @@ FRAME_NS = 50_000_000
 """… and this is how long one waits for company while the engine works."""
 FRAMES_MAX = 4096
 """Frames that wait for the recorder before further ones are let go: minutes of an engine at work."""
-CLOSE_S = 60.0
-"""How long the end of an engine waits until the tape has all of it."""
+CLOSE_S = 5.0
+"""How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
 PROGRAM = "tokentape.engine"
 """The module that runs as the recorder's process."""
 SIZE = struct.Struct("<I")
@@ -40,35 +40,28 @@ _name, _tokens, _reason = attrgetter("request_id"), attrgetter("new_token_ids"),
 
 
 class Tap:
-    """One engine run's calls on their way to the recorder."""
+    """One engine run's calls on their way to the recorder: the engine's thread only keeps hold of what it has made anyway."""
 
     def __init__(self, header: dict[str, Any], *, caching: bool) -> None:
-        self._numbers: dict[str, int] = {}
-        self._arrived = 0
         self._caching = caching
         self._clean = True
         self._open = 0  # steps scheduled and not yet taken in
-        self._rows: list[str] = []
-        self._outputs: list[str] = []
-        self._places: list[int] = []
-        self._speculative = "speculative decoding" in header["unrepeatable"]
+        self._scored: list[str] = []
         self._calls: list[tuple[Any, ...]] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
-        self._pipe = _Pipe()
+        self._pipe = _Pipe(_Plain(speculative="speculative decoding" in header["unrepeatable"]))
         self._send()
 
     def arrived(self, request: Any, *, idle: bool) -> None:
         """A request came."""
-        number, self._arrived = self._arrived, self._arrived + 1
-        self._numbers[request.request_id] = number
         if idle and not self._open and (self._clean or not self._caching):
             self._calls.append(("idle",))
         self._clean = False
-        self._calls.append(("arrive", time.monotonic_ns(), number, request))
+        self._calls.append(("arrive", time.monotonic_ns(), request))
 
     def finished(self, names: Sequence[str], status: str, *, idle: bool) -> None:
         """Requests were ended from outside."""
-        self._calls.append(("finish", time.monotonic_ns(), [self._numbers.pop(name) for name in names], status))
+        self._calls.append(("finish", time.monotonic_ns(), names, status))
         if idle:
             self._send()
 
@@ -83,55 +76,25 @@ class Tap:
 
     def scheduled(self, output: Any) -> None:
         """`schedule` decided."""
-        scheduled = output.num_scheduled_tokens
-        names = list(scheduled)
-        # Everybody decodes one token, as in the step before: nothing to say.
-        if names == self._rows and output.total_num_scheduled_tokens == len(names) and not output.preempted_req_ids:
-            self._calls.append(("schedule", self._begun_ns, None, None, None, None))
-        else:
-            self._rows = names
-            rows, tokens = array("q", [self._numbers[name] for name in names]), array("q", scheduled.values())
-            parts = admitted(output, self._numbers), preempted(output, self._numbers)
-            self._calls.append(("schedule", self._begun_ns, rows.tobytes(), tokens.tobytes(), *parts))
         self._open += 1
+        self._calls.append(("schedule", self._begun_ns, output))
 
     def updated(self, outputs: Any, result: Any, scheduler: Any) -> None:
         """`update_from_output` took the oldest step's result in."""
         self._open -= 1
-        said = next(iter(outputs.values())).outputs if len(outputs) == 1 else list(chain.from_iterable(o.outputs for o in outputs.values()))
-        names = list(map(_name, said))
-        rows = None
-        if names != self._outputs:
-            self._outputs = names
-            rows = array("q", [self._numbers[name] for name in names]).tobytes()
-        lists = list(map(_tokens, said))
-        tokens = list(chain.from_iterable(lists))
-        lengths = list(map(len, lists)) if self._speculative or len(tokens) != len(lists) else None
-        reasons = list(map(_reason, said))
-        ends = None
-        if reasons.count(None) != len(reasons):
-            ended = [output for output in said if output.finish_reason is not None]
-            ends = [(self._numbers.pop(o.request_id), str(o.finish_reason), o.stop_reason) for o in ended]
-        logprobs = self._logprobs(names, result)
+        scores = rows = None
+        if (logprobs := getattr(result, "logprobs", None)) is not None:
+            scores = logprobs.logprobs[:, 0].tobytes()  # the array may be written again in the next step
+            if result.req_ids != self._scored:
+                self._scored = rows = list(result.req_ids)
         state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
         now_ns = time.monotonic_ns()
-        self._calls.append(("update", now_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state))
+        self._calls.append(("update", now_ns, [part.outputs for part in outputs.values()], rows, scores, state))
         if now_ns - self._sent_ns > FRAME_NS or len(self._calls) >= FRAME_CALLS or not scheduler.requests:
             self._send()
 
-    def _logprobs(self, names: list[str], result: Any) -> tuple[list[int] | None, bytes] | None:
-        """The sampled tokens' logprobs by row of the batch, and in which row each output is, unless as before."""
-        found = getattr(result, "logprobs", None)
-        if found is None or self._speculative:
-            return None
-        index = result.req_id_to_index
-        places = [index[name] for name in names]
-        told = None if places == self._places else places
-        self._places = places
-        return told, found.logprobs[:, 0].tobytes()
-
     def close(self) -> None:
-        """The engine ends: wait until the tape has all of it."""
+        """The engine ends: hand over all of it."""
         self._send()
         self._pipe.close()
 
@@ -142,13 +105,83 @@ class Tap:
             self._calls = [("lost", len(calls))]
 
 
+class _Plain:
+    """Makes plain values of a run's calls, in the thread that sends them: numbers for names, and nothing that is as before."""
+
+    def __init__(self, *, speculative: bool) -> None:
+        self._speculative = speculative
+        self._numbers: dict[str, int] = {}
+        self._arrived = 0
+        self._rows: list[str] = []
+        self._outputs: list[str] = []
+        self._index: dict[str, int] = {}
+        self._places: list[int] = []
+
+    def calls(self, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """The calls without objects of vLLM."""
+        return [getattr(self, f"_{call[0]}", lambda *rest, kind=call[0]: (kind, *rest))(*call[1:]) for call in calls]
+
+    def _arrive(self, at_ns: int, request: Any) -> tuple[Any, ...]:
+        number, self._arrived = self._arrived, self._arrived + 1
+        self._numbers[request.request_id] = number
+        prompt = array("q", request.prompt_token_ids or ()).tobytes()
+        return "arrive", at_ns, number, marshal_safe(request_document(request)), prompt
+
+    def _finish(self, at_ns: int, names: Sequence[str], status: str) -> tuple[Any, ...]:
+        return "finish", at_ns, [self._numbers.pop(name) for name in names], status
+
+    def _schedule(self, at_ns: int, output: Any) -> tuple[Any, ...]:
+        scheduled = output.num_scheduled_tokens
+        names = list(scheduled)
+        # Everybody decodes one token, as in the step before: nothing to say.
+        if names == self._rows and output.total_num_scheduled_tokens == len(names) and not output.preempted_req_ids:
+            return "schedule", at_ns, None, None, None, None
+        self._rows = names
+        rows, tokens = array("q", [self._numbers[name] for name in names]), array("q", scheduled.values())
+        return "schedule", at_ns, rows.tobytes(), tokens.tobytes(), admitted(output, self._numbers), preempted(output, self._numbers)
+
+    def _update(
+        self, at_ns: int, parts: list[list[Any]], scored: list[str] | None, scores: bytes | None, state: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        said = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+        names = list(map(_name, said))
+        rows = None
+        if names != self._outputs:
+            self._outputs = names
+            rows = array("q", [self._numbers[name] for name in names]).tobytes()
+        lists = list(map(_tokens, said))
+        tokens = list(chain.from_iterable(lists))
+        lengths = list(map(len, lists)) if self._speculative or len(tokens) != len(lists) else None
+        logprobs = self._logprobs(names, scored, scores, anew=rows is not None)
+        reasons = list(map(_reason, said))
+        ends = None
+        if reasons.count(None) != len(reasons):
+            ended = [output for output in said if output.finish_reason is not None]
+            ends = [(self._numbers.pop(o.request_id), str(o.finish_reason), o.stop_reason) for o in ended]
+        return "update", at_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state
+
+    def _logprobs(
+        self, names: list[str], scored: list[str] | None, scores: bytes | None, *, anew: bool
+    ) -> tuple[list[int] | None, bytes] | None:
+        """The sampled tokens' logprobs by row of the batch, and in which row each output is, unless as before."""
+        if scored is not None:
+            self._index = {name: row for row, name in enumerate(scored)}
+        if scores is None or self._speculative:
+            return None
+        if scored is not None or anew:
+            self._places = [self._index[name] for name in names]
+            return self._places, scores
+        return None, scores
+
+
 class _Pipe:
     """The recorder's process and the thread that feeds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain: _Plain) -> None:
         self.over = False
+        self._plain = plain
         self._frames: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
-        # A session of its own: what stops the engine does not stop the one who writes down how it ended.
+        # It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended.
         self._process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
         self._thread = threading.Thread(target=self._feed, name="tokentape-tap", daemon=True)
         self._thread.start()
@@ -163,23 +196,20 @@ class _Pipe:
         return True
 
     def close(self) -> None:
-        """Send what waits and wait for the recorder's end; safe to call twice."""
+        """Hand over what waits; the recorder then ends by itself. Safe to call twice."""
         atexit.unregister(self.close)
         self._frames.put(None)
         self._thread.join(CLOSE_S)
-        try:
-            self._process.wait(CLOSE_S)
-        except subprocess.TimeoutExpired:
-            sys.stderr.write("tokentape: the recorder of this engine still works; it ends by itself\n")
 
     def _feed(self) -> None:
         out = self._process.stdin
         assert out is not None
         try:
             while (calls := self._frames.get()) is not None:
-                _write(out, [_plain(call) for call in calls])
+                _write(out, self._plain.calls(calls))
             out.close()
-        except (OSError, ValueError, TypeError) as error:
+            self._process.wait()
+        except (OSError, ValueError, TypeError, LookupError) as error:
             self.over = True
             sys.stderr.write(f"tokentape: nothing more of this engine run is recorded: {error or 'its recorder has ended'}\n")
 
@@ -188,14 +218,6 @@ def _write(out: IO[bytes], calls: list[tuple[Any, ...]]) -> None:
     frame = marshal.dumps(calls)
     out.write(SIZE.pack(len(frame)) + frame)
     out.flush()
-
-
-def _plain(call: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A call without objects of vLLM: of a request what a replay needs."""
-    if call[0] != "arrive":
-        return call
-    _, at_ns, number, request = call
-    return ("arrive", at_ns, number, marshal_safe(request_document(request)), array("q", request.prompt_token_ids or ()).tobytes())
 
 
 def request_document(request: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 from typing import Any
 
 from replay.exact.run import Request, Run
@@ -33,8 +34,7 @@ class ExactEngine:
             self.config = _config(arguments)
             chosen = self.config.scheduler_config.get_scheduler_cls()
             base = next(c for c in chosen.__mro__ if c.__module__.startswith("vllm."))
-            self.config.scheduler_config.scheduler_cls = replaying(base, script, self._request, forced=forced)
-            self._core = _core(self.config)
+            self._core = _core(self.config, replaying(base, script, self._request, forced=forced))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EngineUnavailable(f"the engine cannot be built: {first}", operation=_OPERATION, place=str(self.model)) from error
@@ -163,8 +163,11 @@ def _config(arguments: dict[str, Any]) -> Any:
     return EngineArgs(**{name: value for name, value in arguments.items() if name in known}).create_engine_config()
 
 
-def _core(config: Any) -> Any:
+def _core(config: Any, scheduler: type) -> Any:
+    """An engine core with this scheduler, which is made for one replay: a configuration that held it could not be sent to workers."""
+    from vllm.config import SchedulerConfig
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.abstract import Executor
 
-    return EngineCore(config, Executor.get_class(config), log_stats=False)
+    with mock.patch.object(SchedulerConfig, "get_scheduler_cls", lambda _config: scheduler):
+        return EngineCore(config, Executor.get_class(config), log_stats=False)

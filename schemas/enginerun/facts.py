@@ -46,7 +46,7 @@ RENAMED = {
 COMPILATION = ("mode", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 
 VARIABLES = (
-    *("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_ATTN_SPLIT_KV"),
+    *("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_ATTN_SPLIT_KV"),
     *("VLLM_BATCH_INVARIANT", "VLLM_ATTENTION_BACKEND", "VLLM_USE_FLASHINFER_SAMPLER", "VLLM_USE_V2_MODEL_RUNNER"),
     *("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO"),
 )
@@ -121,10 +121,10 @@ def worker_facts(_worker: Any = None) -> dict[str, Any]:
     """What a worker runs on: asked in the worker itself, since only there the number of threads is the effective one."""
     import torch
 
-    said: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        return said | {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return said | {"cores": len(os.sched_getaffinity(0))}
+    version = str(torch.__version__)
+    if torch.cuda.is_available():  # threads of the host compute nothing there
+        return {"torch": version, "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return {"torch": version, "threads": torch.get_num_threads(), "cores": len(os.sched_getaffinity(0))}
 
 
 def unrepeatable(config: Any) -> Iterator[str]:
