@@ -111,7 +111,7 @@ def hook_us(streams: int) -> float:
         took.append(time.perf_counter_ns() - began)
         time.sleep(0.001)  # as an engine would, so that the thread that sends is not starved
     tap.close()
-    return statistics.median(took) / 1000
+    return float(statistics.median(took)) / 1000
 
 
 def _request(name: str, parameters: Any) -> Any:

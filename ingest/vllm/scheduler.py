@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from types import FrameType
 from typing import Any
 
 from ingest.vllm.tap import Tap
@@ -17,8 +18,6 @@ from schemas.enginerun import facts, versions
 
 class _Recording:
     """What is put before a scheduler class: every call is passed on, and told to the tap."""
-
-    __slots__ = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -74,7 +73,7 @@ def recording(scheduler: type) -> type:
     """The recording subclass of a scheduler class; one that replays a record makes none of its own."""
     if issubclass(scheduler, _Recording) or getattr(scheduler, "replays", False):
         return scheduler
-    return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__, "__slots__": ()})
+    return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__})
 
 
 class RecordingScheduler:
@@ -107,11 +106,11 @@ def _header(config: Any) -> dict[str, Any]:
 
 def _ask_workers() -> list[dict[str, Any]] | None:
     """The facts of all workers. The executor is known to the engine core alone, which is making this scheduler just now."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         executor = getattr(frame.f_locals.get("self"), "model_executor", None)
         if executor is not None:
             said: list[dict[str, Any]] = executor.collective_rpc(facts.worker_facts)
             return said
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

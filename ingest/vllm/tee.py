@@ -100,7 +100,7 @@ class _Heard:
         self._cached: int | None = None
         self._prompt_tokens: int | None = None
         self._record(e.SessionOpened(client="vllm in process"))
-        fields = {name: getattr(parameters, name, None) for name in ("seed", "temperature", "max_tokens")}
+        fields: dict[str, Any] = {name: getattr(parameters, name, None) for name in ("seed", "temperature", "max_tokens")}
         said = json.dumps(marshal_safe(_fields(parameters)), sort_keys=True, default=str)
         content = e.RequestContent(parameters=said)
         self._record(

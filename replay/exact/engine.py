@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 from typing import Any
+from unittest import mock
 
 from replay.exact.run import Request, Run
 from replay.exact.scheduler import replaying
@@ -169,5 +169,5 @@ def _core(config: Any, scheduler: type) -> Any:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.abstract import Executor
 
-    with mock.patch.object(SchedulerConfig, "get_scheduler_cls", lambda _config: scheduler):
+    with mock.patch.object(SchedulerConfig, "get_scheduler_cls", return_value=scheduler):
         return EngineCore(config, Executor.get_class(config), log_stats=False)
