@@ -2,8 +2,9 @@
 
 The engine's thread puts what it has at hand into a list. Some dozens of calls later another thread, which works while the
 engine waits for its device, makes plain values of them and hands them, as one frame, to the recorder's process
-(`tokentape.engine`), which outlives the engine: what was sent is on the tape even if the engine is killed. A recorder that cannot follow never holds the engine up: frames are let go and counted, and the
-tape says from where on the run cannot be replayed.
+(`tokentape.engine`). That one outlives the engine: what was sent is on the tape even if the engine is killed. A recorder
+that cannot follow never holds the engine up: frames are let go and counted, and the tape says from where on the run
+cannot be replayed.
 """
 
 from __future__ import annotations
