@@ -3,6 +3,7 @@
 DEPLOYMENT ?= embedded
 STATE ?= .tokentape-services
 PYTEST_ARGS ?=
+WORKERS ?= 2
 ROOMS = schemas store ingest replay lifecycle tokentape
 CODE = $(ROOMS) scripts $(wildcard tests benchmarks)
 BIN = .venv/bin
@@ -30,8 +31,9 @@ up: setup ## run tokentape: gateway, indexer, scheduler
 demo: setup ## show all of it on real input (DEPLOYMENT=embedded or distributed)
 	@$(PYTHON) -m scripts.demo --deployment $(DEPLOYMENT)
 
-test: setup ## run all tests, on services that are started and stopped for it
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+# A file stays with one worker, so that what its tests share is made once; the order is kept, for files that need vLLM come last.
+test: setup ## run all tests, on services that are started and stopped for it (WORKERS=0: in one process)
+	@$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup ## ruff, mypy --strict, and the arrows between the rooms
 	@$(BIN)/ruff check .
@@ -56,6 +58,7 @@ lock: setup ## write locks/*.txt anew from pyproject.toml (PACKAGE=name moves on
 	@$(COMPILE) $(UPGRADE) pyproject.toml --group test -c locks/engine.txt -o locks/test.txt
 	@$(COMPILE) $(UPGRADE) --group boot -c locks/engine.txt -o locks/boot.txt
 	@$(COMPILE) $(UPGRADE) --group tools -o locks/tools.txt
+	@$(COMPILE) $(UPGRADE) --group rivals -o locks/rivals.txt
 
 clean: ## remove caches of the tools (never data, never .venv)
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "memory", "capture", "exact")
+NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "open_streams", "stops", "memory", "capture", "exact")
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -1,14 +1,16 @@
-"""What the gateway adds: beside its bare upstream, and beside a pass-through of the same server and client libraries.
+"""What the gateway adds: beside its bare upstream, a pass-through of the same server and client libraries, and LiteLLM's proxy.
 
-Three processes over real sockets: a stub that streams like vLLM (64 tokens; ids and logprobs when asked for), what is
-measured, and the load. Runs of the three targets alternate, so that noise of the machine meets all of them; the ratios
-are of medians over the rounds.
+Processes over real sockets: a stub that streams like vLLM (64 tokens; ids and logprobs when asked for) and the load on one
+core, what is measured on another. Runs of the targets alternate, so that noise of the machine meets all of them; the
+ratios are of medians over the rounds. Latency is measured at half the load that the gateway can carry, and LiteLLM's at
+half of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import socket
 import statistics
 import tempfile
@@ -17,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +29,7 @@ import orjson
 import uvicorn
 import uvloop
 
+from benchmarks.litellm import proxy
 from ingest.gateway import serve
 from ingest.gateway.app import listen, url_of
 from ingest.recorder import Recorder
@@ -35,9 +39,14 @@ from store.log import open_log
 TOKENS = 64
 # Paced streams show latency: one token in this time, a fast engine's pace for one stream.
 _PACE_S = 0.004
-_LATENCY_ROUNDS, _LATENCY_STREAMS, _LATENCY_PARALLEL = 5, 40, 2
+_LATENCY_ROUNDS, _STREAMS_EACH = 3, 4
 # Unpaced streams show throughput: as many at once as keep both cores busy.
-_LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 5, 300, 16
+_LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 3, 320, 16
+# A rival that is slower by orders gets fewer streams, or a round would take minutes.
+_RIVAL_STREAMS = 32
+
+RIVALS = ("upstream", "pass-through", "litellm")
+REACH = {"pass-through": "0.70", "litellm": "5"}
 
 # A conversation has so many turns: each of them a session of its own would be the worst case, one for all the best.
 _TURNS = 4
@@ -48,24 +57,28 @@ _WORDS = ["The", " tape", " keeps", " every", " token", ",", " and", " nothing",
 def run() -> list[dict[str, Any]]:
     """Rows of the table: what, value, unit, beside, ratio."""
     with ExitStack() as stack:
-        urls = _targets(stack)
-        latency: dict[str, list[_Measured]] = {name: [] for name in urls}
-        load: dict[str, list[_Measured]] = {name: [] for name in urls}
-        for url in urls.values():
-            measure(url, streams=32, parallel=8)  # connections, caches and the environment's capture
-        for _ in range(_LATENCY_ROUNDS):
-            for name, url in urls.items():
-                latency[name].append(measure(url, paced=True, streams=_LATENCY_STREAMS, parallel=_LATENCY_PARALLEL))
+        targets = _targets(stack)
+        for target in targets.values():
+            measure(target.url, streams=32, parallel=8)  # connections, caches and the environment's capture
+        load: dict[str, list[_Measured]] = {name: [] for name in targets}
+        processor: dict[str, list[float]] = {name: [] for name in targets}
         for _ in range(_LOAD_ROUNDS):
-            for name, url in urls.items():
-                load[name].append(measure(url, streams=_LOAD_STREAMS, parallel=_LOAD_PARALLEL))
-    return [*_latency_rows(latency), *_load_rows(load)]
+            for name, target in targets.items():
+                streams, before = _RIVAL_STREAMS if name == "litellm" else _LOAD_STREAMS, _processor_s(target.pid)
+                load[name].append(measure(target.url, streams=streams, parallel=_LOAD_PARALLEL))
+                processor[name].append((_processor_s(target.pid) - before) / streams)
+        latency: dict[str, list[_Measured]] = {name: [] for name in targets}
+        for _ in range(_LATENCY_ROUNDS):
+            for name, target in targets.items():
+                parallel = _half_load(load["litellm" if name == "litellm" else "gateway"])
+                latency[name].append(measure(target.url, paced=True, streams=_STREAMS_EACH * parallel, parallel=parallel))
+    return [*_load_rows(load), *_processor_rows(processor), *_latency_rows(latency)]
 
 
-def main() -> None:
-    """Print the rows."""
-    for row in run():
-        print(f"{row['what']:58} {row['value']:>12,.2f} {row['unit']:10} {row['ratio']:>8.2f} x {row['beside']}")
+def _half_load(runs: list[_Measured]) -> int:
+    """How many paced streams at once make half of the streams per second that these runs reached."""
+    speed = statistics.median(run.streams_per_s for run in runs)
+    return max(1, round(speed / 2 * TOKENS * _PACE_S))
 
 
 class Target(NamedTuple):
@@ -76,10 +89,10 @@ class Target(NamedTuple):
 
 
 class _Measured:
-    """Times of one run in seconds."""
+    """Times of one run in seconds: to the first token, between reads after it, of whole streams, and of all."""
 
-    def __init__(self, firsts: list[float], wholes: list[float], elapsed: float) -> None:
-        self.firsts, self.wholes = sorted(firsts), sorted(wholes)
+    def __init__(self, firsts: list[float], gaps: list[float], wholes: list[float], elapsed: float) -> None:
+        self.firsts, self.gaps, self.wholes = sorted(firsts), sorted(gaps), sorted(wholes)
         self.elapsed = elapsed
 
     @property
@@ -88,42 +101,59 @@ class _Measured:
 
 
 def _latency_rows(latency: dict[str, list[_Measured]]) -> Iterator[dict[str, Any]]:
-    for part in ("firsts", "wholes"):
+    for part, what in (("firsts", "first token"), ("gaps", "between tokens"), ("wholes", f"whole stream of {TOKENS}")):
         for quantile, share in (("p50", 0.5), ("p99", 0.99)):
             values = {
-                name: statistics.median(getattr(run, part)[int(share * (len(getattr(run, part)) - 1))] for run in runs)
+                name: statistics.median(getattr(run, part)[int(share * (len(getattr(run, part)) - 1))] for run in runs) * 1e3
                 for name, runs in latency.items()
             }
-            what = "first token" if part == "firsts" else f"whole stream of {TOKENS}"
-            for rival in ("upstream", "pass-through"):
-                added = (values["gateway"] - values[rival]) * 1e3
-                yield _row(
-                    f"added to {what}, {quantile}",
-                    added,
-                    "ms",
-                    f"{rival} ({values[rival] * 1e3:.2f} ms)",
-                    values["gateway"] / values[rival],
-                )
+            for rival in RIVALS:
+                reach = "1 ms" if quantile == "p50" and rival == "pass-through" and part != "wholes" else None
+                yield _row(f"added to {what}, {quantile}, half load", values["gateway"] - values[rival], "ms", rival, values, reach)
 
 
 def _load_rows(load: dict[str, list[_Measured]]) -> Iterator[dict[str, Any]]:
     speeds = {name: statistics.median(run.streams_per_s for run in runs) for name, runs in load.items()}
-    for rival in ("upstream", "pass-through"):
-        ratio = statistics.median(a.streams_per_s / b.streams_per_s for a, b in zip(load["gateway"], load[rival], strict=True))
-        yield _row("streams, recording on", speeds["gateway"], "1/s", f"{rival} ({speeds[rival]:.0f}/s)", ratio)
-    yield _row("tokens, recording on", speeds["gateway"] * TOKENS, "1/s", "pass-through", speeds["gateway"] / speeds["pass-through"])
+    for rival in RIVALS:
+        yield _row("streams, recording on", speeds["gateway"], "1/s", rival, speeds, REACH.get(rival))
+    tokens = {name: speed * TOKENS for name, speed in speeds.items()}
+    for rival in RIVALS[1:]:
+        yield _row("tokens, recording on", tokens["gateway"], "1/s", rival, tokens, REACH.get(rival))
 
 
-def _row(what: str, value: float, unit: str, beside: str, ratio: float) -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "beside": beside, "ratio": ratio}
+def _processor_rows(processor: dict[str, list[float]]) -> Iterator[dict[str, Any]]:
+    """Processor time: what a core allows, which is the limit whatever else the machine does."""
+    spent = {name: statistics.median(runs) * 1e3 for name, runs in processor.items()}
+    for rival in RIVALS:
+        yield _row("processor time of a stream", spent["gateway"], "ms", rival, spent, None)
 
 
-def _targets(stack: ExitStack) -> dict[str, str]:
-    """The three targets, each a process; the stub is upstream of the other two."""
+def _row(what: str, value: float, unit: str, beside: str, values: dict[str, float], reach: str | None) -> dict[str, Any]:
+    rival = values[beside]
+    ratio = values["gateway"] / rival if rival else None
+    return {"what": what, "value": value, "unit": unit, "beside": beside, "beside_value": rival, "ratio": ratio, "reach": reach}
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _targets(stack: ExitStack) -> dict[str, Target]:
+    """The targets, each a process on the last core; the stub, on the others with the load, is upstream of the rest."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    upstream = stack.enter_context(process(stub)).url
-    through = stack.enter_context(process(_pass_through, upstream)).url
-    return {"upstream": upstream, "pass-through": through, "gateway": stack.enter_context(process(gateway, upstream, folder)).url}
+    cores = os.sched_getaffinity(0)
+    measured = {max(cores)}
+    stack.callback(os.sched_setaffinity, 0, cores)
+    os.sched_setaffinity(0, cores - measured or cores)
+    upstream = stack.enter_context(process(stub))
+    os.sched_setaffinity(0, measured)  # children inherit it
+    through = stack.enter_context(process(_pass_through, upstream.url))
+    ours = stack.enter_context(process(gateway, upstream.url, folder))
+    rival = stack.enter_context(proxy(upstream.url, Path(folder)))
+    os.sched_setaffinity(0, cores - measured or cores)
+    return {"upstream": upstream, "pass-through": through, "gateway": ours, "litellm": Target(*rival)}
 
 
 @contextmanager
@@ -235,36 +265,33 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 async def _stream(writer: asyncio.StreamWriter, request: dict[str, Any]) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n")
-    pause = _PACE_S if request.get("user") == "paced" else 0
-    chunks = _chunks(bool(request.get("return_token_ids")), bool((request.get("stream_options") or {}).get("include_usage")))
+    kind, _, pace = str(request.get("user")).partition(" ")
+    pause = float(pace or _PACE_S) if kind == "paced" else 0
+    tokens = int(request.get("max_tokens") or TOKENS)
+    chunks = _chunks(bool(request.get("return_token_ids")), bool((request.get("stream_options") or {}).get("include_usage")), tokens)
     for chunk in chunks:
         writer.write(chunk)
         await asyncio.sleep(pause)
     writer.write(b"0\r\n\r\n")
 
 
-_made: dict[tuple[bool, bool], list[bytes]] = {}
-
-
-def _chunks(ids: bool, usage: bool) -> list[bytes]:
+@cache
+def _chunks(ids: bool, usage: bool, tokens: int = TOKENS) -> list[bytes]:
     """The pieces of a stream as they go over the wire."""
-    if (ids, usage) in _made:
-        return _made[(ids, usage)]
     base = {"id": "chatcmpl-0123456789abcdef", "object": "chat.completion.chunk", "created": 1_795_442_774, "model": "tiny"}
     role: dict[str, Any] = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
     events = [{**base, "choices": [role], "prompt_token_ids": list(range(100, 148)) if ids else None, "prompt_text": None}]
-    for at in range(TOKENS):
+    for at in range(tokens):
         text = _WORDS[at % len(_WORDS)]
         score = {"token": text, "logprob": -1.0625 - at / 7, "bytes": list(text.encode()), "top_logprobs": []}
         choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [score]} if ids else None}
-        choice["finish_reason"] = "length" if at == TOKENS - 1 else None
+        choice["finish_reason"] = "length" if at == tokens - 1 else None
         choice["token_ids"] = [300 + at] if ids else None
         events.append({**base, "choices": [choice]})
     if usage:
-        events.append({**base, "choices": [], "usage": {"prompt_tokens": 48, "total_tokens": 48 + TOKENS, "completion_tokens": TOKENS}})
+        events.append({**base, "choices": [], "usage": {"prompt_tokens": 48, "total_tokens": 48 + tokens, "completion_tokens": tokens}})
     pieces = [b"data: " + orjson.dumps(event) + b"\n\n" for event in events] + [b"data: [DONE]\n\n"]
-    _made[(ids, usage)] = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
-    return _made[(ids, usage)]
+    return [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
 
 
 def measure(url: str, *, streams: int, parallel: int, paced: bool = False) -> _Measured:
@@ -274,15 +301,18 @@ def measure(url: str, *, streams: int, parallel: int, paced: bool = False) -> _M
         return _Measured(*pool.apply(_drive, (url, streams, parallel, paced)))
 
 
-def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[float], list[float], float]:
+def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[float], list[float], list[float], float]:
     host, _, port = url.removeprefix("http://").partition(":")
     messages = [{"role": "system", "content": "You answer briefly."}, {"role": "user", "content": "What does the tape keep? " * 8}]
     body = orjson.dumps({"model": "tiny", "messages": messages, "stream": True, "user": "paced" if paced else "fast"})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     firsts: list[float] = []
+    gaps: list[float] = []
     wholes: list[float] = []
 
-    async def client(count: int) -> None:
+    async def client(number: int, count: int) -> None:
+        if paced:  # arriving apart, or each would wait for all the others
+            await asyncio.sleep(number / parallel * TOKENS * _PACE_S)
         reader, writer = await asyncio.open_connection(host, int(port))
         session = uuid.uuid4()
         writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -291,14 +321,18 @@ def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[flo
             request = f"{head}x-tokentape-session: {session}\r\n\r\n".encode() + body
             began = time.perf_counter()
             writer.write(request)
-            seen, first, tail = 0, 0.0, b""
+            seen, first, last, tail = 0, 0.0, 0.0, b""
             while not tail.endswith(b"0\r\n\r\n"):
                 piece = await reader.read(65536)
                 if not piece:
                     raise ConnectionError(f"{url} ended a stream")
                 seen += len(piece)
-                if not first and (b'"content":"The"' in piece):
-                    first = time.perf_counter()
+                now = time.perf_counter()
+                if first:
+                    gaps.append(now - last)
+                elif b'"content":"The"' in piece:
+                    first = now
+                last = now
                 tail = (tail + piece)[-16:]
             firsts.append((first or time.perf_counter()) - began)
             wholes.append(time.perf_counter() - began)
@@ -306,11 +340,8 @@ def _drive(url: str, streams: int, parallel: int, paced: bool) -> tuple[list[flo
 
     async def main() -> float:
         began = time.perf_counter()
-        await asyncio.gather(*(client(streams // parallel) for _ in range(parallel)))
+        await asyncio.gather(*(client(number, streams // parallel) for number in range(parallel)))
         return time.perf_counter() - began
 
-    return firsts, wholes, uvloop.run(main())
-
-
-if __name__ == "__main__":
-    main()
+    elapsed = uvloop.run(main())
+    return firsts, gaps, wholes, elapsed

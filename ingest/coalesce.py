@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ingest.encoding import encode_bare_chunk, encode_chunk
 from schemas.events import clean_text
 from schemas.sink import SessionContext
 
-Delta = tuple[bytes, int, int, int, str, tuple[int, ...], str, tuple[float, ...]]
-"""One delta of a stream: generation id, index, position, offset in µs, channel, token ids, text, logprobs."""
+Delta = tuple[bytes, int, int, int, str, Sequence[int], str | Sequence[str], Sequence[float]]
+"""One delta of a stream: generation id, index, position, offset in µs, channel, token ids, text, logprobs.
+
+The text is one, which belongs to the last entry, or of a run of tokens one for each.
+"""
 
 
 @dataclass(slots=True)
@@ -72,8 +76,6 @@ class Coalescer:
     def add(self, session: SessionContext, delta: Delta, recorded_at: int, now_s: float) -> list[Chunk]:
         """Take one delta; the chunks that are complete now, oldest first."""
         generation_id, index, _, offset_us, _, token_ids, text, logprobs = delta
-        if not text.isascii():
-            text = clean_text(text)
         done: list[Chunk] = []
         chunks = self._sessions.get(session.session_id)
         chunk = chunks.get((generation_id, index)) if chunks is not None else None
@@ -82,12 +84,16 @@ class Coalescer:
                 done.append(self._close(chunk))
             chunk = self._open(session, delta, now_s)
         entries = len(token_ids) or 1
-        if entries > 1:
-            chunk.offsets_us += [offset_us] * (entries - 1)
+        if isinstance(text, str):
+            text = text if text.isascii() else clean_text(text)
             chunk.lengths += [0] * (entries - 1)
-        chunk.offsets_us.append(offset_us)
-        chunk.lengths.append(len(text))
-        chunk.text += text
+            chunk.lengths.append(len(text))
+            chunk.text += text
+        else:
+            texts = [one if one.isascii() else clean_text(one) for one in text]
+            chunk.lengths += map(len, texts)
+            chunk.text += "".join(texts)
+        chunk.offsets_us += [offset_us] * entries
         chunk.token_ids += token_ids
         chunk.logprobs += logprobs
         chunk.recorded_at = recorded_at

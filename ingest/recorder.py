@@ -25,8 +25,8 @@ from store.log.base import Log
 class RecorderStats:
     """Counts since the recorder was made in this process.
 
-    `recorded`: calls of `record` and `tokens` that were taken in; a token delta counts as one though several become
-    one event. `acknowledged`: events of this producer that the log has durably. `adopted`: events of dead producers
+    `recorded`: calls of `record`, `tokens` and `run` that were taken in; a token delta or a run counts as one, whatever
+    becomes one event. `acknowledged`: events of this producer that the log has durably. `adopted`: events of dead producers
     that were sent for them. `shed`: calls and events that were let go, for whatever reason. `sampled_out`: calls that
     sampling left out. `queue_depth`: calls that wait for the thread. `spool_bytes`: bytes on disk. `log_available`:
     False from a failed or overlong append until the next that succeeds.
@@ -118,6 +118,25 @@ class Recorder:
         delta = delta_of(generation_id, index, position, offset_us, channel, ids, text, tuple(logprobs))
         self._put(session, delta, TokenChunk.KIND)
         return position + (len(ids) or 1)
+
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        """Record tokens of content that came at once and return the position of the next: one text and one logprob per id."""
+        at_most = self._settings.coalesce_tokens
+        for start in range(0, len(token_ids), at_most):
+            part = slice(start, start + at_most)
+            delta = generation_id, index, position + start, offset_us, "content", token_ids[part], texts[part], logprobs[part]
+            self._put(session, delta, TokenChunk.KIND)
+        return position + len(token_ids)
 
     def sampled(self, session_id: bytes) -> bool:
         """Whether this session is among those that `sample_rate` keeps; `record` ignores the others."""

@@ -69,6 +69,48 @@ class Verified:
         return own | self.ledger.to_dict()
 
 
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which objects and rows are read again: those of days from `first` to `last`, and of a session.
+
+    Entries and checkpoints are always all checked: they are a chain.
+    """
+
+    first: str = ""
+    last: str = "9999-12-31"
+    session: bytes | None = None
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is left out."""
+        return self == Scope()
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether an entry's day is among them; entries without one always are."""
+        return self.first <= str(entry.body.get("day", self.first)) <= self.last
+
+    def keeps(self, item: Mapping[str, Any]) -> bool:
+        """Whether a segment, as its entry tells it, may hold the session."""
+        session = self.session.hex() if self.session is not None else None
+        return session is None or str(item["session_min"]) <= session <= str(item["session_max"])
+
+    def leaves_out(self, entry: Entry, key: str) -> bool:
+        """Whether an object that an entry names need not be read."""
+        if not self.takes(entry):
+            return True
+        items = entry.body.get("segments")
+        named = [item for item in items if isinstance(item, dict) and item.get("key") == key] if isinstance(items, list) else []
+        return any(not self.keeps(item) for item in named)
+
+    def __str__(self) -> str:
+        days = "" if (self.first, self.last) == (Scope().first, Scope().last) else f"days {self.first or '…'} to {self.last}"
+        session = f"session {self.session.hex()}" if self.session is not None else ""
+        return ", ".join(filter(None, (days, session))) or "everything"
+
+
+EVERYTHING = Scope()
+
+
 @dataclass(frozen=True)
 class Verification:
     """What is verified: a store or a copy of it, the ledger's public key, and the schemas that are known."""
@@ -77,6 +119,7 @@ class Verification:
     verifier: Verifier
     registry: SchemaRegistry
     anchors: tuple[bytes, ...] = ()
+    scope: Scope = EVERYTHING
 
     def run(self, sink: EventSink | None = None) -> dict[str, Any]:
         """Verify everything, record what came of it, and say so as a flat dict.
@@ -88,7 +131,7 @@ class Verification:
         found = self.report()
         took = (time.perf_counter_ns() - began) // 1000
         if sink is not None:
-            sink.record(platform_session("lifecycle", "job:verify"), _event(found, took))
+            sink.record(platform_session("lifecycle", "job:verify"), _event(found, self.scope, took))
         if found.exit_code:
             log.error("verify.not_good", outcome=outcome(found), findings=len(found.findings), first=_line(found.findings[0]))
         counts = {"entries": found.ledger.entries, "segments": found.segments, "events": found.events}
@@ -105,7 +148,7 @@ class Verification:
         Raises:
             StoreUnavailable: the store does not answer.
         """
-        report = verify_ledger(self.objects, self.verifier, anchors=self.anchors)
+        report = verify_ledger(self.objects, self.verifier, anchors=self.anchors, leaves_out=self.scope.leaves_out)
         if not report.entries and any(finding.key.startswith("events/") for finding in report.findings):
             gone = Finding("missing", ENTRIES, "there are segments and not one entry")
             report = replace(report, findings=(*report.findings, gone))
@@ -122,10 +165,10 @@ def outcome(found: Verified) -> str:
     return {0: "good", 10: "modified", 11: "missing", 12: "unsigned"}[found.exit_code]
 
 
-def _event(found: Verified, took_us: int) -> VerificationFinished:
+def _event(found: Verified, scope: Scope, took_us: int) -> VerificationFinished:
     findings = [Pair(key=finding.kind, value=_line(finding)) for finding in found.findings[:FINDINGS_MAX]]
     return VerificationFinished(
-        scope="everything",
+        scope=str(scope),
         outcome=outcome(found),
         entries=found.ledger.entries,
         segments=found.segments,
@@ -201,20 +244,22 @@ class _Deep:
             items = [dict(item) for item in entry.body["segments"]]
             spans = [coverage_from_json(item) for item in entry.body["coverage"]]
             manifest = str(entry.body["coverage_key"])
-            contents = {str(item["key"]): self._content(entry, item) for item in items}
+            read = [item for item in items if self.of.scope.takes(entry) and self.of.scope.keeps(item)]
+            contents = {str(item["key"]): self._content(entry, item) for item in read}
+            keys = {str(item["key"]) for item in items}
         except (KeyError, TypeError, ValueError) as error:
             self._add("modified", entry.key, f"does not say what a segments entry says: {error!r}")
             return
         for item in spans:
             self.spans[item.span.log_id, item.span.partition].append((item.span, entry.key))
-        if manifest in self.faulty:
+        if manifest in self.faulty or not self.of.scope.takes(entry):
             return
         try:
             covered = from_parquet(self.of.objects.get(manifest), spans, place=manifest)
         except (KeyError, CorruptStore) as error:
             self._add("modified", manifest, error.fault if isinstance(error, CorruptStore) else "removed while it was being read")
             return
-        self._check_coverage(entry, covered, contents, signed)
+        self._check_coverage(entry, covered, keys, contents, signed)
 
     def _content(self, entry: Entry, item: Mapping[str, Any]) -> SegmentContent | None:
         """A segment read again; None where it is at fault, which then stands in the report."""
@@ -259,6 +304,7 @@ class _Deep:
         self,
         entry: Entry,
         covered: Sequence[Coverage],
+        named_by_entry: set[str],
         contents: Mapping[str, SegmentContent | None],
         signed: Mapping[_Where, Mapping[int, tuple[bytes, str]]],
     ) -> None:
@@ -273,7 +319,7 @@ class _Deep:
             where = (item.span.log_id, item.span.partition)
             mine = placed.get(where, NONE_PLACED).between(item.span)
             named = {run.place for run in item.runs if run.sha256 is None}
-            if strangers := named - contents.keys():
+            if strangers := named - named_by_entry:
                 self._add("modified", entry.key, f"its coverage names {min(strangers)}, which the entry does not")
             elif named <= known.keys():
                 self._check_span(entry, item, mine, keys, signed.get(where, {}))

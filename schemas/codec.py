@@ -215,11 +215,26 @@ def leaf_hash(datum: dict[str, Any], schema: Schema) -> bytes:
     M is the framed event with content, salt and commitment null. C is HMAC-SHA256(salt, canonical bytes of the
     content record); after erasure the commitment that took its place; 32 zero bytes where there never was content.
     """
-    kind = kind_of(datum, schema)
-    payload = datum[kind]
     commitment = datum.get("commitment") or commit(datum, schema)
-    bare = {**datum, "salt": None, "commitment": None, kind: {**payload, "content": None}}
-    return hashlib.sha256(b"\x00" + encode_datum(bare, schema) + commitment).digest()
+    return hashlib.sha256(b"\x00" + encode_metadata(datum, schema) + commitment).digest()
+
+
+def encode_metadata(datum: dict[str, Any], schema: Schema) -> bytes:
+    """M of an event: what is left of its framed bytes once it was erased, but for the commitment."""
+    kind = kind_of(datum, schema)
+    bare = {**datum, "salt": None, "commitment": None, kind: {**datum[kind], "content": None}}
+    return encode_datum(bare, schema)
+
+
+def encode_content(datum: dict[str, Any], schema: Schema) -> bytes | None:
+    """The canonical bytes of an event's content record; None where there is none."""
+    kind = kind_of(datum, schema)
+    content = datum[kind].get("content")
+    if content is None:
+        return None
+    out = io.BytesIO()
+    fastavro.schemaless_writer(out, _content_schema(schema, kind), content)
+    return out.getvalue()
 
 
 def commit(datum: dict[str, Any], schema: Schema) -> bytes:
@@ -228,15 +243,12 @@ def commit(datum: dict[str, Any], schema: Schema) -> bytes:
     Raises:
         InvalidEvent: content without a salt, which nobody could erase.
     """
-    kind = kind_of(datum, schema)
-    content = datum[kind].get("content")
+    content = encode_content(datum, schema)
     if content is None:
         return NO_CONTENT
     if datum.get("salt") is None:
         raise InvalidEvent("content without a salt", operation="commit", hint="record it in a session with a salt")
-    out = io.BytesIO()
-    fastavro.schemaless_writer(out, _content_schema(schema, kind), content)
-    return hmac.digest(datum["salt"], out.getvalue(), "sha256")
+    return hmac.digest(datum["salt"], content, "sha256")
 
 
 def erase(datum: dict[str, Any], schema: Schema) -> dict[str, Any]:

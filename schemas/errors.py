@@ -6,6 +6,7 @@
     ├── UsageError                 2   the caller asked for something that cannot be
     │   ├── SettingsError          2   a settings file, variable or flag is wrong
     │   ├── UnknownSession         3   no event of that session is known
+    │   ├── UnknownEvent           3   no event of that id is known
     │   ├── UnknownName            2   no breakpoint or stopped request of that name
     │   └── QueryError             4   SQL that is invalid, refused or over a limit
     ├── DataError                  5   bytes or rows that are not what they should be
@@ -66,6 +67,12 @@ class SettingsError(UsageError):
 
 class UnknownSession(UsageError):
     """No event of that session is known."""
+
+    exit_code = 3
+
+
+class UnknownEvent(UsageError):
+    """No event of that id is known."""
 
     exit_code = 3
 

@@ -29,6 +29,7 @@ class LogSettings(_Section):
     topic: str = Field(default="tokentape.events", description="created when missing")
     partitions: int = Field(default=4, ge=1, le=1024, description="used when the log is created; fixed after that")
     replication: int = Field(default=1, ge=1, description="Kafka replication factor when the topic is created")
+    retention_h: float = Field(default=0, ge=0, description="how long Kafka keeps a topic that is created; 0: as the broker says")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
 
@@ -154,6 +155,8 @@ class GatewaySettings(_Section):
     total_timeout_s: Seconds = Field(default=3600.0, description="longest time for one whole answer")
     retries: int = Field(default=1, ge=0, le=5, description="how often the only upstream is asked again, before its answer began")
     body_bytes_max: int = Field(default=32 << 20, ge=1024, description="a larger request is refused with 413")
+    request_timeout_s: Seconds = Field(default=120.0, description="until a request's head has come, and then its body; else 408")
+    connections_max: int = Field(default=16_384, ge=1, description="open connections of clients; one more is refused with 503")
     auth: Literal["off", "required"] = Field(default="off", description="required: only requests with a key of `tokentape keys`.")
 
     @model_validator(mode="after")
@@ -190,6 +193,18 @@ class DebugSettings(_Section):
     token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
+class BatchSettings(_Section):
+    """Batch work: files of requests that wait in a log per model and go after interactive requests."""
+
+    concurrency: int = Field(default=8, ge=0, description="batch requests of one model at work in one worker; 0: `up` works on none")
+    attempts_max: int = Field(default=5, ge=1, description="a request that fails so often, an absent upstream apart, ends as an error")
+    backoff_s: Seconds = Field(default=1.0, description="before the second attempt; doubled each time, a minute at most")
+    window_h: float = Field(default=24.0, gt=0, le=720, description="what has not begun after this has expired; a batch may say less")
+    file_bytes_max: int = Field(default=512 << 20, ge=1024, description="a larger file is refused")
+    lines_max: int = Field(default=1_000_000, ge=1, description="a file with more requests is refused")
+    keep_days: float = Field(default=30.0, gt=0, description="after this files and results are deleted")
+
+
 class IndexSettings(_Section):
     """How the log becomes hot shards."""
 
@@ -211,6 +226,20 @@ class ColdSettings(_Section):
     lock: Literal["none", "governance", "compliance"] = Field(default="governance", description="object lock of segments.")
     lock_days: int = Field(default=30, ge=1, description="how long segments and ledger entries are locked")
     timeout_s: Seconds = 30.0
+
+
+class WitnessSettings(_Section):
+    """Where copies of signed checkpoints go: somewhere that who runs this installation cannot rewrite."""
+
+    kind: Literal["off", "folder", "minio"] = Field(default="off", description="a folder on another disk, or a bucket of its own.")
+    folder: Path | None = Field(default=None, description="the folder, for kind folder")
+    endpoint: str = Field(default="127.0.0.1:9000", description="host:port of the S3 server, for kind minio")
+    secure: bool = Field(default=False, description="https")
+    region: str = "us-east-1"
+    bucket: str = Field(default="tokentape-witness", description="created with object lock when missing")
+    access_key: str = Field(default="", description="not the one of cold.access_key, or the witness proves little")
+    secret_key: SecretStr = SecretStr("")
+    lock_days: int = Field(default=0, ge=0, description="how long each copy is locked in compliance mode; 0 for not at all")
 
 
 class LedgerSettings(_Section):
@@ -235,6 +264,9 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    witness_s: float = Field(default=3600.0, ge=0)
+    blobs_s: float = Field(default=86_400.0, ge=0)
+    blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
 
@@ -243,6 +275,16 @@ class LoggingSettings(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severity printed.")
     format: Literal["auto", "console", "json"] = Field(default="auto", description="auto is console on a terminal, else json.")
+
+
+class TelemetrySettings(_Section):
+    """OpenTelemetry spans of what passes through the gateway. They never hold content."""
+
+    otlp_endpoint: str = Field(default="", pattern=r"^(https?://.+)?$", description="base URL of an OTLP/HTTP collector; empty: no spans")
+    service_name: str = Field(default="tokentape", min_length=1, description="service.name of the spans")
+    sample_ratio: float = Field(default=1.0, ge=0, le=1, description="of requests that come without a trace; else the client decides")
+    queue_max: int = Field(default=8192, ge=1, description="spans that may wait for the collector; more are dropped and counted")
+    timeout_s: Seconds = Field(default=10.0, description="how long the collector may take for a batch, new attempts included")
 
 
 class Settings(_Section):
@@ -258,9 +300,12 @@ class Settings(_Section):
     gateway: GatewaySettings = GatewaySettings()
     engine: EngineSettings = EngineSettings()
     debug: DebugSettings = DebugSettings()
+    batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
     ledger: LedgerSettings = LedgerSettings()
+    witness: WitnessSettings = WitnessSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()

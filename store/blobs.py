@@ -2,7 +2,9 @@
 
 A blob is named by the HMAC-SHA256 of its bytes under a key of its tenant (`keys/blobs/TENANT.key` in the data directory), so
 that equal bodies of one tenant are stored once and the name says nothing to others. It stands at
-`blobs/tenant=T/ab/abcd….zst`, or without `.zst` where it was not compressed. A blob is durable when `put` returns.
+`blobs/tenant=T/ab/abcd….zst`, or without `.zst` where it was not compressed. A blob is durable when `put` returns. One that
+is wanted again on a later day than it was written gets a mark of that day under `blob-uses/`, so that `lifecycle.blobs`, which
+takes away what no event refers to, can tell.
 
 An attachment leaves `tokentape-blob:NAME:SIZE` in the message's text where its base64 stood: putting that back gives the
 text as it was.
@@ -16,6 +18,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, date, datetime
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from store.keyfile import installation_key
 from store.objects.base import ObjectStore
 from store.rows import StoredEvent
 
+BLOBS = "blobs/"
+USES = "blob-uses/"
 JSON_TYPE = "application/json"
 
 MARK = re.compile(r"tokentape-blob:([0-9a-f]{64}):(\d+)")
@@ -44,7 +49,7 @@ class BlobStore:
         """`data` is the data directory, which has the keys."""
         self._objects = objects
         self._keys = data / "keys" / "blobs"
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, date] = OrderedDict()
         self._lock = threading.Lock()
 
     def put(self, tenant: str, data: bytes, media_type: str) -> BlobRef:
@@ -58,9 +63,18 @@ class BlobStore:
         key = key_of(tenant, name, ref.encoding)
         if not self._knows(key):
             stored = zstandard.ZstdCompressor(write_checksum=True).compress(data) if ref.encoding == "zstd" else data
-            self._objects.create(key, stored)
+            self._keep(key, stored)
             self._learn(key)
         return ref
+
+    def _keep(self, key: str, stored: bytes) -> None:
+        """Store what is not there; of what is there from another day say that it is used, then see that it was not taken away before."""
+        found = self._objects.head(key)
+        if found is not None and found.modified_at.date() != _today():
+            self._objects.create(f"{use_prefix(key)}{_today()}", b"used")
+            found = self._objects.head(key)
+        if found is None:
+            self._objects.create(key, stored)
 
     def get(self, tenant: str, name: bytes) -> bytes:
         """The bytes of a blob.
@@ -96,11 +110,11 @@ class BlobStore:
 
     def _knows(self, key: str) -> bool:
         with self._lock:
-            return key in self._known
+            return self._known.get(key) == _today()
 
     def _learn(self, key: str) -> None:
         with self._lock:
-            self._known[key] = None
+            self._known[key] = _today()
             if len(self._known) > _KNOWN_MAX:
                 self._known.popitem(last=False)
 
@@ -113,7 +127,16 @@ def encoding_of(media_type: str) -> str:
 def key_of(tenant: str, name: bytes, encoding: str) -> str:
     """Where a blob stands in the object store."""
     digits = name.hex()
-    return f"blobs/tenant={tenant}/{digits[:2]}/{digits}{'.zst' if encoding == 'zstd' else ''}"
+    return f"{BLOBS}tenant={tenant}/{digits[:2]}/{digits}{'.zst' if encoding == 'zstd' else ''}"
+
+
+def use_prefix(key: str) -> str:
+    """Where the marks stand that say on which days a blob was wanted again."""
+    return f"{USES}{key.removeprefix(BLOBS)}/"
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()
 
 
 def mark_of(ref: BlobRef) -> str:

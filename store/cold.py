@@ -191,9 +191,7 @@ def read_content(data: bytes, registry: SchemaRegistry, *, sha256: str, place: s
         CorruptStore: bytes with another SHA-256 (hex), not a Parquet file, or rows that no event explains.
         UnknownSchema: a writer schema that the registry does not know.
     """
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise CorruptStore(f"SHA-256 is {found[:16]}…, entered as {sha256[:16]}…", operation="read segment", place=place)
+    _check_bytes(data, sha256, place)
     leaves, schemas = bytearray(), set[bytes]()
     pieces: dict[tuple[str, int], list[tuple[Any, Any]]] = defaultdict(list)
     for piece in _recoded(data, registry, place):
@@ -207,6 +205,18 @@ def read_content(data: bytes, registry: SchemaRegistry, *, sha256: str, place: s
         for where, parts in sorted(pieces.items())
     )
     return SegmentContent(len(leaves) // 32, root_of_packed(bytes(leaves)), held, tuple(sorted(schemas)))
+
+
+def read_leaves(data: bytes, registry: SchemaRegistry, *, sha256: str, place: str) -> bytes:
+    """The leaf hashes of a segment's rows in their order, 32 bytes each. Raises as `read_content` does."""
+    _check_bytes(data, sha256, place)
+    return b"".join(piece.leaves for piece in _recoded(data, registry, place))
+
+
+def _check_bytes(data: bytes, sha256: str, place: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CorruptStore(f"SHA-256 is {found[:16]}…, entered as {sha256[:16]}…", operation="read segment", place=place)
 
 
 def _recoded(data: bytes, registry: SchemaRegistry, place: str) -> Iterator[Recoded]:

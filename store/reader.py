@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from schemas.errors import StoreUnavailable, UnknownSession, UsageError
 from schemas.settings import Settings
+from store.blobs import MARK
 from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
 from store.columns import current_columns
 from store.duck import connect, mapped
@@ -27,6 +28,7 @@ from store.views import events_sql
 _ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for longest are detached
 _URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
 _ATTEMPTS = 3  # a shard can be merged away between snapshot and attach
+_ID_SPREAD_US = 60_000_000  # how far the time in an event's id may lie from `recorded_at`: an id is never smaller than the one before
 _MATCHES_SHOWN = 5  # sessions named when a prefix is not unique
 
 
@@ -100,12 +102,46 @@ class EventReader:
             raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
         return bytes(found[0])
 
+    def place_of(self, event_id: bytes) -> Segment | Shard | None:
+        """What holds an event now; None when nothing does.
+
+        Looks first where the time in a UUIDv7 points to: the clock of the one who recorded it made both.
+        """
+        at = int.from_bytes(event_id[:6], "big") * 1000
+        near = self._catalog.snapshot(time=(at - _ID_SPREAD_US, at + _ID_SPREAD_US))
+        return self._holder(near, event_id) or self._holder(self._catalog.snapshot(), event_id)
+
+    def _holder(self, snapshot: Snapshot, event_id: bytes) -> Segment | Shard | None:
+        """The first part of a snapshot with this event: hot ones first, which are quick to ask."""
+        for shard in snapshot.shards:
+            if shard.rows and self._holds(Snapshot((shard,), ()), event_id):
+                return shard
+        return next((segment for segment in snapshot.segments if self._holds(Snapshot((), (segment,)), event_id)), None)
+
+    def _holds(self, snapshot: Snapshot, event_id: bytes) -> bool:
+        where = f"event_id BETWEEN {blob(event_id)} AND {blob(event_id)}"
+        found = self._read(lambda: snapshot, lambda only: self._query(only, "SELECT count(*) FROM events", where, ("event_id",)))
+        return bool(found.column(0)[0].as_py())
+
     def recent(self, limit: int = 50, *, tenant: str | None = None) -> list[SessionSummary]:
         """The sessions with the latest events, newest first; those of the platform itself only when asked for by tenant."""
         condition = "tenant <> '_platform'" if tenant is None else "tenant = '{}'".format(tenant.replace("'", "''"))
         found = self._summaries(self._hot_only, condition, limit)
         # A session of the cold tier is only of interest when hot has too few.
         return found if len(found) == limit else self._summaries(self._catalog.snapshot, condition, limit)
+
+    def blob_names(self) -> set[str]:
+        """The names of all blobs that an event refers to, in hexadecimal."""
+        sql = (
+            "SELECT DISTINCT name FROM (WITH asked AS (SELECT request_submitted.content AS content FROM events), "
+            "said AS (SELECT unnest(content.messages) AS message FROM asked) "
+            "SELECT lower(hex(content.parameters_blob.blob_id)) AS name FROM asked "
+            "UNION ALL SELECT lower(hex(message.blob.blob_id)) FROM said "
+            f"UNION ALL SELECT unnest(regexp_extract_all(message.body, '{MARK.pattern}', 1)) FROM said) WHERE name IS NOT NULL"
+        )
+        columns = ("kind", "request_submitted")
+        table = self._read(self._catalog.snapshot, lambda snapshot: self._query(snapshot, sql, "kind = 'request_submitted'", columns))
+        return set(table.column(0).to_pylist())
 
     def close(self) -> None:
         """Release files and connections; safe to call twice, and the next call opens them again."""

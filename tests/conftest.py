@@ -7,25 +7,25 @@ Services are started when the first test asks for one and stopped at the end of 
 from __future__ import annotations
 
 import os
-import sys
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from schemas.settings import ColdSettings, LogSettings, Settings
 from scripts.native.component import Address
-from scripts.native.processes import ServiceError
 from scripts.services import Services, load
+from tests.lender import Lender, borrow, lend, say, want
 
 for _name in [name for name in os.environ if name.startswith("TOKENTAPE_") and name not in ("TOKENTAPE_SERVICES", "TOKENTAPE_CACHE")]:
     del os.environ[_name]  # settings of the person who runs the tests are not settings of the tests
 _shared_state = os.environ.pop("TOKENTAPE_SERVICES", None)
-_background = pytest.StashKey["_Background"]()
+_loans = pytest.StashKey[Path]()
+_lender = pytest.StashKey[Lender]()
 
 
 @dataclass(frozen=True)
@@ -97,87 +97,61 @@ class VllmService(_Service):
         return Path(self.address["model_dir"])
 
 
-class _Background(threading.Thread):
-    """Starts vLLM, which takes two minutes, while the tests that do not need it run.
-
-    The thread lives as long as the service: the kernel ties a process to the thread that started it.
-    """
-
-    def __init__(self, state: Path) -> None:
-        super().__init__(name="vllm-start", daemon=True)
-        self.services = Services(state, say=self._say_while_wanted, tied=True)
-        self.failure: BaseException | None = None
-        self._settled = threading.Event()
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        try:
-            self.services.up(["vllm"])
-            self._settled.set()
-            self._over.wait()
-        except BaseException as error:
-            self.failure = error
-        finally:
-            self._settled.set()
-            self.services.down()
-
-    def address(self) -> Address:
-        """Wait until the service answers; raises what kept it from it."""
-        self._settled.wait()
-        if self.failure is not None:
-            raise self.failure
-        return self.services.address("vllm")
-
-    def finish(self) -> None:
-        """Stop the service, also one that is still starting, and wait until it is gone."""
-        self._over.set()
-        self.join()
-
-    def _say_while_wanted(self, line: str) -> None:
-        """Pass progress on; an interrupted run leaves a start that takes minutes at its next progress line."""
-        if self._over.is_set():
-            raise ServiceError("no longer wanted")
-        _say(line)
+def _leads(config: pytest.Config) -> bool:
+    """Is this the process that leads the run, and not a worker of pytest-xdist?"""
+    return not hasattr(config, "workerinput")
 
 
-def _say(line: str) -> None:
-    """Progress of the services goes past pytest's capture, since a silent wait looks like a hang."""
-    print(f"[services] {line}", file=sys.__stderr__, flush=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Have somebody who starts services; workers are told where to ask."""
+    config = session.config
+    if not _leads(config):
+        config.stash[_loans] = Path(config.workerinput["loans"])  # type: ignore[attr-defined]  # xdist's
+        return
+    factory: pytest.TempPathFactory = config._tmp_path_factory  # type: ignore[attr-defined]  # fixtures do not exist yet
+    config.stash[_loans] = factory.mktemp("services")
+    if _shared_state:
+        for name, address in load(Path(_shared_state)).items():
+            lend(config.stash[_loans], name, address)
+    config.stash[_lender] = Lender(config.stash[_loans])
+    config.stash[_lender].start()
 
 
-def _shared(name: str) -> Address | None:
-    """Address of a service that runs already, when the caller named a state file that has it."""
-    return load(Path(_shared_state)).get(name) if _shared_state else None
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where services are asked for."""
+    node.workerinput["loans"] = str(node.config.stash[_loans])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need vLLM come last, so that its start overlaps with the others."""
-    items.sort(key=_needs_vllm)
+    """Files that need vLLM come last, so that its start overlaps with the others."""
+    late = {item.path for item in items if _needs_vllm(item)}
+    items.sort(key=lambda item: (item.path in late, _needs_vllm(item)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to start vLLM when a selected test needs it and nobody lent one."""
-    if session.config.option.collectonly or _shared("vllm") or not any(map(_needs_vllm, session.items)):
-        return
-    factory: pytest.TempPathFactory = session.config._tmp_path_factory  # type: ignore[attr-defined]  # fixtures do not exist yet
-    background = _Background(factory.mktemp("vllm"))
-    session.config.stash[_background] = background
-    background.start()
+    """Begin to start vLLM, which takes two minutes, when a selected test needs it."""
+    if not session.config.option.collectonly and any(map(_needs_vllm, session.items)):
+        want(session.config.stash[_loans], "vllm")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Leave nothing running, also when the run was interrupted."""
-    background = session.config.stash.get(_background, None)
-    if background is not None:
-        background.finish()
+    lender = session.config.stash.get(_lender, None)
+    if lender is not None:
+        lender.finish()
 
 
 def _needs_vllm(item: pytest.Item) -> bool:
     return "vllm" in getattr(item, "fixturenames", ())
 
 
+def _borrowed(request: pytest.FixtureRequest, name: str) -> Address:
+    return borrow(request.config.stash[_loans], name)
+
+
 def _started(name: str, factory: pytest.TempPathFactory) -> Iterator[tuple[Address, Services]]:
-    services = Services(factory.mktemp(name), say=_say, tied=True)
+    services = Services(factory.mktemp(name), say=say, tied=True)
     try:
         yield services.up([name])[name], services
     finally:
@@ -185,34 +159,21 @@ def _started(name: str, factory: pytest.TempPathFactory) -> Iterator[tuple[Addre
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaService]:
+def kafka(request: pytest.FixtureRequest) -> KafkaService:
     """One Kafka for the whole run; tests keep apart by the names of their topics."""
-    lent = _shared("kafka")
-    if lent:
-        yield KafkaService("kafka", lent)
-        return
-    for address, _ in _started("kafka", tmp_path_factory):
-        yield KafkaService("kafka", address)
+    return KafkaService("kafka", _borrowed(request, "kafka"))
 
 
 @pytest.fixture(scope="session")
-def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MinioService]:
+def minio(request: pytest.FixtureRequest) -> MinioService:
     """One MinIO for the whole run; tests keep apart by the names of their buckets."""
-    lent = _shared("minio")
-    if lent:
-        yield MinioService("minio", lent)
-        return
-    for address, _ in _started("minio", tmp_path_factory):
-        yield MinioService("minio", address)
+    return MinioService("minio", _borrowed(request, "minio"))
 
 
 @pytest.fixture(scope="session")
 def vllm(request: pytest.FixtureRequest) -> VllmService:
-    """One vLLM for the whole run, stopped with the session."""
-    lent = _shared("vllm")
-    if lent:
-        return VllmService("vllm", lent)
-    return VllmService("vllm", request.config.stash[_background].address())
+    """One vLLM for the whole run."""
+    return VllmService("vllm", _borrowed(request, "vllm"))
 
 
 @pytest.fixture(scope="module")

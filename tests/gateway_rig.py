@@ -22,7 +22,7 @@ from schemas.codec import decode
 from schemas.events import Event, GenerationFailed
 from schemas.registry import SchemaRegistry
 from schemas.requests import load
-from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings
+from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings, TelemetrySettings
 from store.log import open_log
 
 DEADLINE_S = 30.0
@@ -129,13 +129,21 @@ def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
 
 @contextlib.contextmanager
 def running(
-    data: Path, upstream: str, *, mode: str = "block", grace_s: float = 5.0, debug: dict[str, Any] | None = None, **gateway: Any
+    data: Path,
+    upstream: str,
+    *,
+    mode: str = "block",
+    grace_s: float = 5.0,
+    debug: dict[str, Any] | None = None,
+    telemetry: dict[str, Any] | None = None,
+    **gateway: Any,
 ) -> Iterator[Rig]:
     """A gateway before an upstream."""
     settings = Settings(
         data=data,
         gateway=GatewaySettings(port=0, upstream=upstream, **gateway),
         debug=DebugSettings.model_validate(debug or {}),
+        telemetry=TelemetrySettings.model_validate(telemetry or {}),
         log=LogSettings(partitions=2),
         recorder=RecorderSettings.model_validate({"mode": mode, "coalesce_ms": 5.0}),
     )

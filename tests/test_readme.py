@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ README = ROOT / "README.md"
 ELSEWHERE = ("git clone", "make ", "docker ", "curl ")
 """Beginnings of commands that set up a machine or are a client; the frame's, the services' and other tests run those."""
 DEBUGGING = "## Stop a request, edit it, let it go"
+BATCHES = "## Batch work"
 GATEWAY = "http://127.0.0.1:8400"
 """Where the README's reader has a gateway."""
 ENGINE = "http://127.0.0.1:8000"
@@ -36,8 +38,10 @@ def shown() -> list[str]:
 
 
 def runnable() -> list[str]:
-    """Those that end by themselves and need nothing that the tests do not have."""
-    return [line for line in shown() if not line.startswith(ELSEWHERE) and not re.search(r"\bup$|REQUEST", line)]
+    """Those that end by themselves and need nothing that the tests do not have; batches are worked off in a test of their own."""
+    return [
+        line for line in shown() if not line.startswith(ELSEWHERE) and not re.search(r"\bup$|REQUEST|BATCH|MODEL|tokentape batch", line)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,7 @@ def _install(folder: Path) -> None:
 def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
     """Each ends with exit code 0, says nothing of an error, and leaves an answer where there is one."""
     session = program.sql("SELECT session_id, started_at FROM sessions WHERE requests > 0")[0]
+    event = program.sql("SELECT event_id FROM events WHERE kind = 'request_submitted'")[0]["event_id"]
     key = f"key-{program.run('keys', 'create', '--owner', 'ann').text.split('-')[1]}"
     search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**program.environment, "PATH": search}
@@ -69,11 +74,11 @@ def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
     wrong = {}
     for line in runnable():
         words = re.sub(r"--at \S+", f"--at {moment}", line.replace("SESSION", session["session_id"]).replace(ENGINE, vllm.url))
-        words = re.sub(r"\bKEY\b", key, words)
+        words = re.sub(r"\bEVENT\b", event, re.sub(r"\bKEY\b", key, words))
         ran = subprocess.run(
             ["sh", "-c", words], capture_output=True, text=True, cwd=program.folder, env=environment, timeout=90, check=False
         )
-        if ran.returncode or "Traceback" in ran.stderr or "tokentape: " in ran.stderr or not (ran.stdout or ">" in words):
+        if ran.returncode or "Traceback" in ran.stderr or "tokentape: " in ran.stderr or not (ran.stdout or re.search("> |--out ", words)):
             wrong[words] = (ran.returncode, ran.stdout[-300:], ran.stderr[-1000:])
 
     assert wrong == {}
@@ -124,3 +129,29 @@ def test_targets_of_the_readme() -> None:
 
     assert "demo" in named
     assert named - there == set()
+
+
+def test_batch_work(program: Program, vllm: VllmService) -> None:
+    """The section on batch work, done: a file is submitted, worked off and found again; a worker comes and goes."""
+    section = README.read_text(encoding="utf-8").partition(BATCHES)[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    how: Any = {"text": True, "cwd": program.folder, "env": {**program.environment, "PATH": search}}
+    batch, said = "", {}
+    with program.up("--only", "gateway") as up:
+        up.ready(("gateway",))
+        for line in block.splitlines():
+            words = re.sub(r"\s+# .*", "", line).replace("MODEL", vllm.model).replace("BATCH", batch)
+            if words.endswith("batch work"):
+                worker = subprocess.Popen(["sh", "-c", f"exec {words}"], stderr=subprocess.PIPE, **how)
+                worker.send_signal(signal.SIGTERM)
+                worker.communicate(timeout=90)
+                continue
+            ran = subprocess.run(["sh", "-c", words], capture_output=True, timeout=90, check=False, **how)
+            assert (ran.returncode, "Traceback" in ran.stderr) == (0, False), (words, ran.stderr)
+            said[words.replace(batch, "BATCH") if batch else words] = ran.stdout
+            if "batch submit" in words:
+                batch = ran.stdout.split()[0]
+
+    assert '"custom_id":"r1"' in said["tokentape batch results BATCH --wait"].replace(" ", "")
+    assert batch in said["tokentape sessions --tag BATCH"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,23 @@ class _Kept:
     def tokens(self, session: SessionContext, generation_id: bytes, index: int, position: int, offset_us: int, **delta: Any) -> int:
         self.entries.append((position, tuple(delta["token_ids"]), delta["text"], tuple(delta["logprobs"])))
         return position + (len(delta["token_ids"]) or 1)
+
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        for entry in zip(token_ids, texts, logprobs, strict=True):
+            position = self.tokens(
+                session, generation_id, index, position, offset_us, token_ids=entry[:1], text=entry[1], logprobs=entry[2:]
+            )
+        return position
 
     async def durable(self) -> None:
         """At once."""

@@ -28,7 +28,9 @@ COMMANDS = {
     "debug": ("breakpoints", "stopped"),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
+    "batch": ("batch",),
     "custody": ("verify",),
+    "ledger": ("prove", "ledger"),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 

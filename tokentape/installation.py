@@ -22,6 +22,7 @@ from store.catalog import Catalog, open_catalog
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, keys, open_ledger
 from store.ledger.note import Signer, Verifier
+from store.ledger.witness import open_witness
 from store.log import open_log
 from store.log.base import Log
 from store.objects import open_store
@@ -82,6 +83,11 @@ class Installation:
     def ledger(self) -> Ledger:
         """The signed ledger; its objects are locked where the store can lock."""
         return open_ledger(self.settings, self.objects)
+
+    @cached_property
+    def witness(self) -> ObjectStore | None:
+        """Where copies of checkpoints go; None where nobody is named."""
+        return open_witness(self.settings.witness)
 
     @cached_property
     def registry(self) -> SchemaRegistry:

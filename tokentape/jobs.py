@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
 from schemas.errors import ProofError
+from store.ledger.witness import Witness, anchors
 from store.merge import merge
 from tokentape.installation import Installation
 
 
 def all_jobs(installation: Installation) -> list[Job]:
-    """Merge, tier, checkpoint and verify, with the schedule of the settings."""
+    """All of them, with the schedule of the settings."""
     every = installation.settings.jobs
     return [
         Job("merge", "merge sealed shards into hour and day shards", every.merge_s, lambda dry: _merge(installation, dry)),
@@ -25,6 +27,8 @@ def all_jobs(installation: Installation) -> list[Job]:
             installation.settings.ledger.checkpoint_s,
             lambda dry: _checkpoints(installation).run(dry_run=dry),
         ),
+        Job("witness", "copy the newest checkpoint to the witness", every.witness_s, lambda dry: _witness(installation, dry)),
+        Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -52,6 +56,16 @@ def _checkpoints(installation: Installation) -> Checkpoints:
     return Checkpoints(installation.catalog, installation.ledger)
 
 
+def _witness(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    if installation.witness is None:
+        return {"copied": 0, "witness": "off: set witness"}
+    return Witness(installation.ledger, installation.witness, installation.settings.witness.lock_days).run(dry_run=dry_run)
+
+
+def _blobs(installation: Installation) -> UnreferencedBlobs:
+    return UnreferencedBlobs(installation.settings, installation.catalog, installation.objects)
+
+
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
     """A tiering run that was killed after its commit has to be finished first: its shards must not be merged with others."""
     finished = 0 if dry_run else _tiering(installation).reconcile()
@@ -68,5 +82,6 @@ def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
 
 
 def verification(installation: Installation) -> Verification:
-    """Verification with the installation's own store and public key."""
-    return Verification(installation.objects, installation.verifier, installation.registry)
+    """Verification with the installation's own store and public key, against what its witness has seen."""
+    kept = tuple(anchors(installation.witness)) if installation.witness else ()
+    return Verification(installation.objects, installation.verifier, installation.registry, kept)

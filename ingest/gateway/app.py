@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import structlog
@@ -19,6 +19,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ingest.attachments import Attachments
 from ingest.gateway import errors
+from ingest.gateway.batch import api as batch_api
+from ingest.gateway.batch.desk import BatchDesk
+from ingest.gateway.batch.facts import Facts
+from ingest.gateway.batch.metrics import families as batch_metrics
+from ingest.gateway.batch.worker import Worker
+from ingest.gateway.connection import limited
 from ingest.gateway.counting import PATH as COUNT_TOKENS
 from ingest.gateway.counting import count_tokens
 from ingest.gateway.debug_api import PREFIX as DEBUG
@@ -36,6 +42,8 @@ from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Keyring
 from ingest.gateway.metrics import Meter, Metrics
 from ingest.gateway.offload import Offload
+from ingest.gateway.openapi import PATH as OPENAPI
+from ingest.gateway.openapi import openapi
 from ingest.gateway.parts import Parts
 from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas, WorkerName
@@ -53,6 +61,10 @@ from store.blobs import BlobStore
 from store.control import ControlView, open_control
 from store.objects import open_store
 from store.objects.base import ObjectStore
+from store.work import WorkLogs
+
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -86,17 +98,25 @@ class Gateway:
         self.attachments = Attachments(settings.blobs, lambda: BlobStore(_blob_objects(settings), settings.data))
         routes, sessions = Routes(settings.gateway), Sessions(settings)
         meter = Meter(Window.before(Offload(recorder, self.attachments, settings.recorder), redactor))
-        self._metrics = Metrics(meter, recorder, routes, self.attachments)
-        recorder = meter
         control = open_control(settings)
         shared = ControlView(control)
-        self._worker = WorkerName(settings.data / "control", sessions.installation)
+        self._name = WorkerName(settings.data / "control", sessions.installation)
+        self._tracing = _tracing(settings, meter, self._name.name)
+        self._metrics = Metrics(meter, recorder, routes, self.attachments, self._tracing)
+        recorder = self._tracing or meter
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
-        quotas = Quotas(control, shared, self._worker.name)
+        quotas = Quotas(control, shared, self._name.name)
         stops = Stops(settings, recorder, control, shared)
         placement = Placement(settings.recorder, sessions.installation)
-        self.parts = Parts(settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement)
+        self.parts = Parts(
+            settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement, self._tracing
+        )
         self.active: set[Exchange] = set()
+        batchable = {endpoint.path: endpoint for endpoint in ENDPOINTS}
+        desk = BatchDesk(settings, Facts(control, shared), WorkLogs(settings), batchable)
+        self._batches = batch_api.BatchApi(self.parts, desk)
+        self.worker = Worker(self.parts, desk, self.active, batchable)
+        self._metrics.add(lambda: batch_metrics(self.worker))
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             COUNT_TOKENS: ("POST", count_tokens),
@@ -104,6 +124,7 @@ class Gateway:
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
             "/metrics": ("GET", self._measured),
+            OPENAPI: ("GET", _document),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +133,8 @@ class Gateway:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1003})
-        exchange = Exchange(scope, receive, send, self.parts.settings.gateway.body_bytes_max)
+        limits = self.parts.settings.gateway
+        exchange = Exchange(scope, receive, send, limits.body_bytes_max, limits.request_timeout_s)
         self.active.add(exchange)
         try:
             await self._route(exchange)
@@ -122,6 +144,7 @@ class Gateway:
     async def drain(self, grace_s: float) -> None:
         """Wait for open exchanges, then end those that are left."""
         self.parts.stops.end()
+        self.worker.end()
         if tasks := {exchange.task for exchange in self.active}:
             await asyncio.wait(tasks, timeout=grace_s)
         for exchange in list(self.active):
@@ -131,11 +154,15 @@ class Gateway:
         """Let go of what was opened; after the last exchange has ended."""
         self.parts.shared.close()
         self.parts.control.close()
-        self._worker.close()
+        self._name.close()
+        if self._tracing:
+            self._tracing.close()
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
         wanted, endpoint = self._endpoints.get(path, ("", None))
+        if endpoint is None and batch_api.serves(path):
+            return await self._batches(exchange)
         if endpoint is None and path.startswith(DEBUG):
             return await debug_api(self.parts, exchange)
         if endpoint is None:
@@ -163,18 +190,33 @@ class Gateway:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.parts.routes.open()
-                self.parts.keyring.open()
-                self.parts.quotas.open()
-                await self.parts.stops.start()
+                await self.open()
                 await send({"type": "lifespan.startup.complete"})
             else:
-                await self.parts.stops.close()
-                await self.parts.keyring.close()
-                await self.parts.quotas.close()
-                await self.parts.routes.close()
-                self.attachments.close()
+                await self.shut()
                 return await send({"type": "lifespan.shutdown.complete"})
+
+    async def open(self) -> None:
+        """Begin, in the loop that serves."""
+        await self.parts.routes.open()
+        self.parts.keyring.open()
+        self.parts.quotas.open()
+        await self.parts.stops.start()
+        self.worker.start()
+
+    async def shut(self) -> None:
+        """End what `open` began; after `drain`."""
+        await self.worker.close()
+        await self.parts.stops.close()
+        await self.parts.keyring.close()
+        await self.parts.quotas.close()
+        await self.parts.routes.close()
+        self.attachments.close()
+
+
+async def _document(parts: Parts, exchange: Exchange) -> None:
+    """The OpenAPI document; it says nothing that the README does not."""
+    await exchange.respond(200, openapi(ENDPOINTS), [errors.JSON])
 
 
 async def _ready(parts: Parts, exchange: Exchange) -> None:
@@ -212,6 +254,15 @@ async def _models(parts: Parts, exchange: Exchange) -> None:
     except (aiohttp.ClientError, OSError) as error:
         return await exchange.fail(failure_of(error), [])
     return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+
+
+def _tracing(settings: Settings, recorder: Recording, instance: str) -> Tracing | None:
+    """Spans where a collector is set; most gateways never need the SDK, which takes a fifth of a second to import."""
+    if not settings.telemetry.otlp_endpoint:
+        return None
+    from ingest.gateway.tracing import Tracing
+
+    return Tracing(settings.telemetry, recorder, instance)
 
 
 def _blob_objects(settings: Settings) -> ObjectStore:
@@ -290,7 +341,7 @@ def serve(
         config = uvicorn.Config(
             gateway,
             loop="none",
-            http="httptools",
+            http=limited(settings.gateway.connections_max, settings.gateway.request_timeout_s),
             ws="none",
             lifespan="on",
             log_config=None,

@@ -48,9 +48,10 @@ _TITLES = {
 class Problem(Exception):
     """An error answer that is no `TokentapeError`."""
 
-    def __init__(self, status: int, detail: str, hint: str = "") -> None:
+    def __init__(self, status: int, detail: str, hint: str = "", allow: str = "") -> None:
+        """`allow` are the methods that would do, for a 405."""
         super().__init__(detail)
-        self.status, self.detail, self.hint = status, detail, hint
+        self.status, self.detail, self.hint, self.allow = status, detail, hint, allow
 
 
 async def debug_api(parts: Parts, exchange: Exchange) -> None:
@@ -60,7 +61,7 @@ async def debug_api(parts: Parts, exchange: Exchange) -> None:
         status, answer = await _route(parts, exchange)
         await exchange.respond(status, dump(answer) if answer is not None else b"", [_JSON] if answer is not None else [])
     except Problem as problem:
-        await _refuse(exchange, problem.status, problem.detail, problem.hint)
+        await _refuse(exchange, problem.status, problem.detail, problem.hint, problem.allow)
     except Failure as failure:
         await _refuse(exchange, failure.status, failure.message, "")
     except TokentapeError as error:
@@ -70,10 +71,10 @@ async def debug_api(parts: Parts, exchange: Exchange) -> None:
         await _refuse(exchange, 500, f"unexpected {type(error).__name__}", "the gateway's log says where")
 
 
-async def _refuse(exchange: Exchange, status: int, detail: str, hint: str) -> None:
+async def _refuse(exchange: Exchange, status: int, detail: str, hint: str, allow: str = "") -> None:
     problem = {"type": "about:blank", "title": _TITLES.get(status, "Error"), "status": status, "detail": detail}
     problem |= {"instance": exchange.scope["path"]} | ({"hint": hint} if hint else {})
-    headers = [_PROBLEM, *([(b"www-authenticate", b"Bearer")] if status == 401 else [])]
+    headers = [_PROBLEM, *([(b"www-authenticate", b"Bearer")] if status == 401 else []), *([(b"allow", allow.encode())] if allow else [])]
     await exchange.respond(status, dump(problem), headers)
 
 
@@ -145,7 +146,7 @@ async def _route(parts: Parts, exchange: Exchange) -> Answer:
         raise Problem(404, f"nothing is served at {exchange.scope['path'][:200]}", "there are /api/v1/breakpoints and /api/v1/stopped")
     act = acts.get(exchange.scope["method"])
     if act is None:
-        raise Problem(405, f"this takes {' or '.join(acts)}, not {exchange.scope['method']}")
+        raise Problem(405, f"this takes {' or '.join(acts)}, not {exchange.scope['method']}", allow=", ".join(acts))
     return await act(parts, exchange, words[1] if len(words) > 1 else "")
 
 

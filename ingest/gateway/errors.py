@@ -30,6 +30,8 @@ class Fault:
 CLIENT_DISCONNECTED = Fault("client_disconnected", "client", 499, True, "client_error")
 INVALID_REQUEST = Fault("invalid_request", "client", 400, False, "invalid_request_error")
 TOO_LARGE = Fault("invalid_request", "client", 413, False, "invalid_request_error")
+TOO_SLOW = Fault("invalid_request", "client", 408, True, "invalid_request_error")
+"""A request that was not complete in time."""
 UNREACHABLE = Fault("upstream_unreachable", "upstream", 502, True, "upstream_error")
 TIMEOUT = Fault("upstream_timeout", "upstream", 504, True, "upstream_error")
 DISCONNECTED = Fault("upstream_disconnected", "upstream", 502, True, "upstream_error")
@@ -72,7 +74,9 @@ class Failure(Exception):
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What an error answer's headers say about asking again; clients of OpenAI's heed both."""
+        """What an error answer's headers say about asking again; clients of OpenAI's heed both. An unread request ends its connection."""
+        if self.fault in (TOO_LARGE, TOO_SLOW):
+            return [(b"connection", b"close")]
         if self.retry_after_s is None:
             return []
         if math.isinf(self.retry_after_s):

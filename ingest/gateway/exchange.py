@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from ingest.gateway import errors
@@ -27,7 +27,7 @@ DISCARD_FACTOR = 8
 class Exchange:
     """One request and its answer. Use from the task that serves it; `abort` may be called from anywhere in its loop."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, body_bytes_max: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, body_bytes_max: int, body_timeout_s: float | None = None) -> None:
         self.scope = scope
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.started = False
@@ -38,6 +38,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._body_bytes_max = body_bytes_max
+        self._body_timeout_s = body_timeout_s
         task = asyncio.current_task()
         assert task is not None
         self.task: asyncio.Task[Any] = task
@@ -64,8 +65,15 @@ class Exchange:
         """The request's body.
 
         Raises:
-            Failure: over the limit, or the client hung up before its end.
+            Failure: over the limit, not complete in time, or the client hung up before its end.
         """
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                return await self._whole_body()
+        except TimeoutError:
+            raise Failure(errors.TOO_SLOW, f"The request was not complete after {self._body_timeout_s:g} s.") from None
+
+    async def _whole_body(self) -> bytes:
         pieces: list[bytes] = []
         more = True
         while more:
@@ -79,6 +87,20 @@ class Exchange:
         if self.body_bytes > self._body_bytes_max:
             raise Failure(errors.TOO_LARGE, f"The body is over the limit of {self._body_bytes_max} bytes.")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The request's body as it comes, for who keeps no more of it and has a limit of its own.
+
+        Raises:
+            Failure: the client hung up before its end.
+        """
+        more = True
+        while more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Failure(errors.CLIENT_DISCONNECTED, "The client hung up before its request was complete.")
+            yield message.get("body", b"")
+            more = message.get("more_body", False)
 
     def watch(self) -> None:
         """From here on a client that hangs up aborts the exchange; call when the body was read."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import structlog
 
 from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
+from ingest.gateway.endpoints.chat import ChatAnswer
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
 from ingest.gateway.headers import answer_headers, request_facts, upstream_headers
@@ -54,6 +55,8 @@ class Generation:
         self.session = self._session()
         redactor = parts.redactor.for_tenant(self.session.context.tenant)
         self.tape = Tape(parts.recorder, self.session, redactor.with_token(caller.credential), endpoint.path)
+        tracing = parts.tracing
+        self._trace = {"trace_id": tracing.begin(self.tape.generation_id, exchange, endpoint.path)} if tracing else {}
 
     @property
     def upstream(self) -> Upstream:
@@ -199,6 +202,7 @@ class Generation:
             "upstream": self.passage.upstream_name,
             "api_key_id": self._key_id,
             "request_digest": self.session.digest(body),
+            **self._trace,
         }
 
     async def _forward(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> bool:
@@ -242,7 +246,8 @@ class Generation:
             headers = [(name, value) for name, value in headers if name != REQUEST_HEADER]
             headers.append((REQUEST_HEADER, request_name(self.tape.generation_id)))  # the engine records under the same id
             headers += [(SESSION_HEADER, self.session.name), (GENERATION_HEADER, self.tape.name)]
-        return headers
+        tracing = self.parts.tracing
+        return tracing.outgoing(self.tape.generation_id, headers, self.upstream.url, kind) if tracing else headers
 
     def _expired(self, seconds: float) -> None:
         self.exchange.abort(Failure(errors.TIMEOUT, f"The upstream was silent for {seconds:g} s."))
@@ -284,33 +289,54 @@ class Generation:
         self.exchange.answer(response.status, self._headers(response, answer))
         parser = EventParser()
         async for piece in _pieces(response):
-            if await self._pass_on(_feed(parser, piece), answer, deadline):
+            if await self._pass_on(partial(self._parts, parser, piece, answer), answer, deadline):
                 return await self._drain(response)
         rest = parser.close()
-        if rest and await self._pass_on([rest], answer, deadline):
+        if rest and await self._pass_on(lambda _: iter([rest]), answer, deadline):
             return None
         if not self.tape.complete and not self.tape.ended:
             raise Failure(errors.DISCONNECTED, "The upstream ended its answer in the middle.")
         await self._finished()
         return await self.exchange.end(answer.end(b""))
 
-    async def _pass_on(self, blocks: list[Block], answer: Answer, deadline: Deadline) -> bool:
+    def _parts(self, parser: EventParser, piece: bytes, answer: Answer, offset_us: int) -> Iterator[Block | bytes]:
+        """A piece as blocks and, where tokens come in a run, the bytes of it for the client: that is recorded already.
+
+        Each part MUST be recorded before the next is asked for.
+
+        Raises:
+            Failure: an event that never ends.
+        """
+        if not self.tape.started and (first := piece.find(b"\n\n") + 2) > 1:  # it opens the sequence of which a run is
+            yield from _feed(parser, piece[:first])
+            piece = piece[first:]
+        if isinstance(answer, ChatAnswer) and self.tape.runs and parser.between_events and (read := answer.runs.read(piece)):
+            run, shown, piece = read
+            self.tape.run(run, offset_us)
+            yield shown
+        yield from _feed(parser, piece)
+
+    async def _pass_on(self, parts: Callable[[int], Iterator[Block | bytes]], answer: Answer, deadline: Deadline) -> bool:
         """Record and send what came in one piece; True if it was the end."""
         offset_us = self.tape.now_us()
         out: list[bytes] = []
         failure = end = None
-        for block in blocks:
-            if block.data is None:
-                out.append(block.raw)
-            elif answer.ends(block):
-                end = block
-                break
-            else:
-                try:
-                    out.append(self._event(block, answer, offset_us))
-                except Failure as malformed:
-                    failure = malformed
+        progress = False
+        try:
+            for part in parts(offset_us):
+                if isinstance(part, bytes):
+                    out.append(part)
+                    progress = True
+                elif part.data is None:
+                    out.append(part.raw)
+                elif answer.ends(part):
+                    end = part
                     break
+                else:
+                    out.append(self._event(part, answer, offset_us))
+                    progress = True
+        except Failure as malformed:
+            failure = malformed
         deadline.pause()
         sent = b"".join(out)
         if sent and (failure or self.strict or not end):
@@ -321,7 +347,7 @@ class Generation:
         if end:
             await self._finished()
             await self.exchange.end(sent + answer.end(end.raw))
-        elif any(block.data is not None for block in blocks):
+        elif progress:
             deadline.move(self.settings.between_tokens_timeout_s)
         else:
             deadline.resume()

@@ -70,7 +70,7 @@ def session_facts(exchange: Exchange, clean: Clean, sample_rate: float) -> dict[
     facts: dict[str, Any] = {name: _short(clean(exchange.header(f"x-tokentape-{name}"))) for name in ("user", "workflow", "purpose")}
     facts["client"] = _short(clean(exchange.header("user-agent")))
     facts["tags"] = tags_of(exchange, clean)
-    facts["recorder_version"] = _version()
+    facts["recorder_version"] = recorder_version()
     facts["sample_rate"] = sample_rate if sample_rate < 1 else None
     return facts
 
@@ -94,7 +94,8 @@ def _short(text: str | None) -> str | None:
 
 
 @functools.cache
-def _version() -> str | None:
+def recorder_version() -> str | None:
+    """The version of this program."""
     try:
         return version("tokentape")
     except PackageNotFoundError:  # run from a checkout that was not installed

@@ -156,6 +156,16 @@ class Keyring:
         except Failure as failure:
             return Caller(None, credential, refusal=failure)
 
+    def holder(self, key_id: str | None) -> Caller:
+        """Who submitted batch work under a key, as the key is now; None is nobody's."""
+        if not self._required:
+            return Caller()
+        key = self._keys.get(key_id or "")
+        if key is None or key.state(time.time()) != "active":
+            state = key.state(time.time()) if key else "unknown" if key_id else "needed, and the work came without one"
+            return Caller(refusal=_unknown(f"The key of this batch is {state}."))
+        return Caller(key)
+
     async def require(self, exchange: Exchange, role: Role) -> VirtualKey:
         """The caller's key, which carries this role.
 

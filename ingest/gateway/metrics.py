@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -25,6 +26,9 @@ from schemas.events import (
     SequenceFinished,
 )
 from schemas.sink import SessionContext
+
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
 
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -69,6 +73,7 @@ class Meter:
         self.redactions: Counter[str] = Counter()
         self._recorder = recorder
         self._pass_on = recorder.tokens
+        self._pass_on_run = recorder.run
         self._last: dict[tuple[bytes, int], int] = {}
 
     def record(self, session: SessionContext, payload: Payload | Deferred) -> None:
@@ -103,6 +108,26 @@ class Meter:
         self.tokens_out += after - position
         return after
 
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        """Record tokens that came at once: no time passed between them. The position of the next."""
+        last = self._last.get((generation_id, index))
+        if last is not None:
+            self.between_tokens.observe(offset_us - last)
+        self.between_tokens.counts[0] += len(token_ids) - 1
+        self._last[generation_id, index] = offset_us
+        self.tokens_out += len(token_ids)
+        return self._pass_on_run(session, generation_id, index, position, offset_us, token_ids, texts, logprobs)
+
     def _count(self, payload: Payload | Deferred) -> None:
         if isinstance(payload, RequestSubmitted):
             self.requests[payload.endpoint] += 1
@@ -130,13 +155,19 @@ class Meter:
 class Metrics:
     """All that is told at `/metrics`."""
 
-    def __init__(self, meter: Meter, recorder: Recording, routes: Routes, attachments: Attachments) -> None:
+    def __init__(self, meter: Meter, recorder: Recording, routes: Routes, attachments: Attachments, tracing: Tracing | None = None) -> None:
         self._meter = meter
         self._recorder = recorder
         self._routes = routes
         self._attachments = attachments
+        self._more: list[Callable[[], Iterator[Metric]]] = []
+        self._tracing = tracing
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+
+    def add(self, families: Callable[[], Iterator[Metric]]) -> None:
+        """Tell also what another part has to tell."""
+        self._more.append(families)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -160,10 +191,17 @@ class Metrics:
         yield _counter("redactions", "What redaction took out of requests.", meter.redactions, "rule")
         yield from self._of_routes()
         yield from self._of_recorder()
+        for families in self._more:
+            yield from families()
         yield _counter("blobs_stored", "Large bodies and attachments sent to the blob store.", self._attachments.stored)
         yield _counter(
             "blobs_inline", "Requests whose large parts stayed in their event, as the store did not answer.", self._attachments.kept
         )
+        if self._tracing:
+            yield _counter("spans_exported", "Spans that the collector took.", self._tracing.outlet.exported)
+            yield _counter(
+                "spans_dropped", "Spans let go: the collector did not take them, or too many waited.", self._tracing.outlet.dropped
+            )
 
     def _of_routes(self) -> Iterator[Metric]:
         waiting = GaugeMetricFamily("tokentape_upstream_queue", "Requests that wait for their turn.", labels=["upstream"])

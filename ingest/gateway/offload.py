@@ -15,6 +15,7 @@ class Offload:
 
     def __init__(self, recorder: Recording, attachments: Attachments, settings: RecorderSettings) -> None:
         self.tokens = recorder.tokens  # by far the most frequent: no step in between
+        self.run = recorder.run
         self.durable = recorder.durable
         self._recorder = recorder
         self._attachments = attachments

@@ -88,9 +88,9 @@ class Orphans:
         return min(living, key=claims.__getitem__).partition("/")[2] if living else None
 
     def _record(self, generation: str, fact: Mapping[str, Any]) -> None:
-        session = SessionContext(
-            uuid.UUID(fact["session"]).bytes, fact["tenant"], "gateway", fact.get("actor") or "", fact["retention_class"]
-        )
+        session_id, actor = uuid.UUID(fact["session"]).bytes, fact.get("actor") or ""
+        content = bool(fact.get("content"))  # a fact that does not say may be of a tenant that wants none
+        session = SessionContext(session_id, fact["tenant"], "gateway", actor, fact["retention_class"], content=content)
         generation_id = uuid.UUID(generation).bytes
         message = f"gateway worker {fact.get('worker')} ended while the request was stopped"
         self._recorder.record(

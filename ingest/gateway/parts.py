@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ingest.gateway.keys import Keyring
 from ingest.gateway.placement import Placement
@@ -14,6 +15,9 @@ from ingest.gateway.tape import Recording
 from ingest.redaction import Redactor
 from schemas.settings import Settings
 from store.control import ControlLog, ControlView
+
+if TYPE_CHECKING:
+    from ingest.gateway.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -31,3 +35,4 @@ class Parts:
     keyring: Keyring
     quotas: Quotas
     placement: Placement
+    tracing: Tracing | None = None

@@ -40,6 +40,11 @@ class EventParser:
         self._after_cr = False  # the last block ended in a CR, so an LF that follows belongs to it
         self._first = True
 
+    @property
+    def between_events(self) -> bool:
+        """Whether what comes next begins an event and lines have ended in LF only."""
+        return not self._pending and not self._carriage
+
     def feed(self, piece: bytes) -> list[Block]:
         """The blocks that this piece completes.
 

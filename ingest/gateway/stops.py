@@ -133,6 +133,7 @@ class Stops:
             "session": str(uuid.UUID(bytes=context.session_id)),
             "tenant": context.tenant,
             "retention_class": context.retention_class,
+            "content": context.content,
             "actor": context.actor,
             "breakpoint": held.rule.breakpoint_id,
             "stopped_at": at,

@@ -16,6 +16,7 @@ from ingest.attachments import Deferred
 from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
 from ingest.gateway.conversations import Said
 from ingest.gateway.errors import Failure
+from ingest.gateway.runs import Run
 from ingest.gateway.sessions import Session
 from ingest.redaction import SECRET, Redactor
 from schemas.events import (
@@ -67,6 +68,19 @@ class Recording(Protocol):
         logprobs: Sequence[float] = (),
     ) -> int:
         """Record one delta of a sequence and return the position of the next."""
+
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        """Record tokens of content that came at once, one text and one logprob each, and return the position of the next."""
 
     async def durable(self) -> None:
         """Return when all that was recorded is durable."""
@@ -147,7 +161,7 @@ class Tape:
         for at, message in enumerate(request.messages):
             read, redacted = self._message(message, request.FIELD, at)
             messages.append(read)
-            taken += redacted
+            taken.update(redacted)
         facts = self._cleaned(facts, taken)
         new = [message for message in messages if self.session.first_seen(message.message_id)]
         ids = [message.message_id for message in messages]
@@ -230,6 +244,24 @@ class Tape:
             self._tokens(choice, segments_of_delta(choice, delta), entry, offset_us)
             if entry.get("finish_reason") is not None:
                 self._finish(choice, entry, offset_us)
+
+    @property
+    def runs(self) -> bool:
+        """Whether sequence 0 is under way, so that `run` can record its tokens."""
+        choice = self._choices.get(0)
+        return choice is not None and not choice.finished
+
+    def run(self, run: Run, offset_us: int) -> None:
+        """Many chunks of sequence 0 that came at once."""
+        choice = self._choices[0]
+        if self._first_token_us is None:
+            self._first_token_us = offset_us
+            self._numbered = True
+        choice.channel = "content"
+        choice.said += run.texts
+        choice.position = self._recorder.run(
+            self._context, self.generation_id, 0, choice.position, offset_us, run.token_ids, run.texts, run.logprobs
+        )
 
     def whole(self, answer: dict[str, Any], offset_us: int) -> None:
         """A whole answer: the same events, all at the time of its arrival.

@@ -56,14 +56,14 @@ class Veil:
     """Takes the additions out of one answer. A chunk MUST be read for the tape before it comes here: it is changed."""
 
     def __init__(self, extra: dict[str, Any], kind: str, n: int, fingerprint: str | None) -> None:
-        self._ids = "return_token_ids" in extra
-        self._logprobs = "logprobs" in extra
+        self.ids = "return_token_ids" in extra
+        self.logprobs = "logprobs" in extra
         self._usage = "stream_options" in extra
         self._fingerprints = self._usage and kind == "vllm"
         self._fingerprint = fingerprint  # as known before; the usage chunk says it anew
         self._open = n
         self._held: dict[str, Any] | None = None
-        self.idle = not (self._ids or self._logprobs or self._usage)
+        self.idle = not (self.ids or self.logprobs or self._usage)
 
     def chunk(self, chunk: dict[str, Any], raw: bytes) -> bytes:
         """The bytes to send for a chunk of a stream, empty for none; `raw` is the whole event as it came."""
@@ -75,13 +75,13 @@ class Veil:
         if self._usage and "usage" in chunk and (hidden := self._without_usage(chunk, choices)) is not None:
             return hidden
         changed = self._usage and chunk.get("usage", 0) is None and chunk.pop("usage", 0) is None
-        if self._ids and chunk.get("prompt_token_ids") is not None:
+        if self.ids and chunk.get("prompt_token_ids") is not None:
             chunk["prompt_token_ids"] = None
             changed = True
         for choice in choices or ():
             if self._strip(choice):
                 changed = True
-                if self._ids and self._logprobs and choice.get("delta") == {} and choice.get("finish_reason") is None:
+                if self.ids and self.logprobs and choice.get("delta") == {} and choice.get("finish_reason") is None:
                     return b""
             if self._fingerprints and choice.get("finish_reason") is not None:
                 self._open -= 1
@@ -96,7 +96,7 @@ class Veil:
     def whole(self, answer: dict[str, Any], raw: bytes) -> bytes:
         """The bytes to send for an answer that is not a stream."""
         changed = False
-        if self._ids and answer.get("prompt_token_ids") is not None:
+        if self.ids and answer.get("prompt_token_ids") is not None:
             answer["prompt_token_ids"] = None
             changed = True
         for choice in answer.get("choices") or ():
@@ -110,13 +110,13 @@ class Veil:
 
     def _strip(self, choice: dict[str, Any]) -> bool:
         changed = False
-        if self._ids and choice.get("token_ids") is not None:
+        if self.ids and choice.get("token_ids") is not None:
             choice["token_ids"] = None
             changed = True
-        if self._ids and choice.get("prompt_token_ids") is not None:  # where completions have it
+        if self.ids and choice.get("prompt_token_ids") is not None:  # where completions have it
             choice["prompt_token_ids"] = None
             changed = True
-        if self._logprobs and choice.get("logprobs") is not None:
+        if self.logprobs and choice.get("logprobs") is not None:
             choice["logprobs"] = None
             changed = True
         return changed

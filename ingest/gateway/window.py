@@ -109,6 +109,24 @@ class Window:
             self._let_go(key, all_of_it=False)
         return position + (len(token_ids) or 1)
 
+    def run(
+        self,
+        session: SessionContext,
+        generation_id: bytes,
+        index: int,
+        position: int,
+        offset_us: int,
+        token_ids: Sequence[int],
+        texts: Sequence[str],
+        logprobs: Sequence[float],
+    ) -> int:
+        """Hold tokens that came at once one by one, or record them as they are; the position of the next."""
+        if not self._applies(session):
+            return self._recorder.run(session, generation_id, index, position, offset_us, token_ids, texts, logprobs)
+        for token, text, logprob in zip(token_ids, texts, logprobs, strict=True):
+            position = self.tokens(session, generation_id, index, position, offset_us, token_ids=(token,), text=text, logprobs=(logprob,))
+        return position
+
     def _applies(self, session: SessionContext) -> bool:
         redactor = self._redactor.for_tenant(session.tenant)
         return redactor.searches and redactor.policy.output == "redacted"

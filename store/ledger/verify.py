@@ -82,19 +82,21 @@ def verify_ledger(
     origin: str | None = None,
     check_segment: Callable[[Entry], list[Finding]] | None = None,
     anchors: Sequence[bytes] = (),
+    leaves_out: Callable[[Entry, str], bool] = lambda entry, key: False,
 ) -> Report:
     """Check the whole ledger and every object that it names.
 
     `verifier` is the public key (or its text), `origin` the ledger's name (default: the key's). `check_segment` is
     called for each `segment` entry whose object has the right bytes. `anchors` are checkpoints kept elsewhere: the
-    ledger must continue them and still hold them.
+    ledger must continue them and still hold them. `leaves_out` says of an entry and a key that it names that the object
+    is not to be read.
 
     Raises:
         StoreUnavailable: the store does not answer.
         UsageError: the public key is none.
     """
     key = Verifier.parse(verifier) if isinstance(verifier, str) else verifier
-    return _Run(store, key, origin or key.name, check_segment, anchors).report()
+    return _Run(store, key, origin or key.name, check_segment, anchors, leaves_out).report()
 
 
 @dataclass
@@ -106,6 +108,7 @@ class _Run:
     origin: str
     check_segment: Callable[[Entry], list[Finding]] | None
     anchors: Sequence[bytes]
+    leaves_out: Callable[[Entry, str], bool]
     findings: list[Finding] = field(default_factory=list)
     entries: dict[int, Entry] = field(default_factory=dict)  # good ones
     bytes_read: int = 0
@@ -251,6 +254,8 @@ class _Run:
         for entry in self.entries.values():
             for claim in self._claims(entry):
                 named.add(claim.key)
+                if self.leaves_out(entry, claim.key):
+                    continue
                 by = erased.get(claim.key)
                 if self._check_object(claim, by) and entry.type == "segment" and self.check_segment:
                     self.findings += self.check_segment(entry)

@@ -133,6 +133,11 @@ class TopicAdmin:
         wanted = {TopicPartition(self._settings.topic, p): OffsetAndMetadata(offset, "", -1) for p, offset in offsets.items()}
         self._ask("acknowledge", self._commit, wanted)
 
+    def delete(self, partition: int, before_offset: int) -> None:
+        """Delete the records of a partition below an offset."""
+        wanted = {TopicPartition(self._settings.topic, partition): before_offset}
+        self._ask("trim", self._client.delete_records, wanted)
+
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
@@ -162,6 +167,8 @@ class TopicAdmin:
             "min.insync.replicas": str(max(1, settings.replication - 1)),
             "unclean.leader.election.enable": "false",
         }
+        if settings.retention_h:
+            configs["retention.ms"] = str(int(settings.retention_h * 3_600_000))
         wanted = {"num_partitions": settings.partitions, "replication_factor": settings.replication, "configs": configs}
         try:
             self._ask("create topic", self._client.create_topics, {settings.topic: wanted})

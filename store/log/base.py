@@ -99,6 +99,10 @@ class Log(Protocol):
         """Tell the log how far an indexer is: telemetry only (Kafka: committed offset), never used to resume."""
         ...
 
+    def trim(self, partition: int, before_offset: int) -> None:
+        """Forget the records of a partition below `before_offset`, which lies at or before the end."""
+        ...
+
     def close(self) -> None:
         """Release everything; safe to call twice."""
         ...

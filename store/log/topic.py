@@ -174,6 +174,12 @@ class TopicLog(abc.ABC):
         self._check_usable()
         self._admin.commit(offsets)
 
+    def trim(self, partition: int, before_offset: int) -> None:
+        """Delete the records of a partition below `before_offset`; the broker drops whole segments of them in its own time."""
+        self._check_usable()
+        self._check_partitions((partition,))
+        self._admin.delete(partition, before_offset)
+
     @abc.abstractmethod
     def _assign(self, positions: dict[int, int]) -> None:
         """Follow exactly these partitions, the next fetched record being at the given offset."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import uuid
 from pathlib import Path
 
 import click
 import orjson
 from rich.markup import escape
 
-from lifecycle.verification import StoreCopy, Verification, Verified, fetch_schema, outcome
+from lifecycle.verification import EVERYTHING, Scope, StoreCopy, Verification, Verified, fetch_schema, outcome
 from schemas.errors import UsageError
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from store.ledger import keys
+from store.ledger.note import Verifier
+from store.ledger.proof import read_proof
 from store.ledger.verify import Kind, Report
+from store.ledger.witness import anchors as witnessed
+from store.ledger.witness import open_witness
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from tokentape.output import err, out
@@ -26,11 +32,28 @@ _STYLES: dict[Kind, str] = {"modified": "red", "missing": "red", "unsigned": "re
 @click.option(
     "--store", "copy", type=click.Path(path_type=Path, file_okay=False, exists=True), help="A copy of the object store in a folder."
 )
-@click.option("--anchor", "anchors", type=click.Path(path_type=Path), multiple=True, help="A checkpoint that was kept elsewhere.")
+@click.option(
+    "--anchor", "anchors", type=click.Path(path_type=Path), multiple=True, help="A checkpoint that was kept elsewhere, or a folder of them."
+)
+@click.option("--proof", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Check this proof instead.")
+@click.option("--from", "first", metavar="DAY", help="Read objects and rows only from this day on (YYYY-MM-DD).")
+@click.option("--to", "last", metavar="DAY", help="Read them only up to this day.")
+@click.option("--session", metavar="UUID", help="Read only segments that may hold this session.")
 @click.option("--shallow", is_flag=True, help="Ledger, signatures and SHA-256 of objects only; do not read the rows.")
 @click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
 @click.pass_obj
-def verify(settings: Settings, public_key: Path | None, copy: Path | None, anchors: tuple[Path, ...], shallow: bool, fmt: str) -> None:
+def verify(
+    settings: Settings,
+    public_key: Path | None,
+    copy: Path | None,
+    anchors: tuple[Path, ...],
+    proof: Path | None,
+    first: str | None,
+    last: str | None,
+    session: str | None,
+    shallow: bool,
+    fmt: str,
+) -> None:
     """Prove that nothing recorded was changed or removed.
 
     Ledger entries, checkpoints, every object that they name and, unless --shallow, every row behind them are held
@@ -39,18 +62,35 @@ def verify(settings: Settings, public_key: Path | None, copy: Path | None, ancho
     \b
     Exit codes: 0 good · 10 something was modified · 11 something is missing · 12 something is not signed by this key
     """
-    objects = _copy(copy) if copy else open_store(settings.cold, settings.data)
     path = public_key or settings.data / "keys" / keys.PUBLIC
     if public_key is None and not path.exists():
         raise UsageError("there is no public key", operation="verify", place=str(path), hint="name one with --public-key")
-    kept = tuple(_read(anchor) for anchor in anchors)
-    verification = Verification(objects, keys.load_public(path), SchemaRegistry(fetch_schema(objects)), kept)
+    if proof is not None:
+        return _check(proof, keys.load_public(path), fmt)
+    objects = _copy(copy) if copy else open_store(settings.cold, settings.data)
+    kept = [data for anchor in anchors for data in _read(anchor)]
+    if copy is None and (witness := open_witness(settings.witness)) is not None:
+        kept += witnessed(witness)
+    verification = Verification(
+        objects, keys.load_public(path), SchemaRegistry(fetch_schema(objects)), tuple(kept), _scope(first, last, session)
+    )
     found = verification.report(deep=not shallow, progress=lambda key: err.print(f"[dim]reading {escape(key)}[/dim]"))
     if fmt == "json":
         click.echo(orjson.dumps({"outcome": outcome(found), **found.to_dict()}, option=orjson.OPT_INDENT_2))
     else:
-        _print(found, deep=not shallow, key=path)
+        _print(found, verification.scope, deep=not shallow, key=path)
     raise SystemExit(found.exit_code)
+
+
+def _check(path: Path, key: Verifier, fmt: str) -> None:
+    """Say what a proof proves."""
+    proven = read_proof(path.read_bytes()).check(key)
+    if fmt == "json":
+        click.echo(orjson.dumps({"outcome": "good", "proven": proven}, option=orjson.OPT_INDENT_2))
+        return
+    for step in proven:
+        out.print(step, markup=False, soft_wrap=True)
+    out.print("[green]good[/green]: every step holds")
 
 
 def _copy(folder: Path) -> ObjectStore:
@@ -62,14 +102,43 @@ def _copy(folder: Path) -> ObjectStore:
     raise UsageError("there is no ledger in this folder", operation="verify", place=str(folder), hint=hint)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> list[bytes]:
+    """The checkpoint of a file, or all of a folder, such as a witness keeps."""
     try:
-        return path.read_bytes()
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        found = [file.read_bytes() for file in files]
     except OSError as error:
         raise UsageError(error.strerror or str(error), operation="read anchor", place=str(path)) from error
+    if not found:
+        raise UsageError(
+            "there is no checkpoint in this folder", operation="read anchor", place=str(path), hint="name a file or a folder of .txt files"
+        )
+    return found
 
 
-def _print(found: Verified, *, deep: bool, key: Path) -> None:
+def _scope(first: str | None, last: str | None, session: str | None) -> Scope:
+    """What of objects and rows is to be read.
+
+    Raises:
+        UsageError: not a day, the wrong way round, or not a session id.
+    """
+    for day in filter(None, (first, last)):
+        try:
+            if dt.date.fromisoformat(day).isoformat() != day:
+                raise ValueError(day)
+        except ValueError:
+            raise UsageError(f"{day!r} is no day", operation="verify", hint="YYYY-MM-DD, in UTC") from None
+    if first and last and first > last:
+        raise UsageError(f"--from {first} is after --to {last}", operation="verify", hint="name the earlier day with --from")
+    try:
+        return Scope(first or "", last or EVERYTHING.last, uuid.UUID(session).bytes if session else None)
+    except ValueError:
+        raise UsageError(
+            f"{session!r} is no session id", operation="verify", hint="a whole UUID, as `tokentape sessions` shows it"
+        ) from None
+
+
+def _print(found: Verified, scope: Scope, *, deep: bool, key: Path) -> None:
     """Findings one a line, then what was held against what, then the verdict."""
     for finding in sorted(found.findings, key=lambda finding: list(_STYLES).index(finding.kind)):
         style = _STYLES[finding.kind]
@@ -80,6 +149,7 @@ def _print(found: Verified, *, deep: bool, key: Path) -> None:
     rows = [
         ("public key", str(key)),
         ("ledger", f"{_count(ledger.entries, 'entry', 'entries')}, {_count(ledger.checkpoints, 'checkpoint')}; {_covered(ledger)}"),
+        *([] if scope.everything else [("scope", f"objects and rows of {scope}; all entries and checkpoints")]),
         ("objects", f"{_count(ledger.objects, 'object')} have the bytes that were entered"),
         ("rows", _rows(found) if deep else "not read (--shallow)"),
     ]

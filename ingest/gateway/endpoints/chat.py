@@ -6,6 +6,7 @@ from typing import Any
 
 from ingest.gateway.endpoints.base import OpenAiEndpoint
 from ingest.gateway.exchange import Exchange
+from ingest.gateway.runs import RunReader
 from ingest.gateway.sse import Block
 from ingest.gateway.veil import Veil, chat_additions
 from schemas.requests import ChatRequest, ClientRequest, read_chat
@@ -21,6 +22,8 @@ class ChatAnswer:
 
     def __init__(self, veil: Veil) -> None:
         self._veil = veil
+        self.runs = RunReader(hide_ids=veil.ids, hide_logprobs=veil.logprobs)
+        """Reads many chunks at once, where nothing is held back and sequence 0 is under way."""
 
     def read(self, event: dict[str, Any]) -> dict[str, Any] | None:
         """The chunk as it is."""

@@ -1,0 +1,381 @@
+"""Batch work, whatever carries it: the contract that both deployments keep, seen by the official SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import orjson
+import pytest
+
+from ingest.gateway.batch.desk import BatchDesk
+from ingest.gateway.batch.facts import Facts
+from schemas.events import AccessLogged, RequestSubmitted, SessionOpened
+from schemas.settings import BatchSettings, GatewaySettings, RecorderSettings, Settings
+from store.control import ControlView, open_control
+from store.work import WorkLogs
+from tests.gateway_rig import HELLO, BrokenUpstream, Peer, Rig, broken, until
+from tests.test_gateway import payloads
+
+CHAT = "/v1/chat/completions"
+AT_WORK = 3
+"""Requests at the upstream at once: of the four that a worker has begun one waits for its turn."""
+BATCH: dict[str, Any] = {"concurrency": 4, "backoff_s": 0.05, "attempts_max": 3}
+
+
+class Upstream:
+    """An upstream that answers with what was asked; a request may tell it to fail, and all wait while it is shut."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+        self.order: list[str] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.server: BrokenUpstream | None = None
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        assert self.server is not None
+        return self.server.url
+
+    async def act(self, peer: Peer) -> None:
+        """Answer one request."""
+        text = orjson.loads(peer.body)["messages"][-1]["content"]
+        self.asked[text] += 1
+        self.order.append(text)
+        while not self.open.is_set():  # noqa: ASYNC110  the test sets it, in no loop
+            await asyncio.sleep(0.005)
+        if text.startswith("broken"):
+            return await peer.whole(b"500 Internal Server Error", b"application/json", b'{"error": {"message": "it broke"}}')
+        if text.startswith("busy") and self.asked[text] <= 5:
+            return await peer.whole(b"503 Service Unavailable", b"application/json", b'{"error": {"message": "loading"}}')
+        message = {"role": "assistant", "content": f"you said {text}"}
+        usage = {"prompt_tokens": 3, "completion_tokens": 1}
+        body = {"id": "x", "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+        return await peer.whole(b"200 OK", b"application/json", orjson.dumps(body))
+
+
+def request(custom_id: str, text: str, model: str = "m", **changes: Any) -> dict[str, Any]:
+    """A line of a batch file."""
+    body = {"model": model, "messages": [{"role": "user", "content": text}], **changes.pop("more", {})}
+    return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body, **changes}
+
+
+def jsonl(*requests: Any) -> bytes:
+    """A batch file."""
+    return b"".join((line if isinstance(line, bytes) else orjson.dumps(line)) + b"\n" for line in requests)
+
+
+def submit(client: Any, data: bytes, **options: Any) -> Any:
+    """Upload a file and submit it."""
+    file = client.files.create(file=("requests.jsonl", io.BytesIO(data)), purpose="batch")
+    return client.batches.create(**{"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h", **options})
+
+
+def ended(client: Any, batch_id: str, status: str = "completed", seconds: float = 60.0) -> Any:
+    """A batch once it has ended."""
+    final = ("completed", "failed", "expired", "cancelled")
+    found = until(lambda: batch if (batch := client.batches.retrieve(batch_id)).status in final else None, seconds)
+    assert found.status == status
+    return found
+
+
+def lines_of(client: Any, file_id: str | None) -> list[dict[str, Any]]:
+    """What stands in a file of results."""
+    return [json.loads(line) for line in client.files.content(file_id).text.splitlines()] if file_id else []
+
+
+def texts_of(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The answers by custom id."""
+    return {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in lines}
+
+
+class BatchCase:
+    """Inherited by each deployment, which gives the settings. One gateway without a worker takes submissions; workers come and go."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def settings(cls) -> Settings:
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def upstream(cls) -> Iterator[Upstream]:
+        upstream = Upstream()
+        with broken(upstream.act, models=("m", "other/model 2")) as server:
+            upstream.server = server
+            yield upstream
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def rig(cls, settings: Settings, upstream: Upstream) -> Iterator[Rig]:
+        """A gateway that works on batches itself."""
+        rig = Rig(configured(settings, upstream.url))
+        try:
+            assert rig.error is None
+            yield rig
+        finally:
+            upstream.open.set()
+            rig.close()
+
+    @pytest.fixture(autouse=True)
+    def calm(self, upstream: Upstream) -> Iterator[None]:
+        """Each test begins with an upstream that answers."""
+        upstream.open.set()
+        upstream.asked.clear()
+        upstream.order.clear()
+        yield
+        upstream.open.set()
+
+    def test_all_of_it(self, rig: Rig) -> None:
+        """Answers are matched by custom id, in the order of the file, over models whose names no topic may have; sessions have the tag."""
+        client = rig.client()
+        wanted = {f"r{i}": f"text {i}" for i in range(12)}
+        models = ["m", "other/model 2"]
+        made = submit(client, jsonl(*(request(name, text, models[i % 2]) for i, (name, text) in enumerate(wanted.items()))))
+        batch = ended(client, made.id)
+        lines = lines_of(client, batch.output_file_id)
+        events = rig.events()
+        opened = [event for event in payloads(events, SessionOpened) if made.id in event.tags]
+        listed = [found.id for found in client.batches.list(limit=1)]
+
+        assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (12, 12, 0)
+        assert list(texts_of(lines)) == list(wanted)
+        assert texts_of(lines) == {name: f"you said {text}" for name, text in wanted.items()}
+        assert batch.error_file_id is None
+        assert len(opened) == 12
+        assert made.id in listed
+        asked = {event.client_request_id for event in payloads(events, RequestSubmitted)}
+        assert asked >= wanted.keys()
+        assert {"batch submit", "batch content"} <= {event.operation for event in payloads(events, AccessLogged)}
+
+    def test_records_go_away(self, rig: Rig, settings: Settings) -> None:
+        """What is worked off is deleted from the log of its model, and the results of single requests from the store."""
+        client = rig.client()
+        ended(client, submit(client, jsonl(*(request(f"r{i}", f"gone {i}") for i in range(4)))).id)
+        works = WorkLogs(settings)
+        work = works.of("m")
+        until(lambda: all(first == end for first, end in map(work.bounds, range(work.partitions))))
+        works.close()
+
+    def test_errors_are_results(self, rig: Rig, upstream: Upstream) -> None:
+        """A request that fails always ends after so many attempts; one that the upstream cannot take now waits for longer."""
+        client = rig.client()
+        unreadable = request("bad", "n", more={"n": "x"})
+        lines = jsonl(request("good", "fine"), request("poison", "broken for ever"), request("late", "busy now"), unreadable)
+        batch = ended(client, submit(client, lines).id)
+        failed = {line["custom_id"]: line["response"]["status_code"] for line in lines_of(client, batch.error_file_id)}
+
+        assert texts_of(lines_of(client, batch.output_file_id)).keys() >= {"good", "late"}
+        assert failed["poison"] == 500
+        assert (upstream.asked["broken for ever"], upstream.asked["busy now"]) == (BATCH["attempts_max"], 6)
+        assert batch.request_counts.completed + batch.request_counts.failed == 4
+
+    def test_cancel(self, rig: Rig, upstream: Upstream) -> None:
+        """What is under way ends and counts, the rest is never asked, and each of its lines says so."""
+        client = rig.client()
+        upstream.open.clear()
+        made = submit(client, jsonl(*(request(f"r{i}", f"cancel {i}") for i in range(40))))
+        until(lambda: len(upstream.order) == AT_WORK)
+        until(lambda: _queued(rig.url) == 1)
+        status = client.batches.cancel(made.id).status
+        with pytest.raises(openai.ConflictError, match="cancelling already"):
+            client.batches.cancel(made.id)
+        upstream.open.set()
+        batch = ended(client, made.id, "cancelled")
+        good, bad = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
+
+        assert status == "cancelling"
+        assert len(good) == len(upstream.order) == BATCH["concurrency"]
+        assert {line["error"]["code"] for line in bad} == {"batch_cancelled"}
+        assert len({line["custom_id"] for line in good + bad}) == len(good) + len(bad) == 40
+
+    def test_interactive_first(self, rig: Rig, upstream: Upstream) -> None:
+        """While a batch fills the upstream a person's request goes before what the batch has waiting, and the batch ends all the same."""
+        client = rig.client()
+        upstream.open.clear()
+        made = submit(client, jsonl(*(request(f"r{i}", f"flood {i}") for i in range(10))))
+        until(lambda: len(upstream.order) == AT_WORK)
+        until(lambda: _queued(rig.url) == 1)
+        waiting: list[Any] = []
+        asking = threading.Thread(target=lambda: waiting.append(client.chat.completions.create(model="m", messages=HELLO)))
+        asking.start()
+        until(lambda: _queued(rig.url) == 2)
+        upstream.open.set()
+        asking.join(30)
+        ended(client, made.id)
+
+        assert waiting[0].choices[0].message.content == f"you said {HELLO[0]['content']}"
+        assert upstream.order.index(HELLO[0]["content"]) == AT_WORK
+
+    def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+        """Two workers share a model, and nothing is asked twice; when one is killed in the middle, the other asks again what it held.
+
+        Each request has one result either way.
+        """
+        client = rig.client()
+        ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
+        with worker(settings, upstream.url) as process:
+            shared_with(settings, process)
+            shared, once = self._shared_batch(client, upstream, lambda: None)
+            killed, again = self._shared_batch(client, upstream, lambda: _kill(process))
+
+        assert shared == killed == {f"r{i}": 1 for i in range(24)}
+        assert once == 24
+        assert again > 24  # what was under way in the dead worker
+
+    def _shared_batch(self, client: Any, upstream: Upstream, interrupt: Callable[[], None]) -> tuple[Counter[str], int]:
+        """A batch that is interrupted while both workers are busy with it: its results by custom id, and how often was asked."""
+        upstream.asked.clear()
+        upstream.order.clear()
+        upstream.open.clear()
+        made = submit(client, jsonl(*(request(f"r{i}", f"share {i}") for i in range(24))))
+        until(lambda: len(upstream.order) == 2 * AT_WORK)
+        interrupt()
+        upstream.open.set()
+        batch = ended(client, made.id)
+        assert batch.request_counts.completed == 24
+        return Counter(line["custom_id"] for line in lines_of(client, batch.output_file_id)), sum(upstream.asked.values())
+
+    def test_restarted_alone(self, settings: Settings, upstream: Upstream) -> None:
+        """With every worker killed the work waits in the log, and a worker that starts later ends it."""
+        log = settings.log.model_copy(update={"topic": f"{settings.log.topic}.alone"})
+        own = settings.model_copy(update={"log": log, "data": settings.data / "alone"})
+        control = open_control(own)
+        view, works = ControlView(control), WorkLogs(own)
+        desk = BatchDesk(own, Facts(control, view), works, [CHAT])
+        path = settings.data / "alone.jsonl"
+        path.write_bytes(jsonl(*(request(f"r{i}", f"alone {i}") for i in range(20))))
+        upstream.open.clear()
+        with worker(own, upstream.url) as process:
+            batch = submit_at(desk, path)
+            until(lambda: len(upstream.order) >= AT_WORK)
+            _kill(process)
+        upstream.open.set()
+        still = desk.facts.status(batch)
+        with worker(own, upstream.url):
+            until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+        lines = [json.loads(line) for line in b"".join(desk.results(batch)).splitlines()]
+        view.close()
+        control.close()
+        works.close()
+
+        assert still == "in_progress"
+        assert [line["custom_id"] for line in lines] == [f"r{i}" for i in range(20)]
+
+    def test_upstream_away(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+        """Backlog and the age of the oldest request are in the metrics while work waits."""
+        client = rig.client()
+        upstream.open.clear()
+        made = submit(client, jsonl(*(request(f"r{i}", f"wait {i}") for i in range(12))))
+        wanted = 'tokentape_batch_backlog{model="m"} 12.0'
+        text = until(lambda: found if wanted in (found := httpx.get(f"{rig.url}/metrics").text) else None)
+        upstream.open.set()
+        ended(client, made.id)
+
+        age = next(line for line in text.splitlines() if line.startswith('tokentape_batch_oldest_seconds{model="m"}'))
+        assert float(age.split()[1]) > 0
+
+    def test_faulty_file(self, rig: Rig, upstream: Upstream) -> None:
+        """Each faulty line is named with what is wrong; nothing of the file is accepted."""
+        client = rig.client()
+        faulty = jsonl(
+            request("a", "good"),
+            b"{not json",
+            request("a", "again"),
+            request("c", "m", method="GET"),
+            request("d", "m", url="/v1/nothing"),
+            request("e", "m", more={"stream": True}),
+            {"custom_id": "f", "method": "POST", "url": CHAT, "body": {"messages": []}},
+            request("", "m"),
+            request("g", "m", extra=1),
+            b"[]",
+        )
+        before = len(list(client.batches.list(limit=100)))
+        with pytest.raises(openai.BadRequestError) as raised:
+            submit(client, faulty)
+
+        message = raised.value.message
+        for part in ("line 2: not valid JSON", "line 3: custom_id 'a' stands on an earlier line", "line 4: method must be 'POST'"):
+            assert part in message
+        for part in ("line 5: url '/v1/nothing'", f"valid: {CHAT}", "line 6: body.stream", "line 7: body.model", "line 8: custom_id"):
+            assert part in message
+        for part in ("line 9: unknown field 'extra'", "line 10: not a JSON object"):
+            assert part in message
+        assert len(list(client.batches.list(limit=100))) == before
+        assert not upstream.asked
+
+    def test_unknown_model(self, rig: Rig) -> None:
+        """A model that nobody serves is named with its line and the valid ones, before anything is accepted."""
+        with pytest.raises(openai.BadRequestError, match=r"line 2: no upstream serves the model 'nobody'; valid: m, other/model 2"):
+            submit(rig.client(), jsonl(request("a", "x"), request("b", "x", "nobody")))
+
+
+def submit_at(desk: BatchDesk, path: Any) -> Any:
+    """Submit a local file, whoever serves its models."""
+    from schemas.batches import Owner
+
+    owner = Owner(tenant="default", name="user:test")
+    return desk.submit(desk.add_file(path, "requests.jsonl", owner), owner, lambda _: None)
+
+
+def configured(settings: Settings, url: str, **batch: Any) -> Settings:
+    """The settings of a gateway or worker before an upstream."""
+    gateway = GatewaySettings(port=0, upstream=url, upstream_kind="openai", concurrency_max=AT_WORK)
+    recorder = RecorderSettings(coalesce_ms=5.0)
+    return settings.model_copy(update={"gateway": gateway, "recorder": recorder, "batch": BatchSettings(**{**BATCH, **batch})})
+
+
+@contextlib.contextmanager
+def worker(settings: Settings, url: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker in a process of its own."""
+    given = configured(settings, url).model_dump(mode="json")
+    given["cold"]["secret_key"] = settings.cold.secret_key.get_secret_value()
+    for upstream in (given["gateway"], given["debug"]):
+        upstream.pop("upstream_key", None)
+    process = subprocess.Popen([sys.executable, "-m", "tests.batch_child", json.dumps(given)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def shared_with(settings: Settings, process: subprocess.Popen[str]) -> None:
+    """Return when a worker has taken its half of the partitions of model m."""
+    control = open_control(settings)
+
+    def half() -> bool:
+        own = {name for name, fact in control.latest("batch.worker").items() if fact["pid"] == process.pid}
+        held = [key for key, fact in control.latest("batch.lease").items() if key.endswith("/m") and fact["worker"] in own]
+        return len(held) == settings.log.partitions // 2
+
+    until(half, 60.0)
+    control.close()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _queued(url: str) -> int:
+    return int(httpx.get(f"{url}/health").json()["upstreams"][0]["queued"])
