@@ -1,4 +1,4 @@
-"""The ways into vLLM: what it loads in each of its processes, its server's middleware, and a tee for one's own process.
+"""The ways into vLLM: what it loads in each of its processes, and its server's middleware.
 
 Importing this costs nothing: what is not switched on is not loaded.
 """
@@ -39,22 +39,6 @@ class Middleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One connection."""
         await self._recording(scope, receive, send)
-
-
-def record(engine: Any) -> Any:
-    """An `AsyncLLM` or `LLM` of this process, recorded from now on as its caller sees it.
-
-    One that the settings have recorded inside stays as it is: two records of one generation would be one too many.
-    """
-    from vllm.config import SchedulerConfig
-
-    from ingest.vllm.tee import Tee
-
-    if hasattr(SchedulerConfig.get_scheduler_cls, "__wrapped__"):
-        return engine
-    installation = _installation("sdk")
-    config = getattr(engine, "vllm_config", None) or engine.llm_engine.vllm_config
-    return Tee(installation.recorder, installation.settings, config.model_config.model).around(engine)
 
 
 def _installation(source: str) -> Installation:

@@ -1,1 +1,1 @@
-"""Capture inside vLLM: in the engine core, in the server's process, or around an engine in one's own process."""
+"""Capture inside vLLM: in the engine core, or in the server's process."""
