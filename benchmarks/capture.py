@@ -143,7 +143,7 @@ def _turn(engine: Any, given: argparse.Namespace, turn: int) -> float:
     ]
     began = time.perf_counter()
     engine.generate(prompts, parameters, use_tqdm=False)
-    return given.streams * given.tokens / (time.perf_counter() - began)
+    return float(given.streams * given.tokens) / (time.perf_counter() - began)
 
 
 def main() -> None:
