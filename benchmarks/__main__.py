@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes the table to `benchmarks/results/`.
 
-python -m benchmarks [recorder ingest query bytes gateway history fresh memory …]
+python -m benchmarks [recorder ingest query bytes gateway history fresh memory custody …]
 """
 
 from __future__ import annotations
@@ -16,7 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "open_streams", "stops", "memory", "capture", "exact")
+NAMES = (
+    "recorder",
+    "ingest",
+    "fresh",
+    "query",
+    "bytes",
+    "gateway",
+    "history",
+    "open_streams",
+    "stops",
+    "memory",
+    "custody",
+    "capture",
+    "exact",
+)
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -216,7 +216,8 @@ class _Run:
         hindrance = self._down or _hindrance(document, prompt, tape.token_ids, tape.missing)
         if hindrance:
             return _inconclusive(sequence, hindrance)
-        request = Request(generation.request.model if generation.request else None, document or {})
+        asked = generation.request
+        request = Request(asked.model, document or {}, asked.endpoint) if asked else Request(None, document or {})
         try:
             scored = self.engine.force(request, prompt, tape.token_ids)
         except EngineUnavailable as error:

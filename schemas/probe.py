@@ -67,7 +67,7 @@ def kind_of(answer: Answer) -> str:
 def questions(kind: str | None = None, *, previous: EnvironmentCaptured | None = None) -> Questions:
     """Ask for the environment: send each answer back in, the generator returns the event.
 
-    `kind` is `vllm`, `openai` or `anthropic`, None to find out; `previous` is an earlier capture of the same server, whose scores
+    `kind` is `vllm`, `openai`, `anthropic` or `gemini`, None to find out; `previous` is an earlier capture of the same server, whose scores
     stand as long as the new ones differ by no more than noise.
     """
     version = None
@@ -75,7 +75,7 @@ def questions(kind: str | None = None, *, previous: EnvironmentCaptured | None =
         version = yield VERSION
         kind = kind or kind_of(version)
     items: dict[str, Any] = {"kind": kind}
-    models = _models(_json((yield Ask("/v1/models"))), items)
+    models = _models(_json((yield Ask("/v1beta/models" if kind == "gemini" else "/v1/models"))), items)
     if kind != "vllm":
         return _event(items, {*_UNKNOWN_OPENAI} | (set() if models else {"models"}))
     unknown = {*_UNKNOWN_VLLM} | _version(version, items)
@@ -109,8 +109,9 @@ def _json(body: bytes | None) -> Any:
 
 def _models(answer: Any, items: dict[str, Any]) -> list[dict[str, Any]]:
     """What is served and from where, ordered by name; how long a text each takes stands apart, it is no part of a model."""
-    listed = answer.get("data") if isinstance(answer, dict) else None
+    listed = answer.get("data", answer.get("models")) if isinstance(answer, dict) else None
     found = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    found = [{"id": str(entry.get("name")).removeprefix("models/"), **entry} for entry in found]  # Google's have a name
     entries = sorted(found, key=lambda entry: str(entry.get("id")))
     models = [{name: entry[name] for name in ("id", "root", "parent", "owned_by") if name in entry} for entry in entries]
     if models:

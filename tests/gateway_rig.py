@@ -27,7 +27,7 @@ from store.log import open_log
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
-RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages")
+RECORDED = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1beta/models/")
 """Paths that a broken upstream acts on; all others are 404."""
 HELLO: Any = [{"role": "user", "content": "Say something about the sea."}]
 
@@ -42,7 +42,7 @@ class Rig:
         self.recorder = Recorder(self.log, settings.recorder, source="gateway")
         self.grace_s = grace_s
         self.error: BaseException | None = None
-        self._clients: list[openai.OpenAI] = []
+        self._clients: list[Any] = []
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="gateway")
@@ -79,6 +79,10 @@ class Rig:
         """The official client (its own types are too narrow for tests of odd requests); it retries nothing unless told to."""
         key = options.pop("api_key", "sk-test-0123456789")
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, **options})
+        return self.keep(client)
+
+    def keep(self, client: Any) -> Any:
+        """A client that is closed with the rig."""
         self._clients.append(client)
         return client
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +13,10 @@ from hypothesis import strategies as st
 from schemas.errors import UsageError
 from schemas.requests.anthropic import from_anthropic, to_anthropic
 from schemas.requests.chat import from_chat, to_chat
+from schemas.requests.gemini import from_gemini, to_gemini
+from schemas.requests.inference import InferenceRequest
+from schemas.requests.openapi import in_camel_case, to_json_schema
+from schemas.requests.recorded import as_chat
 from schemas.requests.responses import conversation, from_responses, to_responses
 
 _SCALARS = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
@@ -141,7 +147,58 @@ RESPONSES = record(
 )
 
 
+_SCHEMA = st.sampled_from([{"type": "OBJECT", "properties": {"a": {"type": "STRING", "nullable": True}}}, {"type": "ARRAY"}, {}])
+_GEMINI_PART = (
+    record({"text": _WORD}, thought=st.booleans(), thoughtSignature=_WORD)
+    | record({"inlineData": record({"mimeType": st.sampled_from(["image/png", "audio/wav"]), "data": st.just("AAAA")})})
+    | record({"fileData": record({"mimeType": st.just("image/png"), "fileUri": _URL})})
+    | record({"functionCall": record({"name": _WORD, "args": _OBJECT}, id=_WORD)}, thoughtSignature=_WORD)
+    | record({"functionResponse": record({"name": _WORD, "response": _OBJECT}, id=_WORD)})
+    | _OBJECT
+)
+_CONTENT = record({"parts": st.lists(_GEMINI_PART, max_size=3)}, role=st.sampled_from(["user", "model", "function"])) | _OBJECT
+_DECLARATION = record({"name": _WORD}, description=_WORD, parameters=_SCHEMA, parametersJsonSchema=_OBJECT)
+_GENERATION_CONFIG = record(
+    {},
+    temperature=st.floats(0, 2),
+    topP=st.floats(0, 1),
+    topK=st.integers(1, 9) | st.just(40.0) | st.just(2.5),
+    candidateCount=st.integers(1, 3),
+    maxOutputTokens=st.integers(1, 9),
+    stopSequences=st.lists(_WORD, max_size=2),
+    seed=st.integers(),
+    responseLogprobs=st.booleans(),
+    logprobs=st.integers(0, 3),
+    presencePenalty=st.floats(0, 1),
+    responseMimeType=st.sampled_from(["application/json", "text/plain", "text/x.enum", "x"]),
+    responseSchema=_SCHEMA | st.just({"type": "STRING", "enum": ["a", "b"]}),
+    responseJsonSchema=_OBJECT,
+    thinkingConfig=record(
+        {}, includeThoughts=st.booleans(), thinkingBudget=st.integers(-2, 9), thinkingLevel=st.sampled_from(["LOW", "HIGH", "low", "X"])
+    ),
+)
+GEMINI = record(
+    {"contents": st.lists(_CONTENT, max_size=3)},
+    model=_WORD,
+    systemInstruction=record({"parts": st.lists(_GEMINI_PART, max_size=2)}, role=_WORD),
+    generationConfig=_GENERATION_CONFIG,
+    tools=st.lists(record({"functionDeclarations": st.lists(_DECLARATION, max_size=2)}, googleSearch=st.just({})), max_size=2),
+    toolConfig=record(
+        {},
+        functionCallingConfig=record(
+            {}, mode=st.sampled_from(["AUTO", "ANY", "NONE", "VALIDATED"]), allowedFunctionNames=st.lists(_WORD, max_size=2)
+        ),
+    ),
+    safetySettings=st.lists(_OBJECT, max_size=1),
+)
+
+
 class TestRoundTrips:
+    @given(GEMINI)
+    def test_gemini(self, document: dict[str, Any]) -> None:
+        """Gemini's contents."""
+        assert to_gemini(from_gemini(document)) == document
+
     @given(RESPONSES)
     def test_responses(self, document: dict[str, Any]) -> None:
         """OpenAI's responses."""
@@ -156,6 +213,25 @@ class TestRoundTrips:
     def test_anthropic(self, document: dict[str, Any]) -> None:
         """Anthropic's messages."""
         assert to_anthropic(from_anthropic(document)) == document
+
+
+_WRITERS: tuple[Callable[[InferenceRequest], dict[str, Any]], ...] = (
+    to_gemini,
+    to_anthropic,
+    to_responses,
+    lambda request: to_chat(request, vllm=True),
+    lambda request: to_chat(request, vllm=False),
+)
+
+
+@given(
+    GEMINI.map(from_gemini) | CHAT.map(from_chat) | ANTHROPIC.map(from_anthropic) | RESPONSES.map(from_responses),
+    st.sampled_from(_WRITERS),
+)
+def test_written_or_refused(request: InferenceRequest, write: Callable[[InferenceRequest], dict[str, Any]]) -> None:
+    """Whatever is asked of whomever: it is written or refused, and nothing else happens."""
+    with suppress(UsageError):
+        assert isinstance(write(request), dict)
 
 
 def _refused(document: dict[str, Any], **options: Any) -> str:
@@ -269,3 +345,143 @@ class TestTranslated:
         }
         with pytest.raises(UsageError, match="not possible with an Anthropic upstream"):
             to_anthropic(from_chat({"model": "m", "messages": [], field: values[field]}))
+
+
+class TestGemini:
+    def test_to_chat(self) -> None:
+        """Everything that Gemini's words have a counterpart for; calls without ids get one, which their results share."""
+        document = {
+            "model": "m",
+            "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "x"}, {"inlineData": {"mimeType": "image/png", "data": "AAAA"}}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"a": 1}}, "thoughtSignature": "s"}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "f", "response": {"b": 2}}}]},
+            ],
+            "tools": [
+                {"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT", "properties": {"a": {"type": "INTEGER"}}}}]}
+            ],
+            "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["f"]}},
+            "generationConfig": {
+                "candidateCount": 2,
+                "maxOutputTokens": 9,
+                "topK": 40.0,
+                "seed": 1,
+                "responseLogprobs": True,
+                "logprobs": 3,
+                "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": True},
+            },
+        }
+
+        assert to_chat(from_gemini(document), vllm=True) == {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}],
+                },
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}],
+                },
+                {"role": "tool", "tool_call_id": "call_1", "content": '{"b":2}'},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+                }
+            ],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+            "n": 2,
+            "max_tokens": 9,
+            "top_k": 40,
+            "seed": 1,
+            "logprobs": True,
+            "top_logprobs": 3,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+
+    @pytest.mark.parametrize(
+        ("document", "place"),
+        [
+            ({"cachedContent": "c"}, "cachedContent"),
+            ({"tools": [{"googleSearch": {}}]}, "tools"),
+            ({"generationConfig": {"responseModalities": ["AUDIO"]}}, "responseModalities"),
+            ({"contents": [{"parts": [{"inlineData": {"mimeType": "audio/wav", "data": ""}}]}]}, "messages[0].content of type inlineData"),
+        ],
+    )
+    def test_what_others_cannot_do(self, document: dict[str, Any], place: str) -> None:
+        """It is refused by name before vLLM and before Anthropic."""
+        for write in (lambda request: to_chat(request, vllm=True), to_anthropic):
+            with pytest.raises(UsageError) as raised:
+                write(from_gemini({"contents": [], **document}))
+
+            assert (raised.value.place or "").endswith(place)
+
+    def test_schemas(self) -> None:
+        """Google's dialect of schemas means this as JSON schema."""
+        google = {
+            "type": "OBJECT",
+            "properties": {"b": {"type": "STRING", "nullable": True}, "a": {"type": "ARRAY", "items": {"type": "NUMBER"}, "minItems": "1"}},
+            "propertyOrdering": ["a", "b"],
+        }
+        schema = to_json_schema(google)
+
+        assert list(schema["properties"]) == ["a", "b"]
+        assert schema["properties"] == {
+            "a": {"type": "array", "items": {"type": "number"}, "minItems": 1},
+            "b": {"type": ["string", "null"]},
+        }
+
+    def test_spellings(self) -> None:
+        """Google's other spelling is read too, but for what is the client's own."""
+        snake = {"system_instruction": {"parts": [{"function_call": {"name": "f", "args": {"a_b": 1}}}]}}
+
+        assert in_camel_case(snake) == {"systemInstruction": {"parts": [{"functionCall": {"name": "f", "args": {"a_b": 1}}}]}}
+
+
+class TestHints:
+    """What another provider need not know is a short list; what says something is not on it."""
+
+    @pytest.mark.parametrize("field", [{"store": True}, {"metadata": {"a": "b"}}, {"prompt_cache_key": "k"}, {"service_tier": "auto"}])
+    def test_left_out(self, field: dict[str, Any]) -> None:
+        """Caching, filing, and what is so by default."""
+        written = to_anthropic(from_chat({"model": "m", "messages": [], "max_tokens": 1, **field}))
+
+        assert not written.keys() & field.keys()
+
+    @pytest.mark.parametrize(
+        "field", [{"service_tier": "flex"}, {"return_token_ids": True}, {"stream_options": {"include_obfuscation": True}}]
+    )
+    def test_refused(self, field: dict[str, Any]) -> None:
+        """What would change the answer or its price."""
+        with pytest.raises(UsageError):
+            to_anthropic(from_chat({"model": "m", "messages": [], "max_tokens": 1, **field}))
+
+    def test_a_summary_is_no_hint(self) -> None:
+        """An item's summary that says something is refused; an empty one is not."""
+        item = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
+        to_chat(from_responses({"input": [{**item, "summary": []}]}), vllm=True)
+        with pytest.raises(UsageError, match="summary"):
+            to_chat(from_responses({"input": [{**item, "summary": [{"type": "summary_text", "text": "s"}]}]}), vllm=True)
+
+
+class TestRecorded:
+    @pytest.mark.parametrize(
+        ("endpoint", "document"),
+        [
+            ("/v1/chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/messages", {"model": "m", "messages": [{"role": "user", "content": "x"}]}),
+            ("/v1/responses", {"model": "m", "input": [{"role": "user", "content": "x"}]}),
+        ],
+    )
+    def test_asked_again(self, endpoint: str, document: dict[str, Any]) -> None:
+        """Every conversation can be asked again as a chat completion."""
+        assert as_chat(endpoint, document) == {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+    def test_no_conversation(self) -> None:
+        """What is none says so."""
+        with pytest.raises(UsageError, match="a request to /v1/embeddings is no conversation"):
+            as_chat("/v1/embeddings", {"input": "x"})

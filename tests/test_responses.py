@@ -9,6 +9,8 @@ import openai
 import orjson
 import pytest
 
+from ingest.gateway.errors import Failure
+from ingest.gateway.kept import Kept
 from schemas.events import GenerationFinished, RequestSubmitted, ToolCall
 from tests.conftest import VllmService
 from tests.gateway_rig import DONE, Peer, broken, chunk, running
@@ -48,15 +50,42 @@ class TestWithVllm:
         assert response.usage.input_tokens == payloads(events, GenerationFinished)[0].prompt_tokens
 
     def test_refused(self, tmp_path: Path, vllm: VllmService) -> None:
-        """What is kept nowhere cannot be continued, and the client is told so by name."""
+        """What is not known cannot be continued, and the client is told so by name."""
         with running(tmp_path, vllm.url) as rig:
-            with pytest.raises(openai.BadRequestError, match="previous_response_id is not possible with a vLLM upstream"):
+            with pytest.raises(openai.NotFoundError, match="Previous response with id 'resp_1' not found"):
                 rig.client().responses.create(model=vllm.model, input="x", previous_response_id="resp_1")
+            with pytest.raises(openai.BadRequestError, match="background is not possible with a vLLM upstream"):
+                rig.client().responses.create(model=vllm.model, input="x", background=True)
             with pytest.raises(openai.NotFoundError):
                 rig.client().responses.create(model="nobody", input="x")
             kinds = [event.kind for event in rig.events()]
 
-        assert kinds.count("request_submitted") == kinds.count("generation_failed") == 2
+        assert kinds.count("request_submitted") == kinds.count("generation_failed") == 3
+
+    def test_continued(self, tmp_path: Path, vllm: VllmService) -> None:
+        """A response goes on from another one: all that was said before stands in front, in the same session; others may not."""
+        with running(tmp_path, vllm.url) as rig:
+            client, stranger = rig.client(), rig.client(api_key="sk-another-0123456789")
+            asked: Any = {"model": vllm.model, "max_output_tokens": 5}
+            first = client.responses.create(**asked, input="The sea?")
+            with client.responses.stream(**asked, input="And then?", previous_response_id=first.id) as stream:
+                second: Any = list(stream)[-1].response
+            third = client.responses.create(**asked, input="Go on.", previous_response_id=second.id)
+            forgotten = client.responses.create(**asked, input="x", store=False)
+            for name, who in ((first.id, stranger), (forgotten.id, client)):
+                with pytest.raises(openai.NotFoundError):
+                    who.responses.create(**asked, input="x", previous_response_id=name)
+            assert client.responses.retrieve(third.id).output_text == third.output_text
+            client.responses.delete(third.id)
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(third.id)
+            events = sorted(rig.events(), key=lambda event: event.recorded_at)
+        submitted = [event for event in events if event.kind == "request_submitted"][:3]
+        finished = payloads(events, GenerationFinished)
+
+        assert len({event.session_id for event in submitted}) == 1
+        assert [second.previous_response_id, third.previous_response_id] == [first.id, second.id]
+        assert finished[0].prompt_tokens < finished[1].prompt_tokens < finished[2].prompt_tokens
 
 
 class TestOnCue:
@@ -110,3 +139,17 @@ def _plain(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             part.pop("parsed", None)
             part.pop("logprobs", None)
     return items
+
+
+class TestKept:
+    def test_bound(self) -> None:
+        """The oldest responses are forgotten first, by number and by bytes; what is forgotten is not found."""
+        session: Any = None
+        for kept in (Kept(count_max=2), Kept(bytes_max=2 * len(b'[]{"id":"a"}'))):
+            for name in "abc":
+                kept.keep("me", session, [], {"id": name})
+            with pytest.raises(Failure, match="not found"):
+                kept.find("a", "me")
+            with pytest.raises(Failure):
+                kept.find("c", "somebody else")
+            assert kept.find("c", "me").document == b'{"id":"c"}'

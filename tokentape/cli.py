@@ -26,10 +26,12 @@ COMMANDS = {
     "replay": ("replay",),
     "exact": ("engine-runs", "replay-batch"),
     "debug": ("breakpoints", "stopped"),
+    "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
     "batch": ("batch",),
     "custody": ("verify",),
+    "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import structlog
 import uvicorn
 import uvloop
@@ -26,21 +25,25 @@ from ingest.gateway.batch.metrics import families as batch_metrics
 from ingest.gateway.batch.worker import Worker
 from ingest.gateway.connection import limited
 from ingest.gateway.counting import PATH as COUNT_TOKENS
-from ingest.gateway.counting import count_tokens
+from ingest.gateway.counting import count_contents, count_tokens
 from ingest.gateway.debug_api import PREFIX as DEBUG
 from ingest.gateway.debug_api import debug_api
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.endpoints.chat import Chat
 from ingest.gateway.endpoints.completions import Completions
 from ingest.gateway.endpoints.embeddings import Embeddings
+from ingest.gateway.endpoints.gemini import ARRAY, EVENTS, WHOLE, endpoint_of, method_of
 from ingest.gateway.endpoints.messages import Messages
 from ingest.gateway.endpoints.responses import Responses
-from ingest.gateway.errors import Failure, error_body
+from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange, Receive, Scope, Send
 from ingest.gateway.generation import Generation
-from ingest.gateway.headers import answer_headers, upstream_headers
+from ingest.gateway.kept import Kept
+from ingest.gateway.kept_api import PATH as RESPONSE
+from ingest.gateway.kept_api import kept_response
 from ingest.gateway.keys import Keyring
 from ingest.gateway.metrics import Meter, Metrics
+from ingest.gateway.models import PATHS, asked_for, models
 from ingest.gateway.offload import Offload
 from ingest.gateway.openapi import PATH as OPENAPI
 from ingest.gateway.openapi import openapi
@@ -51,7 +54,6 @@ from ingest.gateway.routes import Routes
 from ingest.gateway.sessions import Sessions
 from ingest.gateway.stops import Stops
 from ingest.gateway.tape import Recording
-from ingest.gateway.upstream import failure_of
 from ingest.gateway.window import Window
 from ingest.redaction import Redactor
 from schemas.errors import ConflictError, SettingsError
@@ -109,7 +111,7 @@ class Gateway:
         stops = Stops(settings, recorder, control, shared)
         placement = Placement(settings.recorder, sessions.installation)
         self.parts = Parts(
-            settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement, self._tracing
+            settings, recorder, routes, sessions, redactor, control, shared, stops, keyring, quotas, placement, Kept(), self._tracing
         )
         self.active: set[Exchange] = set()
         batchable = {endpoint.path: endpoint for endpoint in ENDPOINTS}
@@ -120,7 +122,7 @@ class Gateway:
         self._endpoints: dict[str, tuple[str, Handler]] = {
             **{endpoint.path: ("POST", _recorded(endpoint)) for endpoint in ENDPOINTS},
             COUNT_TOKENS: ("POST", count_tokens),
-            "/v1/models": ("GET", _models),
+            **dict.fromkeys(PATHS, ("GET", models)),
             "/health": ("GET", self._health),
             "/ready": ("GET", _ready),
             "/metrics": ("GET", self._measured),
@@ -160,18 +162,19 @@ class Gateway:
 
     async def _route(self, exchange: Exchange) -> None:
         path, method = exchange.scope["path"], exchange.scope["method"]
-        wanted, endpoint = self._endpoints.get(path, ("", None))
+        wanted, endpoint = self._endpoints.get(path) or _named(path, method, exchange.scope["query_string"])
         if endpoint is None and batch_api.serves(path):
             return await self._batches(exchange)
         if endpoint is None and path.startswith(DEBUG):
             return await debug_api(self.parts, exchange)
+        if path.startswith("/v1beta"):
+            exchange.shape = errors.GEMINI
         if endpoint is None:
             served = ", ".join(f"{method} {path}" for path, (method, _) in self._endpoints.items())
-            body = error_body(f"Nothing is served at {path[:200]}. Served: {served}.", "invalid_request_error", "not_found")
-            return await exchange.respond(404, body, [errors.JSON])
+            return await exchange.fail(Failure(errors.NOT_SERVED, f"Nothing is served at {path[:200]}. Served: {served}."), [])
         if method != wanted:
-            body = error_body(f"{path} takes {wanted}, not {method}.", "invalid_request_error", "method_not_allowed")
-            return await exchange.respond(405, body, [errors.JSON, (b"allow", wanted.encode())])
+            failure = Failure(errors.WRONG_METHOD, f"{path[:200]} takes {wanted}, not {method}.")
+            return await exchange.fail(failure, [(b"allow", wanted.encode())])
         return await endpoint(self.parts, exchange)
 
     async def _health(self, parts: Parts, exchange: Exchange) -> None:
@@ -227,6 +230,17 @@ async def _ready(parts: Parts, exchange: Exchange) -> None:
     await exchange.respond(200 if ready else 503, dump(answer), [errors.JSON])
 
 
+def _named(path: str, method: str, query: bytes) -> tuple[str, Handler | None]:
+    """What is served at a path that names a model or a response, and the method that it takes."""
+    if path.startswith(RESPONSE) and len(path) > len(RESPONSE) and "/" not in path.removeprefix(RESPONSE):
+        return ("DELETE" if method == "DELETE" else "GET"), kept_response
+    if method_of(path)[1] == "countTokens":
+        return "POST", count_contents
+    if endpoint := endpoint_of(path, query):
+        return "POST", _GENERATE[endpoint]
+    return ("GET", models) if asked_for(path, method) else ("", None)
+
+
 def _recorded(endpoint: Endpoint) -> Handler:
     async def handle(parts: Parts, exchange: Exchange) -> None:
         await Generation(parts, exchange, endpoint, await parts.keyring.caller(exchange)).serve()
@@ -234,26 +248,7 @@ def _recorded(endpoint: Endpoint) -> Handler:
     return handle
 
 
-async def _models(parts: Parts, exchange: Exchange) -> None:
-    """The models of all upstreams; those of a single one as it tells them itself. Not recorded."""
-    caller = await parts.keyring.caller(exchange)
-    if caller.refusal:
-        return await exchange.fail(caller.refusal, [])
-    if parts.routes.several or (caller.key and "*" not in caller.key.models):
-        allowed = caller.key.allows if caller.key else lambda _: True
-        return await exchange.respond(200, await parts.routes.models(allowed), [errors.JSON])
-    upstream = parts.routes.lanes[0].upstream
-    url = upstream.url_of("/v1/models", exchange.scope["query_string"])
-    headers = upstream_headers(exchange, upstream.authorization(caller.authorization), upstream.kind or "")
-    try:
-        async with asyncio.timeout(parts.settings.gateway.between_tokens_timeout_s):
-            async with upstream.client.get(url, headers=headers, allow_redirects=False) as answer:
-                body = await answer.read()
-    except TimeoutError:
-        return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
-    except (aiohttp.ClientError, OSError) as error:
-        return await exchange.fail(failure_of(error), [])
-    return await exchange.respond(answer.status, body, answer_headers(answer.raw_headers))
+_GENERATE = {endpoint: _recorded(endpoint) for endpoint in (WHOLE, EVENTS, ARRAY)}
 
 
 def _tracing(settings: Settings, recorder: Recording, instance: str) -> Tracing | None:

@@ -141,6 +141,7 @@ MODELS: Schema = record("data", object=TEXT, data=array(record("id", id=TEXT, ob
 
 OPENAI_ERROR: Schema = record("error", error=record("message type", message=TEXT, type=TEXT, param={"type": ["string", "null"]}, code={}))
 ANTHROPIC_ERROR: Schema = record("type error", type=choice("error"), error=record("type message", type=TEXT, message=TEXT))
+GEMINI_ERROR: Schema = record("error", error=record("code message status", code=INTEGER, message=TEXT, status=TEXT))
 PROBLEM: Schema = record("type title status detail instance", type=TEXT, title=TEXT, status=INTEGER, detail=TEXT, instance=TEXT, hint=TEXT)
 
 _UPSTREAM = record(

@@ -43,7 +43,10 @@ SHUTDOWN = Fault("shutdown", "gateway", 503, True, "server_error")
 NOT_RECORDED = Fault("not_recorded", "gateway", 503, True, "server_error")
 """Only in `strict` mode: what cannot be recorded is not served."""
 INTERNAL = Fault("gateway_error", "gateway", 500, True, "server_error")
+NOT_SERVED = Fault("not_found", "client", 404, False, "invalid_request_error")
+WRONG_METHOD = Fault("method_not_allowed", "client", 405, False, "invalid_request_error")
 NO_MODEL = Fault("model_not_found", "client", 404, False, "invalid_request_error")
+NO_RESPONSE = Fault("previous_response_not_found", "client", 404, False, "invalid_request_error")
 OVERLOADED = Fault("overloaded", "gateway", 503, True, "server_error")
 UNKNOWN_KEY = Fault("invalid_api_key", "client", 401, False, "authentication_error")
 FORBIDDEN = Fault("permission_denied", "client", 403, False, "permission_error")
@@ -92,6 +95,8 @@ class Shape:
     """The body of an error answer."""
     event: Callable[[Failure], bytes]
     """The last bytes of a stream that has begun."""
+    waiting: bytes = b": stopped at a breakpoint\n\n"
+    """What a client that streams gets while its request is stopped; empty where there is nothing that it would skip."""
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> bytes:
@@ -147,3 +152,42 @@ def _responses_event(failure: Failure) -> bytes:
 
 RESPONSES = Shape(_openai_body, _responses_event)
 """OpenAI's clients raise on the `error` in it; the rest is the event as it is documented."""
+
+
+_GOOGLE_STATUS = {
+    400: "INVALID_ARGUMENT",
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "INVALID_ARGUMENT",
+    413: "INVALID_ARGUMENT",
+    422: "INVALID_ARGUMENT",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    501: "UNIMPLEMENTED",
+    502: "UNAVAILABLE",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+    529: "UNAVAILABLE",
+}
+"""Google's own names (google.rpc.Code) by HTTP status."""
+
+
+def _gemini_body(failure: Failure) -> bytes:
+    status = _GOOGLE_STATUS.get(failure.status, "INTERNAL")
+    return orjson.dumps({"error": {"code": failure.status, "message": failure.message, "status": status}})
+
+
+def _gemini_event(failure: Failure) -> bytes:
+    return b"data: " + _gemini_body(failure) + b"\n\n"
+
+
+def _gemini_entry(failure: Failure) -> bytes:
+    return b",\n" + _gemini_body(failure) + b"]"
+
+
+GEMINI = Shape(_gemini_body, _gemini_event, waiting=b"\n")
+"""Google's clients take a comment for data; an empty line they skip."""
+
+GEMINI_ARRAY = Shape(_gemini_body, _gemini_entry, waiting=b"")
+"""A stream that is one JSON array; it begins with its first entry."""

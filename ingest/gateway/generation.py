@@ -16,6 +16,7 @@ from ingest.gateway.endpoints.chat import ChatAnswer
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
 from ingest.gateway.headers import answer_headers, request_facts, upstream_headers
+from ingest.gateway.kept import Response, continued, owner_of
 from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
@@ -27,6 +28,7 @@ from ingest.gateway.upstream import Upstream, failure_of
 from ingest.vllm.names import REQUEST_HEADER, request_name
 from schemas.errors import TokentapeError, UsageError
 from schemas.requests import ClientRequest, load
+from schemas.requests.client import ResponsesRequest
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +53,7 @@ class Generation:
         self.authorization = self.passage.authorization
         self.caller = caller
         self.misnamed: Failure | None = None
+        self._earlier: Response | None = None
         self._asked: ClientRequest | None = None
         self.session = self._session()
         redactor = parts.redactor.for_tenant(self.session.context.tenant)
@@ -109,8 +112,7 @@ class Generation:
 
     async def _passed(self, request: ClientRequest) -> ClientRequest:
         """The request once no breakpoint holds it, perhaps edited."""
-        read = partial(self.endpoint.read, self.exchange)
-        return await self.parts.stops.pass_by(self.exchange, self.tape, request, read, self._own_headers(), self._key_id)
+        return await self.parts.stops.pass_by(self.exchange, self.tape, request, self._read, self._own_headers(), self._key_id)
 
     def _added_again(self, request: ClientRequest, kind: str, before: dict[str, Any]) -> dict[str, Any]:
         """What is added to an edited request; a seed that is on the tape as injected stays the same."""
@@ -156,7 +158,7 @@ class Generation:
             body = await self.exchange.body()
             if self.misnamed:
                 raise self.misnamed
-            return self.endpoint.read(self.exchange, body)
+            return self._read(body)
         except UsageError as error:
             failure = Failure(errors.INVALID_REQUEST, str(error.fault), param=error.place or None)
             self._unreadable(body)
@@ -165,6 +167,15 @@ class Generation:
             self._unreadable(body)
             raise
 
+    def _read(self, body: bytes) -> ClientRequest:
+        request = self.endpoint.read(self.exchange, body)
+        if not isinstance(request, ResponsesRequest):
+            return request
+        owner = owner_of(self.session.context.tenant, self._key_id, self.exchange.client)
+        request, earlier = continued(self.parts.kept, owner, request, lambda: self.session)
+        self._earlier = self._earlier or earlier
+        return request
+
     def _unreadable(self, body: bytes) -> None:
         self._open({})
         self.tape.unreadable(body, self._facts(body))
@@ -172,7 +183,9 @@ class Generation:
     def _place(self, request: ClientRequest) -> None:
         """Find the session of a request, before anything is recorded of it."""
         tags = labels(self.exchange, request.fields, self.tape.clean, 1)["tags"]
-        self.session = self.parts.placement.place(self.exchange, request, self.session, self._asker, tags)
+        named = self.exchange.header(SESSION_HEADER) is not None
+        session = self._earlier.session if self._earlier and not named else self.session
+        self.session = self.parts.placement.place(self.exchange, request, session, self._asker, tags)
         self.tape.move(self.session)
 
     def _remember(self) -> None:

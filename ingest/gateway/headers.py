@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+from urllib.parse import parse_qs
 
 from ingest.gateway.exchange import Exchange, Headers
 
@@ -17,6 +18,7 @@ _HOP = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorizati
 # The client library writes these itself; what is compressed could not be read.
 _NOT_UPSTREAM = _HOP | {b"host", b"content-length", b"accept-encoding", b"authorization", b"expect", b"proxy-connection"}
 _KEY_HEADERS = ("x-api-key", "x-goog-api-key")
+_KEY_HEADER_OF = {"anthropic": "x-api-key", "gemini": "x-goog-api-key"}
 _NOT_UPSTREAM |= {name.encode() for name in _KEY_HEADERS}
 _NOT_DOWNSTREAM = _HOP | {b"content-length", b"content-encoding"}
 _OWN = b"x-tokentape-"
@@ -32,7 +34,8 @@ def authorization_of(exchange: Exchange) -> str | None:
     """The credential that came with a request, as a bearer token: each provider's clients have a header of their own for it."""
     if authorization := exchange.header("authorization"):
         return authorization
-    key = next((value for name in _KEY_HEADERS if (value := exchange.header(name))), None)
+    named = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("key")
+    key = next((value for name in _KEY_HEADERS if (value := exchange.header(name))), named[0] if named else None)
     return f"Bearer {key}" if key else None
 
 
@@ -43,11 +46,16 @@ def upstream_headers(exchange: Exchange, authorization: str | None, kind: str = 
     headers.append(("accept-encoding", "identity"))
     if kind == "anthropic" and not exchange.header("anthropic-version"):
         headers.append(("anthropic-version", ANTHROPIC_VERSION))
-    if kind == "anthropic" and authorization and authorization != exchange.header("authorization"):
-        headers.append(("x-api-key", authorization.removeprefix("Bearer ")))
-    elif authorization:
-        headers.append(("authorization", authorization))
+    if authorization:
+        own = authorization == exchange.header("authorization")
+        headers.append(("authorization", authorization) if own else credential_header(authorization, kind))
     return headers
+
+
+def credential_header(authorization: str, kind: str | None) -> tuple[str, str]:
+    """The header in which a kind of upstream wants a credential."""
+    name = _KEY_HEADER_OF.get(kind or "")
+    return (name, authorization.removeprefix("Bearer ")) if name else ("authorization", authorization)
 
 
 def answer_headers(raw: Iterable[tuple[bytes, bytes]]) -> Headers:

@@ -147,10 +147,12 @@ class Keyring:
         """Who sent this request. A virtual key is taken out of what could go upstream."""
         credential = _credential(exchange)
         virtual = credential is not None and credential.startswith("tt-")
+        authorization = None if virtual else authorization_of(exchange)
+        _strip_query(exchange)
         if self._required or virtual:
             _strip(exchange)
         if not self._required:
-            return Caller(None, credential, None if virtual else authorization_of(exchange))
+            return Caller(None, credential, authorization)
         try:
             return Caller(await self._key(credential), credential)
         except Failure as failure:
@@ -236,8 +238,12 @@ def _credential(exchange: Exchange) -> str | None:
 
 
 def _strip(exchange: Exchange) -> None:
-    """Take every credential out of what could go upstream."""
+    """Take every credential out of the headers that could go upstream."""
     exchange.scope["headers"] = [(name, value) for name, value in exchange.scope["headers"] if name not in _NAMES]
+
+
+def _strip_query(exchange: Exchange) -> None:
+    """Take a key out of the query, whoever's it is: addresses end up in logs. Upstreams are told keys in headers."""
     parts = exchange.scope["query_string"].split(b"&")
     kept = [part for part in parts if unquote_plus(part.partition(b"=")[0].decode("latin-1")) != "key"]
     exchange.scope["query_string"] = b"&".join(kept)

@@ -49,15 +49,21 @@ def document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
             "version": recorder_version() or "0",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": generating | _provider_paths() | _own_paths() | _debug_paths(),
+        "paths": generating | _provider_paths() | _gemini_paths() | _own_paths() | _debug_paths(),
         "components": {
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                "x-goog-api-key": {"type": "apiKey", "in": "header", "name": "x-goog-api-key"},
             },
-            "schemas": {"OpenAIError": bodies.OPENAI_ERROR, "AnthropicError": bodies.ANTHROPIC_ERROR, "Problem": bodies.PROBLEM},
+            "schemas": {
+                "OpenAIError": bodies.OPENAI_ERROR,
+                "AnthropicError": bodies.ANTHROPIC_ERROR,
+                "GeminiError": bodies.GEMINI_ERROR,
+                "Problem": bodies.PROBLEM,
+            },
         },
-        "security": [{}, {"bearer": []}, {"x-api-key": []}],
+        "security": [{}, {"bearer": []}, {"x-api-key": []}, {"x-goog-api-key": []}],
     }
 
 
@@ -90,7 +96,44 @@ def _provider_paths() -> dict[str, Schema]:
         "/v1/models": {
             "get": {"operationId": "models", "tags": ["generation"], "responses": {**_ok(bodies.MODELS), **_failures("OpenAIError")}}
         },
+        "/v1/models/{model}": {"parameters": [_name("model", "The model's name.")], "get": _told("model", "OpenAIError")},
+        "/v1/responses/{id}": {
+            "parameters": [_name("id", "The response's id.")],
+            "get": _told("response", "OpenAIError"),
+            "delete": _told("delete_response", "OpenAIError"),
+        },
     }
+
+
+def _gemini_paths() -> dict[str, Schema]:
+    """What Google's clients ask for; a stream is an array unless `alt` is `sse`."""
+    model = [_name("model", "The model's name.")]
+    asked = _body(bodies.record("contents", contents=bodies.array(bodies.OBJECT), generationConfig=bodies.OBJECT))
+    headers = [_header(name, text) for name, text in _HEADERS.items()]
+    events = {"name": "alt", "in": "query", "schema": {"enum": ["sse"]}}
+    streamed: Schema = {"application/json": {"schema": bodies.array(bodies.OBJECT)}, "text/event-stream": {}}
+    failures = _failures("GeminiError")
+    whole = {"200": {"description": "The answer.", "headers": _OWN, "content": _json(bodies.OBJECT)}, **failures}
+    stream = {"200": {"description": "The answer.", "headers": _OWN, "content": streamed}, **failures}
+    methods: dict[str, Schema] = {
+        "generateContent": {"parameters": headers, "responses": whole},
+        "streamGenerateContent": {"parameters": [*headers, events], "responses": stream},
+        "countTokens": {"responses": {**_ok(bodies.OBJECT), **failures}},
+    }
+    paths: dict[str, Schema] = {
+        f"/v1beta/models/{{model}}:{name}": {
+            "parameters": model,
+            "post": {"operationId": name, "tags": ["generation"], "requestBody": asked, **operation},
+        }
+        for name, operation in methods.items()
+    }
+    paths["/v1beta/models"] = {"get": _told("gemini_models", "GeminiError")}
+    paths["/v1beta/models/{model}"] = {"parameters": model, "get": _told("gemini_model", "GeminiError")}
+    return paths
+
+
+def _told(name: str, error: str) -> Schema:
+    return {"operationId": name, "tags": ["generation"], "responses": {**_ok(bodies.OBJECT), **_failures(error)}}
 
 
 def _own_paths() -> dict[str, Schema]:

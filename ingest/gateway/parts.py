@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ingest.gateway.kept import Kept
 from ingest.gateway.keys import Keyring
 from ingest.gateway.placement import Placement
 from ingest.gateway.quotas import Quotas
@@ -35,4 +36,5 @@ class Parts:
     keyring: Keyring
     quotas: Quotas
     placement: Placement
+    kept: Kept
     tracing: Tracing | None = None

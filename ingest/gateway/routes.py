@@ -15,7 +15,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import aiohttp
-import orjson
 import structlog
 
 from ingest.gateway import errors
@@ -99,12 +98,12 @@ class Lane:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 healthy = self.upstream.kind != "vllm" or await self._healthy()
-                status, body = await self._ask("/v1/models")
+                status, body = await self._ask("/v1beta/models" if self.upstream.kind == "gemini" else "/v1/models")
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return self.unreachable(str(error) or "no answer in time")
         self.live, self.ready = healthy, healthy and status < 500
         if status == 200:
-            self.served = _models_of(body)
+            self.served = models_of(body)
         if not self.ready:
             return self.eject(f"its probe was answered with {status}")
         self._faults = 0
@@ -117,8 +116,7 @@ class Lane:
         return (await self._ask("/health"))[0] == 200
 
     async def _ask(self, path: str) -> tuple[int, bytes]:
-        authorization = self.upstream.authorization(None)
-        headers = {"authorization": authorization} if authorization else {}
+        headers = self.upstream.headers(self.upstream.authorization(None))
         async with self.upstream.client.get(self.upstream.url + path, headers=headers, allow_redirects=False) as answer:
             return answer.status, await answer.read()
 
@@ -130,12 +128,19 @@ class Lane:
         return {"name": self.entry.name, **state, **load, "hardware": self.entry.hardware, "models": self.names}
 
 
-def _models_of(body: bytes) -> dict[str, dict[str, Any]] | None:
-    """The entries of a list of models by name; None where it is none."""
+def models_of(body: bytes) -> dict[str, dict[str, Any]] | None:
+    """The entries of a list of models by name, whoever's list it is; None where it is none."""
     try:
-        return {str(entry["id"]): entry for entry in load(body)["data"]}
-    except (ValueError, TypeError, LookupError):
+        document = load(body)
+        if "models" in document:  # Google's
+            return {str(entry["name"]).removeprefix("models/"): _of_google(entry) for entry in document["models"]}
+        return {str(entry["id"]): entry for entry in document["data"]}
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
+
+
+def _of_google(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"id": str(entry["name"]).removeprefix("models/"), "object": "model", "created": 0, "owned_by": "google"}
 
 
 class Routes:
@@ -230,8 +235,8 @@ class Routes:
         more = f" and {len(names) - NAMES_SHOWN_MAX} more" if len(names) > NAMES_SHOWN_MAX else ""
         return f"Valid: {', '.join(names[:NAMES_SHOWN_MAX])}{more}." if names else "No model is known to be served now."
 
-    async def models(self, allowed: Allowed) -> bytes:
-        """The list of models of all upstreams in OpenAI's shape, each model once."""
+    async def entries(self, allowed: Allowed) -> dict[str, dict[str, Any]]:
+        """The models of all upstreams by name, each once, as OpenAI's list has them."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await self.probe()
@@ -240,7 +245,7 @@ class Routes:
             for name in lane.names:
                 told = (lane.served or {}).get(name)
                 entries.setdefault(name, told or {"id": name, "object": "model", "created": 0, "owned_by": lane.entry.name})
-        return orjson.dumps({"object": "list", "data": [entry for name, entry in entries.items() if allowed(name)]})
+        return {name: entry for name, entry in entries.items() if allowed(name)}
 
 
 def _by_weight(lanes: Sequence[Lane]) -> Lane:

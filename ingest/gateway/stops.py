@@ -42,7 +42,6 @@ WRITE_WAIT_S = 2.0
 REMEMBERED_MAX = 1000
 """Decided requests that this worker remembers, to tell a second person who was first."""
 _EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-_KEEP_ALIVE = b": stopped at a breakpoint\n\n"
 
 R = TypeVar("R", bound=Readable)
 
@@ -115,7 +114,7 @@ class Stops:
         if rule is None:
             return request
         stop = self._stop(rule, exchange, tape, request, read, facts)
-        return cast("R", await self._hold(stop, request.stream, headers))
+        return cast("R", await self._hold(stop, request.stream and exchange.shape.waiting != b"", headers))
 
     def _stop(self, rule: Breakpoint, exchange: Exchange, tape: Tape, request: Readable, read: Read, facts: RequestFacts) -> _Stop:
         deadline_s = rule.deadline_s or self.settings.deadline_s
@@ -179,7 +178,7 @@ class Stops:
             if stream is not None:
                 with suppress(TimeoutError):  # a client that does not read keeps nobody from deciding
                     async with asyncio.timeout(WRITE_WAIT_S):
-                        await stream.write(_KEEP_ALIVE)
+                        await stream.write(stream.shape.waiting)
             await held.wait()
 
     async def _let_go(self, stop: _Stop) -> Readable:

@@ -13,7 +13,7 @@ from yarl import URL
 from ingest.environment import capture_http, detect_kind
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
-from ingest.gateway.headers import ANTHROPIC_VERSION
+from ingest.gateway.headers import ANTHROPIC_VERSION, credential_header
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
@@ -40,7 +40,7 @@ class Upstream:
     def __init__(self, settings: GatewaySettings, entry: UpstreamSettings) -> None:
         self.settings = settings
         self.entry = entry
-        self.url = entry.url.rstrip("/").removesuffix("/v1")
+        self.url = entry.url.rstrip("/").removesuffix("/v1").removesuffix("/v1beta")
         self.name = without_credentials(self.url)
         self.kind: str | None = None if entry.kind == "auto" else entry.kind
         self.environment: EnvironmentCaptured | None = None
@@ -82,6 +82,11 @@ class Upstream:
         """The Authorization header sent upstream: the configured key, else the client's own."""
         key = self.entry.key
         return f"Bearer {key.get_secret_value()}" if key else of_client
+
+    def headers(self, authorization: str | None) -> Mapping[str, str]:
+        """The headers of a question of the gateway's own."""
+        version = {"anthropic-version": ANTHROPIC_VERSION} if self.kind == "anthropic" else {}
+        return {**version, **dict([credential_header(authorization, self.kind)] if authorization else [])}
 
     def url_of(self, path: str, query: bytes) -> URL:
         """The address of an endpoint, with the client's query as it came."""
@@ -130,9 +135,7 @@ class Upstream:
                 raise unreachable(error) from error
 
     async def _refresh(self, authorization: str | None) -> None:
-        headers: Mapping[str, str] = {"authorization": authorization} if authorization else {}
-        if authorization and self.kind == "anthropic":
-            headers = {"x-api-key": authorization.removeprefix("Bearer "), "anthropic-version": ANTHROPIC_VERSION}
+        headers = self.headers(authorization)
         try:
             event = await capture_http(self.client, self.url, kind=self.kind or "", headers=headers, previous=self.environment)
             self.environment, self._captured_at = event, time.monotonic()

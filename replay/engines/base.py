@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from schemas.events import EnvironmentCaptured
+from schemas.requests.recorded import CHAT
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A recorded request, for an engine: its document as sent upstream (after edits) and the model it named."""
+    """A recorded request, for an engine: its document as the client wrote it (after edits), the model it named, and where it went."""
 
     model: str | None
     document: dict[str, Any] = field(default_factory=dict)
+    endpoint: str = CHAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from replay.words import printable, shorten
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import questions
+from schemas.requests.recorded import as_chat
 
 CONNECT_TIMEOUT_S = 10.0
 """An address that takes longer to connect is no engine that could be replayed against."""
@@ -75,12 +76,18 @@ class OpenAIEngine:
             return event
 
     def generate(self, request: Request) -> Generated | Refused:
-        """The answer to a chat request, not streamed, with ids and logprobs where the server tells them.
+        """The answer to a request, not streamed, with ids and logprobs where the server tells them.
+
+        What went to another endpoint than chat completions is asked as the chat completion that says the same, if there is one.
 
         Raises:
             EngineUnavailable: the server does not answer.
         """
-        document = {**request.document, "model": self._model or request.model, "stream": False, "logprobs": True, "return_token_ids": True}
+        try:
+            asked = as_chat(request.endpoint, request.document)
+        except UsageError as error:
+            return Refused(str(error.fault))
+        document = {**asked, "model": self._model or request.model, "stream": False, "logprobs": True, "return_token_ids": True}
         document.pop("stream_options", None)
         answer = self._post("/v1/chat/completions", document)
         if answer.status != 200:

@@ -20,14 +20,12 @@ from schemas.requests.inference import (
     ToolChoice,
     ToolResult,
     Turn,
+    identified,
     instructed,
 )
 from schemas.requests.jsontext import dump, load
 
 PROVIDER = "anthropic"
-
-HINTS = ("stream_options", "service_tier", "store", "metadata", "prompt_cache_key", "safety_identifier", "return_token_ids", "user")
-"""What requests of other providers may carry and Anthropic need not know."""
 
 MAX_TOKENS = 4096
 """Anthropic wants a limit; other providers' requests may have none."""
@@ -69,16 +67,20 @@ def to_anthropic(request: InferenceRequest) -> dict[str, Any]:
     Raises:
         UsageError: it cannot do what the request asks for; `place` names it.
     """
-    target = Target(PROVIDER, "an Anthropic upstream", HINTS)
+    target = Target(PROVIDER, "an Anthropic upstream")
     extensions = target.own(request)
     generation, sampling = request.generation, request.generation.sampling
     target.without(
         n=generation.n if generation.n != 1 else None, logprobs=generation.logprobs or None, top_logprobs=generation.top_logprobs
     )
-    target.without(structured_output=generation.structured_output, beam_search=generation.beam_search)
+    plain = generation.structured_output is None or generation.structured_output.form == "text"
+    target.without(structured_output=None if plain else generation.structured_output, beam_search=generation.beam_search)
+    target.own(generation)
     target.without(**sampling.model_dump(include={"min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty"}))
     document = present(
-        model=request.model, **_written_turns(target, instructed(request.instructions, request.messages), extensions), stream=request.stream
+        model=request.model,
+        **_written_turns(target, identified(instructed(request.instructions, request.messages)), extensions),
+        stream=request.stream,
     )
     foreign = PROVIDER not in request.provider_extensions and generation.max_tokens is None and "max_tokens" not in extensions
     document |= present(
@@ -92,6 +94,8 @@ def to_anthropic(request: InferenceRequest) -> dict[str, Any]:
     )
     if request.tools is not None:
         document["tools"] = [_written_tool(target, tool) for tool in request.tools]
+    if request.user is not None:
+        document["metadata"] = {"user_id": request.user}
     return document | extensions
 
 

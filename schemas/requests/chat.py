@@ -23,27 +23,12 @@ from schemas.requests.inference import (
     ToolChoice,
     ToolResult,
     Turn,
+    identified,
     instructed,
 )
 from schemas.requests.jsontext import dump
 
 PROVIDER = "openai"
-
-ITEM_HINTS = ("id", "type", "status", "annotations", "summary", "bare")
-"""What the items of a response carry besides their content: names and states that they were given."""
-
-HINTS = (
-    "cache_control",
-    "signature",
-    "metadata",
-    "service_tier",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "thoughtSignature",
-    *ITEM_HINTS,
-)
-"""What requests of other providers may carry and an OpenAI-compatible server need not know: caching, filing, proofs."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FORMS = {"regex": "regex", "grammar": "grammar", "choice": "choice"}
@@ -79,11 +64,11 @@ def to_chat(request: InferenceRequest, *, vllm: bool) -> dict[str, Any]:
     Raises:
         UsageError: it cannot do what the request asks for; `place` names it.
     """
-    target = Target(PROVIDER, "a vLLM upstream" if vllm else "an OpenAI upstream", HINTS)
+    target = Target(PROVIDER, "a vLLM upstream" if vllm else "an OpenAI upstream")
     extensions = target.own(request)
     document = present(
         model=request.model,
-        messages=_Conversation(target, vllm).write(instructed(request.instructions, request.messages))
+        messages=_Conversation(target, vllm).write(identified(instructed(request.instructions, request.messages)))
         if "messages" not in extensions
         else None,
         stream=request.stream,
@@ -160,7 +145,8 @@ def _written_generation(target: Target, parameters: GenerationParameters, vllm: 
     if not vllm:
         target.without(**{name: sampling.get(name) for name in _VLLM_SAMPLING})
         target.without(beam_search=parameters.beam_search)
-    renamed = parameters.provider_extensions.get(PROVIDER, {})  # the limit under its new name comes back under it
+    target.own(parameters.sampling)
+    renamed = target.own(parameters)  # the limit under its new name comes back under it
     document = renamed | present(
         max_tokens=None if renamed else parameters.max_tokens,
         n=parameters.n,
@@ -295,13 +281,11 @@ def _part(document: dict[str, Any]) -> Part:
 
 
 class _Conversation:
-    """Writes turns as messages; calls without an id get one, and the result with their name gets the same."""
+    """Writes turns as messages."""
 
     def __init__(self, target: Target, vllm: bool) -> None:
         self._target = target
         self._vllm = vllm
-        self._open: list[ToolCall] = []  # calls that were given an id and have no result yet
-        self._named = 0
 
     def write(self, turns: list[Turn]) -> list[dict[str, Any]]:
         """The messages."""
@@ -349,18 +333,13 @@ class _Conversation:
 
     def _call(self, call: ToolCall, place: str) -> dict[str, Any]:
         self._target.own(call, f"{place}tool_calls.")
-        if call.call_id is None:
-            self._named += 1
-            call = call.model_copy(update={"call_id": f"call_{self._named}"})
-            self._open.append(call)
         return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
     def _result(self, result: ToolResult, place: str) -> dict[str, Any]:
         self._target.own(result, f"{place}tool_result.")
         message: dict[str, Any] = {"role": "tool"}
-        call_id = self._answered(result.name) if result.call_id is None else result.call_id
-        if call_id is not None:
-            message["tool_call_id"] = call_id
+        if result.call_id is not None:
+            message["tool_call_id"] = result.call_id
         message["content"] = self._result_content(result, place)
         return message
 
@@ -371,10 +350,3 @@ class _Conversation:
         if not result.parts:
             return "The tool failed." if result.failed else ""
         return self._content(result.parts, result.plain, place)
-
-    def _answered(self, name: str | None) -> str | None:
-        for call in self._open:
-            if call.name == name:
-                self._open.remove(call)
-                return call.call_id
-        return None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 from schemas.errors import UsageError
 from schemas.requests.jsontext import double_of, dump, load, long_of, text_of
+from schemas.requests.openapi import in_camel_case
 
 _OPERATION = "read request"
 
@@ -88,15 +90,69 @@ class MessagesRequest(ClientRequest):
     """A request to Anthropic's messages."""
 
 
+@dataclass(frozen=True)
 class ResponsesRequest(ClientRequest):
-    """A request to OpenAI's responses; each input item is a message."""
+    """A request to OpenAI's responses; each input item is a message. What went before `previous` is among them."""
 
     FIELD = "input"
+
+    previous: str | None = None
+    """The response that it goes on from."""
+    keep: Callable[[dict[str, Any]], None] | None = None
+    """Remembers its response for later requests."""
 
     @property
     def max_tokens(self) -> int | None:
         """The longest answer that the client wants."""
         return long_of(self.fields.get("max_output_tokens"))
+
+
+class GeminiRequest(ClientRequest):
+    """A request to Gemini's `generateContent`; its model stands in the path, and here in `fields` too."""
+
+    FIELD = "contents"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """How the answer is to be made."""
+        config = self.fields.get("generationConfig")
+        return config if isinstance(config, dict) else {}
+
+    @property
+    def n(self) -> int:
+        """How many candidates are asked for."""
+        return long_of(self.config.get("candidateCount")) or 1
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that the client gave."""
+        return long_of(self.config.get("seed"))
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature that the client gave."""
+        return double_of(self.config.get("temperature"))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest answer that the client wants."""
+        return long_of(self.config.get("maxOutputTokens"))
+
+    @property
+    def tools(self) -> int:
+        """How many functions are offered."""
+        groups = self.fields.get("tools")
+        declared = [group.get("functionDeclarations") for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+        return sum(len(functions) for functions in declared if isinstance(functions, list))
+
+
+class GeminiStreamRequest(GeminiRequest):
+    """A request to Gemini's `streamGenerateContent`."""
+
+    @property
+    def stream(self) -> bool:
+        """The path says so."""
+        return True
 
 
 class CompletionRequest(ClientRequest):
@@ -142,6 +198,18 @@ def read_messages(body: bytes) -> MessagesRequest:
     """
     fields = read_object(body)
     return MessagesRequest(body, fields, list_of(fields, "messages"))
+
+
+def read_gemini(body: bytes, model: str, *, stream: bool) -> GeminiRequest:
+    """The request of a body for a model; both of Google's spellings are read as camel case.
+
+    Raises:
+        UsageError: not JSON, not an object, or without a list of contents.
+    """
+    fields = {"model": model, **in_camel_case(read_object(body))}
+    if isinstance(fields["model"], str):
+        fields["model"] = fields["model"].removeprefix("models/")
+    return (GeminiStreamRequest if stream else GeminiRequest)(body, fields, list_of(fields, "contents"))
 
 
 def read_responses(body: bytes) -> ResponsesRequest:
@@ -225,4 +293,10 @@ def splice(request: ClientRequest, extra: dict[str, Any]) -> bytes:
     return head + b"," + dump(extra)[1:]
 
 
-_FIELDS = {"/v1/completions": CompletionRequest.FIELD, "/v1/responses": ResponsesRequest.FIELD, "/v1/embeddings": EmbeddingRequest.FIELD}
+_FIELDS = {
+    "/v1/completions": CompletionRequest.FIELD,
+    "/v1/responses": ResponsesRequest.FIELD,
+    "/v1/embeddings": EmbeddingRequest.FIELD,
+    "/v1beta/models:generateContent": GeminiRequest.FIELD,
+    "/v1beta/models:streamGenerateContent": GeminiRequest.FIELD,
+}

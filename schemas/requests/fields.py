@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from schemas.errors import UsageError
@@ -63,16 +62,48 @@ def float_or_none(value: float) -> float | None:
         return None
 
 
+HINTS = frozenset(
+    (
+        "cache_control",  # what to keep of a prompt, to be faster and cheaper next time
+        "prompt_cache_key",
+        "store",  # where and under which name a request is filed: the tape has it as it was sent
+        "metadata",
+        "labels",
+        "user",
+        "safety_identifier",
+        "signature",  # proofs for the provider that made them
+        "thoughtSignature",
+        "includeThoughts",  # the gateway itself shows thoughts or does not
+        "max_completion_tokens",  # names, states and spellings of what the schema has in its own fields
+        "id",
+        "type",
+        "status",
+        "bare",
+        "system.role",
+        "group",
+        "openapi",
+    )
+)
+"""Fields that change nothing of what is answered. Recorded as sent, they are left out before a provider that does not know them."""
+
+IF_EMPTY = frozenset(("annotations", "summary", "logprobs"))
+"""Parts of an answer that come back in the next request: nothing is lost where they are empty."""
+
+USUAL = {"service_tier": ("auto", "default", "standard", "standard_only"), "verbosity": ("medium",)}
+"""Fields that say nothing with these values."""
+
+
+def harmless(field: str, value: Any) -> bool:
+    """Whether another provider may leave a field out without answering anything else."""
+    return value is None or field in HINTS or (field in IF_EMPTY and not value) or (field in USUAL and value in USUAL[field])
+
+
 class Target:
-    """A provider being written for: gives back its own extensions and refuses those of others by name.
+    """A provider being written for: gives back its own extensions and refuses those of others by name, but for harmless ones."""
 
-    `hints` are fields that change what an answer costs or where it is filed, not what it says: other providers leave them out.
-    """
-
-    def __init__(self, provider: str, name: str, hints: Iterable[str] = ()) -> None:
+    def __init__(self, provider: str, name: str) -> None:
         self.provider = provider
         self.name = name
-        self.hints = frozenset(hints)
 
     def own(self, model: Model, place: str = "") -> dict[str, Any]:
         """The extensions of this provider.
@@ -84,7 +115,7 @@ class Target:
             if provider == self.provider:
                 continue
             for field, value in fields.items():
-                if value is not None and field not in self.hints:
+                if not harmless(field, value):
                     raise self.refusal(f"{place}{field}")
         return dict(model.provider_extensions.get(self.provider, {}))
 
@@ -95,7 +126,7 @@ class Target:
             UsageError: it is another one's.
         """
         if part.provider != self.provider:
-            kind = part.value.get("type") if isinstance(part.value, dict) else None
+            kind = part.value.get("type") or ", ".join(part.value) if isinstance(part.value, dict) else None
             raise self.refusal(f"{place} of type {kind}" if isinstance(kind, str) else place)
         return part.value
 

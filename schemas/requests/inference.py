@@ -91,6 +91,27 @@ def instructed(instructions: str | None, messages: list[Turn]) -> list[Turn]:
     return messages if instructions is None else [Turn(role="system", parts=[Text(text=instructions)], plain=True), *messages]
 
 
+def identified(messages: list[Turn]) -> list[Turn]:
+    """The messages with an id for each call that has none, which the first result of the same name without one gets too."""
+    waiting: list[ToolCall] = []
+    given = 0
+
+    def named(part: Part) -> Part:
+        nonlocal given
+        if isinstance(part, ToolCall) and part.call_id is None:
+            given += 1
+            part = part.model_copy(update={"call_id": f"call_{given}"})
+            waiting.append(part)
+        elif isinstance(part, ToolResult) and part.call_id is None:
+            call = next((call for call in waiting if call.name == part.name), None)
+            if call is not None:
+                waiting.remove(call)
+                part = part.model_copy(update={"call_id": call.call_id})
+        return part
+
+    return [turn.model_copy(update={"parts": [named(part) for part in turn.parts]}) for turn in messages]
+
+
 class Sampling(Model):
     """How tokens are drawn."""
 

@@ -21,6 +21,7 @@ from schemas.requests.inference import (
     ToolChoice,
     ToolResult,
     Turn,
+    identified,
 )
 
 PROVIDER = "responses"
@@ -61,11 +62,12 @@ def to_responses(request: InferenceRequest) -> dict[str, Any]:
     Raises:
         UsageError: they cannot do what the request asks for; `place` names it.
     """
-    target = Target(PROVIDER, "OpenAI's responses", ("cache_control", "signature", "stream_options"))
+    target = Target(PROVIDER, "OpenAI's responses")
     extensions = target.own(request)
     generation, sampling = request.generation, request.generation.sampling
     target.without(n=generation.n if generation.n != 1 else None, stop=generation.stop, logprobs=generation.logprobs or None)
     target.without(beam_search=generation.beam_search)
+    target.own(generation)
     target.without(**sampling.model_dump(exclude={"temperature", "top_p", "provider_extensions"}))
     document = present(
         model=request.model,
@@ -82,7 +84,7 @@ def to_responses(request: InferenceRequest) -> dict[str, Any]:
         tool_choice=_written_choice(target, request.tool_choice),
     )
     if "input" not in extensions:
-        document["input"] = _written_turns(target, request.messages)
+        document["input"] = _written_turns(target, identified(request.messages))
     if request.tools is not None:
         document["tools"] = [_written_tool(target, tool) for tool in request.tools]
     return document | extensions

@@ -14,6 +14,12 @@ from ingest.gateway.sse import Block
 from schemas.errors import UsageError
 from schemas.requests import ClientRequest, splice
 
+FOREIGN = {"anthropic": "an Anthropic upstream", "gemini": "a Gemini upstream"}
+"""Kinds of upstream that do not speak OpenAI's language, with the words for them."""
+
+DONE = b"[DONE]"
+"""The data of the event that ends a stream of OpenAI's completions."""
+
 
 class Answer(Protocol):
     """One answer on its way from the upstream to the client and to the tape. For one attempt.
@@ -95,7 +101,7 @@ class OpenAiEndpoint:
         Raises:
             UsageError: the upstream speaks another provider's language.
         """
-        if kind == "anthropic":
-            hint = "set gateway.upstream to an OpenAI-compatible server, or send the request to /v1/messages"
-            raise UsageError(f"{self.path} is not possible with an Anthropic upstream; {hint}", operation="forward", hint=hint)
+        if kind in FOREIGN:
+            hint = "set gateway.upstream to an OpenAI-compatible server, or send the request to /v1/chat/completions"
+            raise UsageError(f"{self.path} is not possible with {FOREIGN[kind]}; {hint}", operation="forward", hint=hint)
         return Sending(self.path, splice(request, extra), exchange.scope["query_string"])

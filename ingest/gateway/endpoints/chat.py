@@ -1,18 +1,18 @@
-"""OpenAI's `/v1/chat/completions`: passed through."""
+"""OpenAI's `/v1/chat/completions`: passed through, or translated before upstreams that speak another language."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ingest.gateway.endpoints.base import OpenAiEndpoint
+from ingest.gateway.endpoints.base import DONE, FOREIGN, Answer, OpenAiEndpoint, Sending
+from ingest.gateway.endpoints.completion_writer import CompletionWriter
+from ingest.gateway.endpoints.translated import reader_of, to_upstream
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.runs import RunReader
 from ingest.gateway.sse import Block
 from ingest.gateway.veil import Veil, chat_additions
 from schemas.requests import ChatRequest, ClientRequest, read_chat
-
-DONE = b"[DONE]"
-"""The data of the event that ends a stream of OpenAI's completions."""
+from schemas.requests.chat import from_chat
 
 
 class ChatAnswer:
@@ -60,9 +60,29 @@ class Chat(OpenAiEndpoint):
         return read_chat(body)
 
     def additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
-        """Token ids, logprobs, a seed and usage."""
-        return chat_additions(request, kind)
+        """Token ids, logprobs, a seed and usage; nothing where another provider answers."""
+        return {} if kind in FOREIGN else chat_additions(request, kind)
 
-    def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> ChatAnswer:
-        """A reader of chunks as they are."""
+    def sending(self, exchange: Exchange, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
+        """The client's own bytes and the additions, or what they mean to another provider.
+
+        Raises:
+            UsageError: the upstream cannot do what it asks for.
+        """
+        if kind not in FOREIGN:
+            return super().sending(exchange, request, extra, kind)
+        return to_upstream(from_chat(_without_usage(request)), extra, kind)
+
+    def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> Answer:
+        """A reader of chunks as they are, or a writer of them."""
+        if kind in FOREIGN:
+            return CompletionWriter(request, reader_of(kind))
         return ChatAnswer(Veil(extra, kind, request.n, fingerprint))
+
+
+def _without_usage(request: ClientRequest) -> dict[str, Any]:
+    """The fields without the wish for usage, which the gateway sees to; whatever else a stream is to have stays."""
+    options = request.fields.get("stream_options")
+    if not isinstance(options, dict) or options.keys() - {"include_usage"}:
+        return request.fields
+    return {name: value for name, value in request.fields.items() if name != "stream_options"}

@@ -1,12 +1,12 @@
-"""Anthropic's `/v1/messages`: translated before an OpenAI-compatible upstream, passed through before Anthropic."""
+"""Anthropic's `/v1/messages`: passed through before Anthropic, translated before other upstreams."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ingest.gateway.endpoints.anthropic import AnthropicAnswer
-from ingest.gateway.endpoints.base import Answer, Sending
-from ingest.gateway.endpoints.translated import TranslatedAnswer, event, to_chat_upstream
+from ingest.gateway.endpoints.base import FOREIGN, Answer, Sending
+from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event, reader_of, to_upstream
 from ingest.gateway.errors import ANTHROPIC
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.veil import chat_additions
@@ -34,28 +34,28 @@ class Messages:
         return read_messages(body)
 
     def additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
-        """What a chat request gets; nothing where Anthropic answers, which tells neither ids nor logprobs."""
-        if kind == "anthropic":
+        """What a chat request gets; nothing where another provider answers, which tells neither ids nor logprobs."""
+        if kind in FOREIGN:
             return {}
         chat = ChatRequest(b"", {"stream": request.stream, "temperature": request.temperature}, [])
         return chat_additions(chat, kind)
 
     def sending(self, exchange: Exchange, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
-        """The client's own bytes, or the chat request that they mean."""
+        """The client's own bytes, or what they mean to another upstream."""
         if kind == "anthropic":
             return Sending(self.path, request.body, exchange.scope["query_string"])
-        return to_chat_upstream(from_anthropic(request.fields), extra, kind)
+        return to_upstream(from_anthropic(request.fields), extra, kind)
 
     def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> Answer:
         """A reader of Anthropic's events, or a writer of them."""
-        return AnthropicAnswer() if kind == "anthropic" else MessageAnswer(request.stream)
+        return AnthropicAnswer() if kind == "anthropic" else MessageAnswer(request.stream, reader_of(kind))
 
 
 class MessageAnswer(TranslatedAnswer):
     """Writes the chunks of a chat completion as Anthropic's events: one block of content after the other."""
 
-    def __init__(self, stream: bool) -> None:
-        super().__init__(b"text/event-stream" if stream else b"application/json")
+    def __init__(self, stream: bool, reader: Reader) -> None:
+        super().__init__(b"text/event-stream" if stream else b"application/json", reader)
         self._begun = False
         self._blocks = 0
         self._open: tuple[str, int] | None = None  # the kind of the open block, and which tool call it is

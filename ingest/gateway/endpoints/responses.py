@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/responses`: translated to chat completions. Nothing is kept between two requests but on the tape."""
+"""OpenAI's `/v1/responses`: translated to chat completions or to what other upstreams speak."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import time
 import uuid
 from typing import Any
 
-from ingest.gateway.endpoints.base import Sending
-from ingest.gateway.endpoints.translated import TranslatedAnswer, event, to_chat_upstream
+from ingest.gateway.endpoints.base import FOREIGN, Sending
+from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event, reader_of, to_upstream
 from ingest.gateway.errors import RESPONSES
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.veil import chat_additions
-from schemas.errors import UsageError
 from schemas.requests import ChatRequest, ClientRequest
 from schemas.requests.client import ResponsesRequest, read_responses
 from schemas.requests.responses import conversation, from_responses
@@ -44,7 +43,7 @@ class Responses:
     def additions(self, request: ClientRequest, kind: str) -> dict[str, Any]:
         """What a chat request gets."""
         asked = {"stream": request.stream, "temperature": request.temperature, "top_logprobs": request.fields.get("top_logprobs")}
-        return {} if kind == "anthropic" else chat_additions(ChatRequest(b"", asked, []), kind)
+        return {} if kind in FOREIGN else chat_additions(ChatRequest(b"", asked, []), kind)
 
     def sending(self, exchange: Exchange, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
         """The chat request that it means.
@@ -52,22 +51,20 @@ class Responses:
         Raises:
             UsageError: the upstream cannot do what it asks for.
         """
-        if kind == "anthropic":
-            hint = "set gateway.upstream to an OpenAI-compatible server, or send the request to /v1/messages"
-            raise UsageError(f"{self.path} is not possible with an Anthropic upstream; {hint}", operation="forward", hint=hint)
-        return to_chat_upstream(conversation(from_responses(request.fields)), extra, kind)
+        return to_upstream(conversation(from_responses(request.fields)), extra, kind)
 
     def answer(self, request: ClientRequest, extra: dict[str, Any], kind: str, fingerprint: str | None) -> TranslatedAnswer:
         """A writer of responses."""
-        return ResponseAnswer(request)
+        return ResponseAnswer(request, reader_of(kind))
 
 
 class ResponseAnswer(TranslatedAnswer):
     """Writes the chunks of a chat completion as a response's events: one output item after the other."""
 
-    def __init__(self, request: ClientRequest) -> None:
-        super().__init__(b"text/event-stream" if request.stream else b"application/json")
+    def __init__(self, request: ClientRequest, reader: Reader) -> None:
+        super().__init__(b"text/event-stream" if request.stream else b"application/json", reader)
         self._response = _response(request)
+        self._keep = request.keep if isinstance(request, ResponsesRequest) else None
         self._output: list[dict[str, Any]] = self._response["output"]
         self._open: tuple[str, int] | None = None  # the type of the open item, and which tool call it is
         self._text = ""
@@ -89,6 +86,7 @@ class ResponseAnswer(TranslatedAnswer):
         out = [] if self._sequence else self._begin({})
         out += self._close()
         self._response |= _outcome(self._finish, self._usage)
+        self._kept(self._response)
         return b"".join([*out, self._event(f"response.{self._response['status']}", response=self._response)])
 
     def write_completion(self, completion: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +100,13 @@ class ResponseAnswer(TranslatedAnswer):
         for call in message.get("tool_calls") or ():
             self._output.append(_done("function_call", _call(call), call["function"]["arguments"]))
         outcome = _outcome(choice.get("finish_reason") or "", completion.get("usage") or {})
-        return self._response | {"model": completion.get("model")} | outcome
+        response = self._response | {"model": completion.get("model")} | outcome
+        self._kept(response)
+        return response
+
+    def _kept(self, response: dict[str, Any]) -> None:
+        if self._keep is not None:
+            self._keep(response)
 
     def _begin(self, chunk: dict[str, Any]) -> list[bytes]:
         self._response["model"] = chunk.get("model") or self._response["model"]
@@ -176,7 +180,9 @@ def _response(request: ClientRequest) -> dict[str, Any]:
     defaults = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}, "text": {"format": {"type": "text"}}}
     known = {name: value for name, value in echoed.items() if value is not None}
     head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "status": "in_progress"}
-    rest: dict[str, Any] = {"error": None, "incomplete_details": None, "model": request.model, "output": [], "usage": None, "store": False}
+    rest: dict[str, Any] = {"error": None, "incomplete_details": None, "model": request.model, "output": [], "usage": None}
+    if isinstance(request, ResponsesRequest):
+        rest |= {"previous_response_id": request.previous, "store": request.fields.get("store") is not False}
     return {**head, **rest, **dict.fromkeys(_ECHOED), **defaults, **known}
 
 

@@ -1,0 +1,34 @@
+"""A recorded request, of whichever endpoint, as the chat completion that says the same: what an engine is asked in a replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from schemas.errors import UsageError
+from schemas.requests.anthropic import from_anthropic
+from schemas.requests.chat import to_chat
+from schemas.requests.gemini import from_gemini
+from schemas.requests.responses import conversation, from_responses
+
+CHAT = "/v1/chat/completions"
+
+_READERS = {
+    "/v1/messages": from_anthropic,
+    "/v1/responses": lambda document: conversation(from_responses(document)),
+    "/v1beta/models:generateContent": from_gemini,
+    "/v1beta/models:streamGenerateContent": from_gemini,
+}
+
+
+def as_chat(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The document for a chat completion.
+
+    Raises:
+        UsageError: there is none that says the same; the message names what stands against it.
+    """
+    if endpoint == CHAT:
+        return document
+    if endpoint not in _READERS:
+        hint = f"only requests to {CHAT}, {', '.join(_READERS)} can be asked again"
+        raise UsageError(f"a request to {endpoint} is no conversation; {hint}", operation="replay request", place=endpoint, hint=hint)
+    return to_chat(_READERS[endpoint](document), vllm=True)
