@@ -179,6 +179,12 @@ class GatewaySettings(_Section):
         return self.upstreams or [short]
 
 
+class EngineSettings(_Section):
+    """Capture inside vLLM, for an engine that is started with these settings in its environment."""
+
+    capture: Literal["off", "on"] = Field(default="off", description="on: vLLM's scheduler is recorded, whichever is in force.")
+
+
 class DebugSettings(_Section):
     """Requests that stop at breakpoints, and who may decide about them over HTTP."""
 
@@ -371,6 +377,7 @@ class Settings(_Section):
     redaction: RedactionSettings = RedactionSettings()
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
+    engine: EngineSettings = EngineSettings()
     debug: DebugSettings = DebugSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     batch: BatchSettings = BatchSettings()

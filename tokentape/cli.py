@@ -26,6 +26,7 @@ COMMANDS = {
     "replay": ("replay",),
     "replay_batch": ("replay-batch",),
     "engines": ("env", "calibrate"),
+    "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
