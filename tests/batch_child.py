@@ -22,6 +22,9 @@ from store.log import open_log
 from store.work import WorkLogs
 from tests.batch_case import desk_of, submit_at
 
+_SAID = os.dup(1)
+"""Where the test reads; what is logged goes elsewhere."""
+
 
 def _work(settings: Settings) -> None:
     recorder = Recorder(open_log(settings.log, settings.data), settings.recorder, source="gateway")
@@ -34,7 +37,7 @@ def _submit(settings: Settings, path: Path) -> None:
 
 
 def _say(what: str) -> None:
-    os.write(1, f"{os.getpid()} {what}\n".encode())
+    os.write(_SAID, f"{os.getpid()} {what}\n".encode())
 
 
 def _child(given: dict[str, Any]) -> None:
@@ -44,6 +47,7 @@ def _child(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    os.dup2(2, 1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how they ended
     _say("ready")
     for line in sys.stdin:
@@ -52,4 +56,4 @@ if __name__ == "__main__":
                 _child(json.loads(line))
             finally:
                 os._exit(0)
-        os.write(1, f"{pid} begun\n".encode())
+        os.write(_SAID, f"{pid} begun\n".encode())
