@@ -32,7 +32,7 @@ def proxy(upstream: str, folder: Path) -> Iterator[tuple[str, int]]:
     config.write_text(f"model_list:\n  - model_name: tiny\n    litellm_params: {model}\n", encoding="utf-8")
     port = _free_port()
     with (folder / "litellm.log").open("wb") as output:
-        command = [program, "--config", config, "--host", "127.0.0.1", "--port", str(port)]
+        command: list[str | Path] = [program, "--config", config, "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(command, env={**os.environ, **_VARIABLES}, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -51,7 +51,7 @@ def _installed() -> Path:
         variables = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS", "VIRTUAL_ENV")}
         python = ENVIRONMENT / "bin" / "python"
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, ENVIRONMENT], check=True, env=variables)
-        install = [uv, "pip", "sync", "--quiet", "--python", python, "--require-hashes", LOCK]
+        install: list[str | Path] = [uv, "pip", "sync", "--quiet", "--python", python, "--require-hashes", LOCK]
         subprocess.run(install, check=True, env=variables)
         stamp.write_bytes(LOCK.read_bytes())
     return ENVIRONMENT / "bin" / "litellm"

@@ -108,7 +108,8 @@ def _watch(pid: int, curve: list[tuple[float, float]], done: threading.Event) ->
 def _slope(curve: list[tuple[float, float]]) -> float:
     """MB per second of the line that fits best."""
     at, mb = (sum(column) / len(curve) for column in zip(*curve, strict=True))
-    return sum((x - at) * (y - mb) for x, y in curve) / sum((x - at) ** 2 for x, _ in curve)
+    slope: float = sum((x - at) * (y - mb) for x, y in curve) / sum((x - at) ** 2 for x, _ in curve)
+    return slope
 
 
 def _resident_mb(pid: int) -> float:

@@ -1,1 +1,1 @@
-"""What time does to events: scheduled merging, tiering and verification."""
+"""What time does to events: merging, tiering, retention, legal holds, erasure and verification, on a schedule."""

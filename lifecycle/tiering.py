@@ -13,9 +13,11 @@ import datetime as dt
 import hashlib
 import itertools
 import json
+import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from typing import Any
 
 import structlog
 
+from lifecycle.policies import Policies
 from schemas.errors import AlreadyExists, ConflictError, CorruptStore
 from schemas.events import SegmentSealed
 from schemas.registry import Schema, SchemaRegistry
@@ -44,8 +47,16 @@ log = structlog.get_logger("tokentape.tiering")
 ENTRY_TYPE = "segments"
 """Ledger entries of this type commit the segments of one day and the coverage of the offsets that they hold."""
 
+REWRITTEN = "rewritten"
+"""Ledger entries of this type put segments in the place of others, or of nothing (`lifecycle.rewriting`)."""
+
 CLAIM_S = 3600.0
 """How long a day's shards are kept from being merged; renewed with every segment."""
+
+WAIT_S = 600.0
+"""How long retention, erasure and compaction wait for a run that is at work."""
+
+_POLL_S = 0.1
 
 OWNER = "tier"
 """Who claims: one name for all runs, of which a lock lets one go at a time, so that the next finishes a killed one's work."""
@@ -55,7 +66,7 @@ CRASH_POINTS = ("staged", "written", "put_one", "put", "read_back", "coverage_pu
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class Stored:
     """A segment in the store, read back."""
 
     key: str
@@ -85,17 +96,27 @@ class Tiering:
         """
         if dry_run:
             return self._preview(self._closed(all_days))
-        with self._alone():
-            for left in (self.settings.data / "tmp").glob("tier-*"):
-                shutil.rmtree(left, ignore_errors=True)
-            finished = self._reconcile()
-            shards = self._closed(all_days)
-            segments: list[Segment] = []
-            for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
-                segments += self._tier_day(list(group))
+        with self.alone():
+            return self.run_alone(all_days=all_days)
+
+    def run_alone(self, *, all_days: bool = False) -> dict[str, Any]:
+        """`run` for who is alone already."""
+        self.clear()
+        finished = self.reconcile_alone()
+        shards = self._closed(all_days)
+        segments: list[Segment] = []
+        for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
+            segments += self._tier_day(list(group))
         summary = {"shards": len(shards), "events": sum(shard.rows for shard in shards), "finished_earlier": finished}
         size = sum(segment.bytes for segment in segments)
         return {**summary, "segments": len(segments), "bytes": size, "keys": [segment.key for segment in segments]}
+
+    def clear(self) -> None:
+        """Remove the scratch folders of killed runs; `rewrite-PID-…` may be that of somebody who only looks."""
+        folder = self.settings.data / "tmp"
+        looking = [path for path in folder.glob("rewrite-*") if not _runs(int(path.name.split("-")[1]))]
+        for left in (*folder.glob("tier-*"), *looking):
+            shutil.rmtree(left, ignore_errors=True)
 
     def reconcile(self) -> int:
         """Finish what killed runs committed but did not swap; how many ledger entries that were, 0 while a run is at work.
@@ -103,20 +124,21 @@ class Tiering:
         A catalog that was lost gets all its segments back this way.
         """
         try:
-            with self._alone():
-                return self._reconcile()
+            with self.alone():
+                return self.reconcile_alone()
         except ConflictError:
             return 0
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One run at a time; the lock dies with its process.
+    def alone(self, *, wait_s: float = 0.0) -> Iterator[None]:
+        """One run at a time, waited for up to `wait_s`; the lock dies with its process.
 
         Raises:
             ConflictError: another run is at work.
         """
-        path = self.catalog.path.parent / "fences" / "tier.lock"
-        lock = FileLock.take(path, secrets.token_hex(8))
+        path, deadline = self.catalog.path.parent / "fences" / "tier.lock", time.monotonic() + wait_s
+        while (lock := FileLock.take(path, secrets.token_hex(8))) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
         if lock is None:
             raise ConflictError("another tiering run is at work", operation="tier", place=str(path), hint="try again when it is done")
         try:
@@ -126,7 +148,7 @@ class Tiering:
 
     def _closed(self, all_days: bool) -> list[Shard]:
         """The shards to tier by day. Days never run backwards along a partition, so they are the beginning of each."""
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(days=self.settings.jobs.tier_after_days)
+        limit = dt.datetime.now(dt.UTC) - dt.timedelta(days=Policies.of(self.settings).hot_days(self.settings.jobs.tier_after_days))
         shards = self.catalog.snapshot().shards
         closed = [shard for shard in shards if all_days or shard.day < limit.strftime("%Y-%m-%d")]
         return sorted(closed, key=lambda shard: (shard.day, shard.name))
@@ -195,9 +217,10 @@ class Tiering:
             yield draft.key(numbers[place]), draft
             numbers[place] += 1
 
-    def _store(self, key: str, draft: Draft, names: Sequence[str]) -> _Stored:
+    def _store(self, key: str, draft: Draft, names: Sequence[str]) -> Stored:
         """Put a segment and read back what the store really holds, not the local file."""
-        self.objects.create_from_file(key, draft.path, lock=self._lock())
+        part = draft.part
+        self.objects.create_from_file(key, draft.path, lock=self.segment_lock(part.tenant, part.retention_class, part.day))
         crash_point("tier.put_one")
         draft.path.unlink()
         self._claim(names)
@@ -205,7 +228,12 @@ class Tiering:
         if content.rows != draft.part.rows:
             raise CorruptStore(f"{content.rows} rows came back, {draft.part.rows} were written", operation="tier", place=key)
         crash_point("tier.read_back")
-        return _Stored(key, draft, content)
+        return Stored(key, draft, content)
+
+    def segment_lock(self, tenant: str, retention_class: str, day: str) -> Lock:
+        """The lock of a segment: what its policies ask for, else that of the settings."""
+        own = Policies.of(self.settings).lock(tenant, retention_class, day)
+        return self._lock() if own is None else own
 
     def _lock(self) -> Lock:
         """Retention is sent with every PUT: a store that is left to its default may keep none."""
@@ -214,17 +242,17 @@ class Tiering:
             return NO_LOCK
         return Lock(cold.lock, dt.datetime.now(dt.UTC) + dt.timedelta(days=cold.lock_days))
 
-    def _commit(self, shards: Sequence[Shard], stored: Sequence[_Stored], names: Sequence[str]) -> Entry:
+    def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], names: Sequence[str]) -> Entry:
         """Check that the segments hold what the log held, and enter them."""
         keys = [item.key for item in stored]
         coverage = cover(self.catalog, shards, keys, [item.content for item in stored])
         manifest = self._put_coverage(shards[0].day, coverage)
-        schemas = {fingerprint: self._put_schema(fingerprint) for item in stored for fingerprint in item.content.schemas}
+        schemas = {fingerprint: self.put_schema(fingerprint) for item in stored for fingerprint in item.content.schemas}
         objects = [{"key": item.key, "bytes": item.draft.bytes, "sha256": item.draft.sha256} for item in stored]
         body = {
             "day": shards[0].day,
             "objects": [*objects, manifest, *schemas.values()],
-            "segments": [_segment_to_json(item, schemas) for item in stored],
+            "segments": [segment_to_json(item, schemas) for item in stored],
             "coverage_key": manifest["key"],
             "coverage": [coverage_to_json(item) for item in coverage],
         }
@@ -242,7 +270,7 @@ class Tiering:
         crash_point("tier.coverage_put")
         return {"key": key, "bytes": len(data), "sha256": sha256}
 
-    def _put_schema(self, fingerprint: bytes) -> dict[str, Any]:
+    def put_schema(self, fingerprint: bytes) -> dict[str, Any]:
         """Put a writer schema beside the segments, which explain themselves then; what the ledger is to say of the object.
 
         Raises:
@@ -280,12 +308,23 @@ class Tiering:
 
     # After a kill
 
-    def _reconcile(self) -> int:
-        known = max((segment.ledger_entry for segment in self.catalog.snapshot().segments), default=-1)
-        return sum(self._finish(entry) for entry in self.ledger.entries(known + 1) if entry.type == ENTRY_TYPE)
+    def reconcile_alone(self) -> int:
+        """`reconcile` for who is alone already: one step, in which no segment shows that a later entry replaced."""
+        snapshot = self.catalog.snapshot()
+        known = max((segment.ledger_entry for segment in snapshot.segments), default=-1)
+        entries = [entry for entry in self.ledger.entries(known + 1) if entry.type in (ENTRY_TYPE, REWRITTEN)]
+        gone = {key for entry in entries if entry.type == REWRITTEN for key in entry.body["erased"]}
+        segments = [segment for entry in entries for segment in segments_of(entry) if segment.key not in gone]
+        retire = [segment.key for segment in snapshot.segments if segment.key in gone]
+        shards = [name for entry in entries if entry.type == ENTRY_TYPE for name in self._covered(entry)]
+        if shards or segments or retire:
+            self.catalog.swap(retire=shards, segments=segments, retire_segments=retire, owner=OWNER)
+            sealed = {entry.sequence for entry in entries if entry.type == ENTRY_TYPE}
+            self._announce([segment for segment in segments if segment.ledger_entry in sealed])
+        return len({segment.ledger_entry for segment in segments}) or int(bool(shards or retire))
 
-    def _finish(self, entry: Entry) -> bool:
-        """Serve the segments of an entry instead of the shards whose offsets they cover; whether there was something to do.
+    def _covered(self, entry: Entry) -> list[str]:
+        """The hot shards whose offsets an entry covers.
 
         Raises:
             ConflictError: a shard holds offsets of the entry and others, so that neither can be served alone.
@@ -293,18 +332,24 @@ class Tiering:
         spans = [coverage_from_json(item) for item in entry.body["coverage"]]
         live = self.catalog.snapshot().shards
         touched = [shard for shard in live if any(_overlap(item.span, span) for item in spans for span in shard.ranges)]
-        segments = segments_of(entry)
-        if not touched and not segments:
-            return False
         coverage = from_parquet(self.objects.get(entry.body["coverage_key"]), spans, place=entry.body["coverage_key"]) if touched else []
         covered = [shard.name for shard in touched if all(_is_covered(span, coverage) for span in shard.ranges)]
         mixed = [shard.name for shard in touched if shard.name not in covered and any(_is_covered(span, coverage) for span in shard.ranges)]
         if mixed:
             hint = "run `tokentape rebuild`: it makes the shards anew behind what is cold"
             raise ConflictError(f"shard {mixed[0]} is cold in part", operation="tier", place=entry.key, hint=hint)
-        self.catalog.swap(retire=covered, segments=segments, owner=OWNER)
-        self._announce(segments)
-        return bool(covered or segments)
+        return covered
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this machine is alive."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _overlap(one: Range, other: Range) -> bool:
@@ -332,7 +377,8 @@ def says(data: bytes, schema: Schema) -> bool:
         return False
 
 
-def _segment_to_json(item: _Stored, schemas: Mapping[bytes, Mapping[str, Any]]) -> dict[str, Any]:
+def segment_to_json(item: Stored, schemas: Mapping[bytes, Mapping[str, Any]]) -> dict[str, Any]:
+    """A segment as it stands in the ledger; `schemas` are the objects of its writer schemas."""
     part = item.draft.part
     return {
         "key": item.key,

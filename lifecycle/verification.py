@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-from lifecycle.tiering import ENTRY_TYPE, says
+from lifecycle.tiering import ENTRY_TYPE, REWRITTEN, says
 from schemas.errors import CorruptStore, DataError
 from schemas.events import Pair, VerificationFinished
 from schemas.registry import SchemaRegistry
@@ -204,6 +204,8 @@ class _Deep:
         for entry in self._entries():
             if entry.type == ENTRY_TYPE:
                 self._check_entry(entry, signed)
+            elif entry.type == REWRITTEN:
+                self._check_rewritten(entry)
         for where, spans in sorted(self.spans.items()):
             self._check_chain(where, spans)
 
@@ -260,6 +262,22 @@ class _Deep:
             self._add("modified", manifest, error.fault if isinstance(error, CorruptStore) else "removed while it was being read")
             return
         self._check_coverage(entry, covered, keys, contents, signed)
+
+    def _check_rewritten(self, entry: Entry) -> None:
+        """Segments that came in the place of others hold what is entered; where only content went, the leaves are the same."""
+        try:
+            items = [dict(item) for item in entry.body["segments"]]
+            for item in items:
+                self._content(entry, item)
+            replaced = [dict(item) for item in entry.body["replaced"]]
+            rows, before = sum(item["rows"] for item in items), sum(item["rows"] for item in replaced)
+            same = len(replaced) == len(items) == 1 and entry.body["events"] == 0
+            if before - rows != entry.body["events"] or {item["key"] for item in replaced} != set(entry.body["erased"]):
+                self._add("modified", entry.key, "its counts of events do not add up")
+            elif same and items[0]["root"] != replaced[0]["root"]:
+                self._add("modified", entry.key, "no event went, and the leaves are not the same")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self._add("modified", entry.key, f"does not say what a rewritten entry says: {error!r}")
 
     def _content(self, entry: Entry, item: Mapping[str, Any]) -> SegmentContent | None:
         """A segment read again; None where it is at fault, which then stands in the report."""

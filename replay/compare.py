@@ -11,16 +11,23 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from replay.calibration import FALSE_ALARM, Calibration, Calibrations
+from replay.draws import judged_by_draws
 from replay.drift import Judgement, Verdict, judge, worst
 from replay.engines.base import Engine, Refused, Request, Scored
-from replay.floors import Floor, floor_of, measured, same_kernels
+from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
+from replay.measurement import alternatives_for
+from replay.memory import Memory
+from replay.prompts import Prompt, prompt_of
+from replay.sampling import sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
 from schemas import events as e
 from schemas.environment import compare as compare_environments
-from schemas.errors import EngineUnavailable, UnknownSession
+from schemas.errors import EngineUnavailable, UnknownSession, UsageError
+from schemas.requests.recorded import CHAT, as_generation
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
 
@@ -117,15 +124,21 @@ def run_compare(
     strict: bool = False,
     actor: str = "",
     until: Until | None = None,
+    calibrations: Calibrations | None = None,
+    run: str | None = None,
+    memory: Memory | None = None,
     on_sequence: Callable[[bytes, SequenceOutcome], None] | None = None,
 ) -> Outcome:
     """Compare one session with an engine and record the replay in a session of its own.
 
-    `on_sequence` is told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive.
+    With a calibration of the recorded environment the chance of a false *model differs* or *sampling differs* is at most
+    `FALSE_ALARM`, for the session as for each of its sequences: n sequences are tested at an n-th of it each. `on_sequence` is
+    told each sequence's outcome as it comes. An engine that fails in the middle makes the rest inconclusive; as part of a
+    `run`, whose name is then the workflow of the replay's session, it leaves the replay unfinished instead, to be done again.
 
     Raises:
         UnknownSession: no events.
-        EngineUnavailable: the engine does not answer at all; then nothing is recorded.
+        EngineUnavailable: the engine does not answer at all, and nothing is recorded; or it fails in a run.
     """
     state = fold(events, until=until)
     if state.session_id is None or state.last is None:
@@ -133,11 +146,13 @@ def run_compare(
     begun = time.monotonic_ns()
     subjects = [g for g in state.generations.values() if g.recording and g.recording.tokens]
     recorded = _recorded_environments(state, subjects or list(state.generations.values()))
-    present = engine.fingerprint(recorded[-1] if recorded else None)
-    run = _Run(state, engine, sink, strict, present, recorded, _context(state, actor))
-    run.start(state.last.event_id)
-    outcomes = [] if run.refused else [run.generation(generation, on_sequence) for generation in subjects]
-    return run.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
+    memory = memory or Memory()
+    present = memory.environment(engine, recorded[-1] if recorded else None)
+    tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
+    replay = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), memory, calibrations, tests, run)
+    replay.start(state.last.event_id)
+    outcomes = [] if replay.refused else [replay.generation(generation, on_sequence) for generation in subjects]
+    return replay.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
 
 
 def _context(state: SessionState, actor: str) -> SessionContext:
@@ -166,20 +181,27 @@ class _Run:
         present: e.EnvironmentCaptured | None,
         recorded: list[e.EnvironmentCaptured],
         context: SessionContext,
+        memory: Memory,
+        calibrations: Calibrations | None,
+        tests: int,
+        run: str | None,
     ) -> None:
         self.state, self.engine, self.sink, self.strict, self.context = state, engine, sink, strict, context
         self.present, self.recorded = present, recorded
         self.replay_id = new_id()
         self.known = present is not None and bool(recorded)
         self.differences = _differences(recorded, present)
-        self.refused = strict and (bool(self.differences) or not self.known)
-        self._floors: dict[str | None, Floor] = {}
+        self.refused = strict and (bool(self.differences) or not self.known or any(r.origin != present.origin for r in recorded if present))
+        self._false_alarm = FALSE_ALARM / max(tests, 1)
+        self._run = run
+        self._calibration = self._calibrated(calibrations)
+        self._memory = memory
         self._down: str | None = None
 
     def start(self, until: bytes) -> None:
         """Record that the replay began, and against what."""
         subject = self.state.session_id or b""
-        self._record(e.SessionOpened(purpose="replay", parent_session=subject, parent_event=until))
+        self._record(e.SessionOpened(workflow=self._run, purpose="replay", parent_session=subject, parent_event=until))
         if self.present is not None:
             self._record(self.present)
         self._record(
@@ -211,31 +233,55 @@ class _Run:
 
     def _sequence(self, generation: Generation, sequence: Sequence) -> SequenceOutcome:
         tape = taped(sequence)
-        document = self.state.edited(generation)
-        prompt = generation.recording.prompt_token_ids if generation.recording else ()
-        hindrance = self._down or _hindrance(document, prompt, tape.token_ids, tape.missing)
-        if hindrance:
-            return _inconclusive(sequence, hindrance)
         asked = generation.request
-        request = Request(asked.model, document or {}, asked.endpoint) if asked else Request(None, document or {})
+        model, endpoint = (asked.model, asked.endpoint) if asked else (None, CHAT)
+        edited = self.state.edited(generation)
         try:
-            scored = self.engine.force(request, prompt, tape.token_ids)
+            document = edited and as_generation(endpoint, edited)
+        except UsageError as error:
+            return _inconclusive(sequence, str(error.fault))
+        request = Request(model, edited or {}, self._alternatives(document), endpoint)
+        try:
+            prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
+            hindrance = self._down or _hindrance(document, prompt.token_ids, tape.token_ids, tape.missing)
+            if hindrance:
+                return _inconclusive(sequence, hindrance)
+            scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
+            if self._run is not None:
+                self._record(e.SessionClosed(reason="the engine failed"))
+                raise
             self._down = str(error)
             return _inconclusive(sequence, self._down)
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
         greedy = is_greedy(document)
-        judgement = judge(tape.logprobs, scored, floor=self._floor(request.model), greedy=greedy)
-        return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing, greedy), scored)
+        floor, alarm = self._floor(request.model), self._false_alarm
+        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=self._calibration, false_alarm=alarm)
+        judgement = prompt.judged(judgement)
+        if not greedy and judgement.verdict in ("identical", "numeric_drift"):
+            drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
+            judgement = judged_by_draws(judgement, drawn, tape.token_ids, scored, self._calibration, alarm / 2)
+        kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
+        return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
+
+    def _alternatives(self, document: dict[str, Any] | None) -> int:
+        return alternatives_for(document or {}) if self._calibration and self._calibration.noise else 0
+
+    def _calibrated(self, calibrations: Calibrations | None) -> Calibration | None:
+        """The calibration of the recorded environment, where nothing says that today's noise is another."""
+        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
+        found = calibrations.of(self.recorded[-1]) if calibrations and alike else None
+        return found if found and all(found.fits(environment) for environment in self.recorded) else None
 
     def _floor(self, model: str | None) -> Floor:
-        """The noise floor for a model: measured, once, where the same kernels are at work as far as is told."""
-        if model not in self._floors:
-            default = floor_of([*self.recorded, self.present])
-            alike = self.known and same_kernels(self.differences)
-            self._floors[model] = measured(self.engine, model, default) if alike else default
-        return self._floors[model]
+        """The noise floor for a model: calibrated, or measured, once, where the same kernels are at work as far as is told."""
+        default = floor_of([*self.recorded, self.present])
+        if self._calibration:
+            source = f"calibrated {self._calibration.made_at:%Y-%m-%d}: p99 over {self._calibration.tokens:,} tokens"
+            return Floor(self._calibration.p99, source, default.dtype)
+        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
+        return self._memory.floor(self.engine, model, default) if alike else default
 
     def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
         """Record the verdict on the whole and close the replay's session."""
@@ -253,7 +299,8 @@ class _Run:
     def _reason(self, generations: list[GenerationOutcome], verdict: Verdict) -> str:
         if self.refused:
             keys = ", ".join(difference.key for difference in self.differences[:5])
-            what = f"{count(len(self.differences), 'difference')}: {keys}" if self.differences else "it is not known on both sides"
+            unlike = "it is not known on both sides" if not self.known else "it was captured in another way, which tells other things"
+            what = f"{count(len(self.differences), 'difference')}: {keys}" if self.differences else unlike
             return f"strict: the environment is not the recorded one ({what})"
         sequences = [s for g in generations for s in g.sequences]
         if not sequences:
@@ -309,13 +356,11 @@ def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:
     return SequenceOutcome(sequence.index, Judgement("inconclusive", reason, tokens=sequence.tokens))
 
 
-def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None, greedy: bool) -> Judgement:
-    """The judgement with what it does not cover said in its reason."""
+def _qualified(judgement: Judgement, sequence: Sequence, missing: str | None) -> Judgement:
+    """The judgement with the tokens that it does not cover said in its reason."""
     notes = [judgement.reason]
     if judgement.scored < sequence.tokens:
         notes.append(f"{judgement.scored} of {sequence.tokens} tokens scored" + (f", as {missing}" if missing else ""))
-    if not greedy and judgement.verdict in ("identical", "numeric_drift"):
-        notes.append("the choice of sampled tokens is not recomputed")
     return replace(judgement, tokens=sequence.tokens, reason="; ".join(notes))
 
 

@@ -9,7 +9,7 @@ needs more than noise explains, by any of three tests, each with the chance that
 - more tokens above the floor than a binomial with p = 0.01 exceeds with probability 1e-4;
 - a mean above half the floor over 16 tokens or more: below 1e-4 (noise at the floor has a mean of a fifth of it).
 
-Where the floor comes from is `replay.floors`'s.
+Where the floor comes from is `replay.floors`'s. Where the engine was calibrated, `replay.calibration` has the test instead.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from replay.calibration import EQUAL_NATS, FALSE_ALARM, Calibration
 from replay.engines.base import Scored
 from replay.floors import Floor
 from replay.words import count
 
 Verdict = Literal["identical", "numeric_drift", "sampling_differs", "model_differs", "inconclusive"]
 
-IDENTICAL_NATS = 2e-6
-"""Two units in the last place of a 32-bit float between 8 and 16: what printing and parsing may change."""
 FAR_FLOORS = 8.0
 """Floors beyond which one token tells."""
 BEYOND_SHARE = 0.01
 """Share of tokens above the floor under noise, by the floor's definition."""
-FALSE_ALARM = 1e-4
+COUNT_ALARM = 1e-4
 """Chance per sequence that the count of tokens above the floor raises an alarm under noise."""
 MEAN_FLOORS = 0.5
 MEAN_TOKENS_MIN = 16
@@ -59,14 +58,23 @@ class Judgement:
     floor: Floor | None = None
 
 
-def judge(recorded: Sequence[float | None], scored: Scored, *, floor: Floor, greedy: bool) -> Judgement:
+def judge(
+    recorded: Sequence[float | None],
+    scored: Scored,
+    *,
+    floor: Floor,
+    greedy: bool,
+    calibration: Calibration | None = None,
+    false_alarm: float = FALSE_ALARM,
+) -> Judgement:
     """The verdict on one sequence: `recorded` logprobs against what the engine says now, entry by entry.
 
-    `greedy` says that each token was to be the likeliest one, with nothing that bends the distribution.
+    `greedy` says that each token was to be the likeliest one, with nothing that bends the distribution. With a calibration
+    the chance of a false *model differs* is `false_alarm`; without one it is that of this module's own tests.
     """
     tokens = len(recorded)
     places = [i for i in range(tokens) if recorded[i] is not None and i < len(scored.logprobs) and scored.logprobs[i] is not None]
-    astray = _first_astray(scored, floor) if greedy else None
+    astray = _first_astray(scored, calibration.far_nats if calibration else TOP_FLOORS * floor.nats) if greedy else None
     if not places:
         return _without_logprobs(tokens, scored, astray, greedy, floor)
     drift = drift_of([recorded[i] or 0.0 for i in places], [scored.logprobs[i] or 0.0 for i in places])
@@ -74,17 +82,23 @@ def judge(recorded: Sequence[float | None], scored: Scored, *, floor: Floor, gre
     figures = (
         f"drift mean {drift.mean():.2g}, max {drift.max():.2g} nats; {len(beyond)} of {len(drift)} tokens above the floor of {floor.nats:g}"
     )
-    why = _beyond_noise(drift, len(beyond), floor)
+    why: str | None
+    first: int | None
+    if calibration:
+        expected = np.array([recorded[i] for i in places], np.float64)
+        why, first, _ = calibration.test(expected, drift, false_alarm=false_alarm)
+    else:
+        why, first = _beyond_noise(drift, beyond, floor)
     if why:
-        telling = places[int(beyond[0])] if len(beyond) else places[int(drift.argmax())]
+        telling = places[first or 0]
         verdict, reason = "model_differs", f"{why}: {figures}"
     elif astray is not None:
         verdict, telling = "sampling_differs", astray
         reason = f"logprobs agree, but token {astray} was not the likeliest although the temperature was 0"
-    elif drift.max() <= IDENTICAL_NATS:
+    elif drift.max() <= EQUAL_NATS:
         verdict, telling, reason = "identical", None, f"{count(len(drift), 'logprob')} equal"
     else:
-        verdict, telling, reason = "numeric_drift", places[int(np.flatnonzero(drift > IDENTICAL_NATS)[0])], figures
+        verdict, telling, reason = "numeric_drift", places[int(np.flatnonzero(drift > EQUAL_NATS)[0])], figures
     p99 = float(np.sort(drift)[math.ceil(0.99 * len(drift)) - 1])
     return Judgement(
         verdict,  # type: ignore[arg-type]  # one of the four literals above
@@ -107,15 +121,16 @@ def drift_of(recorded: Sequence[float], present: Sequence[float]) -> npt.NDArray
     return drift
 
 
-def _beyond_noise(drift: npt.NDArray[np.float64], beyond: int, floor: Floor) -> str | None:
-    """Which test says that noise cannot explain these drifts, in words; None if it can."""
+def _beyond_noise(drift: npt.NDArray[np.float64], beyond: npt.NDArray[np.intp], floor: Floor) -> tuple[str | None, int]:
+    """Which test says that noise cannot explain these drifts, in words, None if it can; and the first token that tells."""
+    first = int(beyond[0]) if len(beyond) else int(drift.argmax())
     if float(drift.max()) > FAR_FLOORS * floor.nats:
-        return f"a token is more than {FAR_FLOORS:g} floors off"
-    if beyond > beyond_limit(len(drift)):
-        return f"more than {count(beyond_limit(len(drift)), 'token')} above the floor, which noise would explain"
+        return f"a token is more than {FAR_FLOORS:g} floors off", first
+    if len(beyond) > beyond_limit(len(drift)):
+        return f"more than {count(beyond_limit(len(drift)), 'token')} above the floor, which noise would explain", first
     if len(drift) >= MEAN_TOKENS_MIN and float(drift.mean()) > MEAN_FLOORS * floor.nats:
-        return "the mean is above half the floor"
-    return None
+        return "the mean is above half the floor", first
+    return None, first
 
 
 @lru_cache(maxsize=1024)
@@ -126,16 +141,16 @@ def beyond_limit(tokens: int) -> int:
     while k <= tokens:
         log_choose = math.lgamma(tokens + 1) - math.lgamma(k + 1) - math.lgamma(tokens - k + 1)
         tail -= math.exp(log_choose + k * log_p + (tokens - k) * log_q)
-        if tail <= FALSE_ALARM:
+        if tail <= COUNT_ALARM:
             return k
         k += 1
     return tokens
 
 
-def _first_astray(scored: Scored, floor: Floor) -> int | None:
+def _first_astray(scored: Scored, nats: float) -> int | None:
     """The first token that is not the likeliest by more than noise and ties explain."""
     for i, (own, top) in enumerate(zip(scored.logprobs, scored.top_logprobs, strict=True)):
-        if own is not None and top is not None and top - own > TOP_FLOORS * floor.nats:
+        if own is not None and top is not None and top - own > nats:
             return i
     return None
 

@@ -60,7 +60,7 @@ def floor_of(environments: Iterable[EnvironmentCaptured | None]) -> Floor:
 def _floor(environment: EnvironmentCaptured | None) -> Floor:
     items = {pair.key: pair.value for pair in environment.items} if environment else {}
     dtype = _named(items, ("config.model_config.dtype", "dtype")).removeprefix("torch.")
-    device = _named(items, ("config.device_config.device_type", "config.device_config.device", "device"))
+    device = _named(items, ("config.device_config.device_type", "config.device_config.device", "engine.device", "device"))
     known = dtype if (dtype, "") in FLOORS else DTYPE_UNKNOWN
     nats = FLOORS.get((known, device), FLOORS[(known, "")])
     source = f"default for {dtype}" if dtype else f"default for {known}, as the environment tells no dtype"
@@ -76,6 +76,21 @@ def _named(items: dict[str, str], keys: Sequence[str]) -> str:
         if isinstance(value, str):
             return value
     return ""
+
+
+PRECISION = (
+    "config.model_config.dtype",
+    "config.model_config.quantization",
+    "cache.cache_dtype",
+    "config.cache_config.cache_dtype",
+    "dtype",
+)
+"""What was changed on purpose and moves every logprob a little: noise as measured with the one says nothing of the other."""
+
+
+def same_precision(differences: Iterable[Difference]) -> bool:
+    """Whether weights, cache and sums are kept with the same number of bits as far as both sides tell."""
+    return not any(difference.key in PRECISION for difference in differences)
 
 
 def same_kernels(differences: Iterable[Difference]) -> bool:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from replay.compare import Outcome
+from replay.differences import sentence
 from replay.rows_of_events import environment_facts, verdict_level
 from replay.state import Edit, Generation, Recording, Sequence, SessionState, body_of
 from replay.timeline_view import STYLES
@@ -349,5 +350,4 @@ def _difference_lines(differences: list[e.Difference] | tuple[e.Difference, ...]
     if differences:
         yield Text(f"  environment: {count(len(differences), 'difference')}", style="yellow")
     for difference in differences:
-        before, after = (shorten(value, 60) if value is not None else "not told" for value in (difference.recorded, difference.present))
-        yield Text(f"    {printable(difference.key)} ({difference.digest}): {before} → {after}", style="yellow")
+        yield Text(f"    {printable(difference.key)} ({difference.digest}): {printable(sentence(difference))}", style="yellow")

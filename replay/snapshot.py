@@ -22,10 +22,17 @@ FORMAT = "tokentape.session-state"
 VERSION = 1
 """Raised with every change of the state's shape or of a rule that fills it."""
 
+_HINT = "fold the session's events instead; they give the same state"
+
 
 def dump(state: SessionState) -> bytes:
     """The snapshot of a state: JSON; bytes as base64, infinite numbers as text."""
-    return orjson.dumps({"format": FORMAT, "version": VERSION, "state": _plain(state)})
+    return orjson.dumps(document_of(plain(state)))
+
+
+def document_of(plain: Any) -> dict[str, Any]:
+    """The document of a snapshot around a state in plain values."""
+    return {"format": FORMAT, "version": VERSION, "state": plain}
 
 
 def load(data: bytes) -> SessionState:
@@ -34,18 +41,24 @@ def load(data: bytes) -> SessionState:
     Raises:
         CorruptStore: not a snapshot, or one of another version.
     """
-    hint = "fold the session's events instead; they give the same state"
     try:
-        document = orjson.loads(data)
+        return state_of(orjson.loads(data))
+    except ValueError as error:
+        raise CorruptStore(f"snapshot does not read: {error}", operation="load snapshot", hint=_HINT) from error
+
+
+def state_of(document: Any) -> SessionState:
+    """The state of a snapshot's document; raises as `load` does."""
+    try:
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CorruptStore("no snapshot of a session", operation="load snapshot", hint=hint)
+            raise CorruptStore("no snapshot of a session", operation="load snapshot", hint=_HINT)
         if document.get("version") != VERSION:
             fault = f"snapshot of version {document.get('version')}, valid is {VERSION}"
-            raise CorruptStore(fault, operation="load snapshot", hint=hint)
+            raise CorruptStore(fault, operation="load snapshot", hint=_HINT)
         return _adapter().validate_python(document["state"])
     except (ValueError, KeyError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise CorruptStore(f"snapshot does not read: {reason}", operation="load snapshot", hint=hint) from error
+        raise CorruptStore(f"snapshot does not read: {reason}", operation="load snapshot", hint=_HINT) from error
 
 
 @cache
@@ -53,7 +66,8 @@ def _adapter() -> TypeAdapter[SessionState]:
     return TypeAdapter(SessionState)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A part of a state in what JSON can say."""
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, bytes):
@@ -61,10 +75,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, tuple | list | Vector):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Map):
-        return [[_plain(key), _plain(item)] for key, item in value.items()]
+        return [[plain(key), plain(item)] for key, item in value.items()]
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     assert is_dataclass(value), f"a state holds no {type(value).__name__}"
-    return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    return {item.name: plain(getattr(value, item.name)) for item in fields(value)}

@@ -19,6 +19,13 @@ Class = Literal["semantic", "numeric", "scheduling"]
 
 CLASSES: tuple[Class, ...] = ("semantic", "numeric", "scheduling")
 
+PLACING = (
+    "CUDA_LAUNCH_BLOCKING", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HF_", "TRANSFORMERS_OFFLINE",
+    "VLLM_CONFIGURE_LOGGING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_DO_NOT_TRACK", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ENGINE",
+    "VLLM_EXECUTE_MODEL_TIMEOUT", "VLLM_LOGGING", "VLLM_NO_USAGE_STATS", "VLLM_PLUGINS", "VLLM_TRACE_FUNCTION", "VLLM_USE_MODELSCOPE",
+)  # fmt: skip
+"""Variables that say where work runs, how it is watched and where files come from, not what is computed."""
+
 _PREFIXES: tuple[tuple[str, Class], ...] = (
     ("cache.cache_dtype", "semantic"),
     ("cache.calculate_kv_scales", "semantic"),
@@ -33,15 +40,24 @@ _PREFIXES: tuple[tuple[str, Class], ...] = (
     ("config.lora_config.", "semantic"),
     ("config.model_config.enforce_eager", "numeric"),
     ("config.model_config.seed", "numeric"),
+    ("config.model_config.max_model_len", "scheduling"),
+    ("config.model_config.original_max_model_len", "scheduling"),
+    ("config.model_config.max_logprobs", "scheduling"),
     ("config.model_config.", "semantic"),
     ("config.scheduler_config.", "scheduling"),
+    ("config.quant_config", "semantic"),
     ("config.", "numeric"),
+    *((f"env.{name}", "scheduling") for name in PLACING),
     ("limits.", "scheduling"),
+    ("lora.", "semantic"),
+    ("model.", "semantic"),
     ("models", "semantic"),
     ("probe.logprobs", "numeric"),
     ("probe.", "semantic"),
     ("system_fingerprint", "scheduling"),  # a compile-cache key: it also changes with max_num_seqs
-    ("tokenizer_info", "semantic"),
+    ("tokenizer", "semantic"),
+    ("chat_template", "semantic"),
+    ("weights", "semantic"),
 )
 """The first prefix that fits decides; what none fits is numeric."""
 
@@ -64,9 +80,15 @@ def digest(pairs: Iterable[Pair]) -> bytes:
 
 
 def compare(recorded: EnvironmentCaptured, present: EnvironmentCaptured) -> list[Difference]:
-    """What differs, ordered by key; an item that only one side could ask is a difference with None on the other."""
+    """What differs, ordered by key; an item that only one side could ask is a difference with None on the other.
+
+    Between captures of different origins only what both tell can differ: the one tells more than the other by its nature.
+    """
     before = {pair.key: pair.value for pair in recorded.items}
     after = {pair.key: pair.value for pair in present.items}
+    if recorded.origin != present.origin:
+        both = before.keys() & after.keys()
+        before, after = ({key: side[key] for key in both} for side in (before, after))
     return [
         Difference(key=key, recorded=before.get(key), present=after.get(key), digest=classify(key))
         for key in sorted(before.keys() | after.keys())

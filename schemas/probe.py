@@ -152,25 +152,30 @@ def _server_info(answer: Answer, items: dict[str, Any]) -> set[str]:
     info = _json(answer)
     if not isinstance(info, dict):
         return {*_UNKNOWN_WITHOUT_CONFIG}
-    items.update(_flat("config", info.get("vllm_config"), 2))
+    items.update(flat("config", info.get("vllm_config"), 2))
     for section in ("vllm_env", "system_env"):
-        items.update(_flat(section, info.get(section), 1))
+        items.update(flat(section, info.get(section), 1))
     return set()
 
 
-def _flat(prefix: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
+def flat(prefix: str, value: Any, depth: int) -> Iterator[tuple[str, Any]]:
     """Entries to this depth; what is named like a secret is left out at every depth."""
     if isinstance(value, dict) and depth:
         for name, entry in value.items():
-            if not _SECRET.search(name):
-                yield from _flat(f"{prefix}.{name}", entry, depth - 1)
+            if not is_secret(name):
+                yield from flat(f"{prefix}.{name}", entry, depth - 1)
     elif value is not None:
         yield prefix, _without_secrets(value)
 
 
+def is_secret(name: str) -> bool:
+    """Whether something of this name is a credential."""
+    return _SECRET.search(name) is not None
+
+
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_secrets(entry) for name, entry in value.items() if not _SECRET.search(name)}
+        return {name: _without_secrets(entry) for name, entry in value.items() if not is_secret(name)}
     return [_without_secrets(entry) for entry in value] if isinstance(value, list) else value
 
 
@@ -181,12 +186,28 @@ def _tokenizer_info(answer: Answer, items: dict[str, Any]) -> None:
         items["tokenizer_info.sha256"] = hashlib.sha256(dump(info, sort_keys=True)).hexdigest()
 
 
+def probed(
+    text_ids: list[int], chat_ids: list[int] | None, scores: tuple[list[int], list[float]], previous: EnvironmentCaptured | None
+) -> dict[str, Any]:
+    """The probe's items of an engine that is asked in its own process; the same as over HTTP."""
+    items: dict[str, Any] = {"probe.tokenizer": _ids_digest(text_ids)}
+    if chat_ids is not None:
+        items["probe.chat_template"] = _ids_digest(chat_ids)
+    items["probe.choices"], items["probe.logprobs"] = _steady((scores[0], [round(x, _LOGPROB_DIGITS) for x in scores[1]]), previous)
+    return items
+
+
+def _ids_digest(ids: list[int]) -> str:
+    """32 hex digits tell tokenizers apart; the ids themselves would only be long."""
+    return hashlib.sha256(dump(ids)).hexdigest()[:32]
+
+
 def _tokens(name: str, answer: Answer, items: dict[str, Any]) -> set[str]:
-    """The digest of a fixed input's token ids: 32 hex digits tell tokenizers apart, the ids would only be long."""
+    """The digest of a fixed input's token ids."""
     tokens = _json(answer)
     if not isinstance(tokens, dict) or not isinstance(tokens.get("tokens"), list):
         return {name}
-    items[f"probe.{name}"] = hashlib.sha256(dump(tokens["tokens"])).hexdigest()[:32]
+    items[f"probe.{name}"] = _ids_digest(tokens["tokens"])
     return set()
 
 

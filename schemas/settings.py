@@ -32,6 +32,9 @@ class LogSettings(_Section):
     retention_h: float = Field(default=0, ge=0, description="how long Kafka keeps a topic that is created; 0: as the broker says")
     group: str = Field(default="tokentape.indexer", description="Kafka consumer group of the indexers")
     timeout_s: Seconds = Field(default=30.0, description="how long an append may take before it counts as failed")
+    retention_days: float = Field(
+        default=30.0, ge=0, description="how long a record that is cold stays in the log; Kafka: retention.ms of a topic made here"
+    )
 
 
 class SamplingRule(_Section):
@@ -176,6 +179,12 @@ class GatewaySettings(_Section):
         return self.upstreams or [short]
 
 
+class EngineSettings(_Section):
+    """Capture inside vLLM, for an engine that is started with these settings in its environment."""
+
+    capture: Literal["off", "on"] = Field(default="off", description="on: vLLM's scheduler is recorded, whichever is in force.")
+
+
 class DebugSettings(_Section):
     """Requests that stop at breakpoints, and who may decide about them over HTTP."""
 
@@ -187,11 +196,17 @@ class DebugSettings(_Section):
     token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
+class SnapshotSettings(_Section):
+    """Versions of sessions that stopped at breakpoints, derived from the tape."""
+
+    session_bytes_max: int = Field(default=100 << 20, ge=1, description="of one session; beyond it the oldest versions are let go")
+
+
 class BatchSettings(_Section):
     """Batch work: files of requests that wait in a log per model and go after interactive requests."""
 
     concurrency: int = Field(default=8, ge=0, description="batch requests of one model at work in one worker; 0: `up` works on none")
-    attempts_max: int = Field(default=5, ge=1, description="a request that fails so often, an absent upstream apart, ends as an error")
+    attempts_max: int = Field(default=5, ge=1, description="a request that fails, or kills its worker, so often ends as an error")
     backoff_s: Seconds = Field(default=1.0, description="before the second attempt; doubled each time, a minute at most")
     window_h: float = Field(default=24.0, gt=0, le=720, description="what has not begun after this has expired; a batch may say less")
     file_bytes_max: int = Field(default=512 << 20, ge=1024, description="a larger file is refused")
@@ -220,6 +235,72 @@ class ColdSettings(_Section):
     lock: Literal["none", "governance", "compliance"] = Field(default="governance", description="object lock of segments.")
     lock_days: int = Field(default=30, ge=1, description="how long segments and ledger entries are locked")
     timeout_s: Seconds = 30.0
+
+
+class RetentionPolicy(_Section):
+    """How long what it selects is kept, in days after the day of the event ended.
+
+    `tenant` and `retention_class` are shell patterns, `kind` and `tag` words; what is not given matches all. Where several
+    match, the longest `min_days` and the shortest `max_days` hold, and a minimum beats every maximum.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    tenant: str | None = None
+    retention_class: str | None = None
+    kind: str | None = None
+    tag: str | None = None
+    min_days: float = Field(default=0, ge=0)
+    max_days: float | None = Field(default=None, ge=0)
+    content_days: float | None = Field(default=None, ge=0)
+    hot_days: float | None = Field(default=None, ge=0)
+    lock: Literal["none", "governance", "compliance"] | None = None
+
+    @property
+    def selector(self) -> tuple[str | None, ...]:
+        """What it is for."""
+        return self.tenant, self.retention_class, self.kind, self.tag
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> RetentionPolicy:
+        for name in ("content_days", "max_days"):
+            days = getattr(self, name)
+            if days is not None and days < self.min_days:
+                raise ValueError(f"policy {self.name}: {name} {days:g} would delete under its own min_days {self.min_days:g}")
+            if days is not None and self.hot_days is not None and days < self.hot_days:
+                raise ValueError(f"policy {self.name}: {name} {days:g} is less than hot_days {self.hot_days:g}; rows go from the cold tier")
+        if self.max_days is not None and self.content_days is not None and self.content_days > self.max_days:
+            raise ValueError(f"policy {self.name}: content_days {self.content_days:g} is more than max_days {self.max_days:g}")
+        if (self.kind or self.tag) and (self.lock or self.hot_days is not None):
+            raise ValueError(f"policy {self.name}: lock and hot_days hold for whole segments: select by tenant or retention_class")
+        return self
+
+
+class RetentionSettings(_Section):
+    """Which events go when. Without a policy everything is kept."""
+
+    policies: list[RetentionPolicy] = Field(
+        default=[],
+        description="[[retention.policies]]: name; tenant, retention_class, kind, tag; min_days, max_days, content_days, hot_days, lock",
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> RetentionSettings:
+        names: set[str] = set()
+        selectors: dict[tuple[str | None, ...], str] = {}
+        for policy in self.policies:
+            if policy.name in names:
+                raise ValueError(f"two policies are called {policy.name!r}: each needs a name of its own")
+            if other := selectors.get(policy.selector):
+                raise ValueError(f"policies {other} and {policy.name} contradict each other: both select the same events; keep one of them")
+            names.add(policy.name)
+            selectors[policy.selector] = policy.name
+        return self
+
+
+class CustodySettings(_Section):
+    """Who places holds, releases them and erases."""
+
+    key: SecretStr | None = Field(default=None, description="token of a key with the role custodian (`tokentape keys create`)")
 
 
 class WitnessSettings(_Section):
@@ -258,8 +339,12 @@ class JobsSettings(_Section):
     merge_s: float = Field(default=60.0, ge=0)
     tier_s: float = Field(default=3600.0, ge=0)
     verify_s: float = Field(default=86_400.0, ge=0)
+    retention_s: float = Field(default=86_400.0, ge=0)
+    compact_s: float = Field(default=86_400.0, ge=0)
+    erasure_s: float = Field(default=3600.0, ge=0)
     witness_s: float = Field(default=3600.0, ge=0)
     blobs_s: float = Field(default=86_400.0, ge=0)
+    snapshots_s: float = Field(default=60.0, ge=0)
     blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
@@ -292,13 +377,26 @@ class Settings(_Section):
     redaction: RedactionSettings = RedactionSettings()
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
+    engine: EngineSettings = EngineSettings()
     debug: DebugSettings = DebugSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
     cold: ColdSettings = ColdSettings()
+    retention: RetentionSettings = RetentionSettings()
+    custody: CustodySettings = CustodySettings()
     ledger: LedgerSettings = LedgerSettings()
     witness: WitnessSettings = WitnessSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    @model_validator(mode="after")
+    def _locks_end(self) -> Settings:
+        for policy in self.retention.policies:
+            least = min((days for days in (policy.max_days, policy.content_days) if days is not None), default=None)
+            if self.cold.lock == "compliance" and policy.lock is None and least is not None and least < self.cold.lock_days:
+                fault = f"policy {policy.name} deletes after {least:g} days, cold.lock = compliance forbids it for {self.cold.lock_days}"
+                raise ValueError(f"{fault}: lower cold.lock_days or give the policy a lock of its own")
+        return self

@@ -213,6 +213,13 @@ def _continues(last: Range, span: Range) -> bool:
     return same and last.digest_next is not None and last.digest_next == span.digest_first
 
 
+def delete_retired(catalog: Catalog) -> int:
+    """Delete every retired shard now, whoever may still read it: an erasure cannot wait. How many there were."""
+    retired = _expired(catalog, 0)
+    _delete(catalog, retired)
+    return len(retired)
+
+
 def _expired(catalog: Catalog, grace_s: float) -> list[Shard]:
     limit = time.time_ns() // 1000 - int(grace_s * 1e6)
     return [shard for shard, retired_at in catalog.shards(retired=True) if 0 < retired_at <= limit]

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from schemas.errors import StoreUnavailable, UnknownSession, UsageError
 from schemas.settings import Settings
 from store.blobs import MARK
-from store.catalog import Catalog, Segment, Shard, Snapshot, open_catalog
+from store.catalog import Catalog, Range, Segment, Shard, Snapshot, open_catalog
 from store.columns import current_columns
 from store.duck import connect, mapped
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.rows import StoredEvent, stored_events
-from store.views import events_sql
+from store.views import events_sql, literal
 
 _ATTACHED_MAX = 64  # a plan over more shards gets slow; those not used for longest are detached
 _URL_S = 3600  # life of a presigned URL; the same one is used again, because DuckDB's caches go by URL
@@ -102,6 +102,18 @@ class EventReader:
             raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
         return bytes(found[0])
 
+    def sessions_with(self, kinds: Collection[str], marks: Mapping[tuple[str, int], int]) -> set[tuple[bytes, str]]:
+        """Each session that has events of some kinds, with each of these kinds.
+
+        Shards and segments that end before `marks` (an offset, by log and partition) are left out.
+        """
+        where = f"kind IN ({', '.join(map(literal, kinds))})"
+        sql = "SELECT DISTINCT session_id, kind FROM events"
+        table = self._read(
+            lambda: _since(self._catalog.snapshot(), marks), lambda snapshot: self._query(snapshot, sql, where, ("session_id", "kind"))
+        )
+        return set(zip(*(column.to_pylist() for column in table.columns), strict=True))
+
     def place_of(self, event_id: bytes) -> Segment | Shard | None:
         """What holds an event now; None when nothing does.
 
@@ -172,7 +184,7 @@ class EventReader:
                 try:
                     return ask(snapshot)
                 except duckdb.Error as error:
-                    vanished = any(not shard.path.exists() for shard in snapshot.shards)
+                    vanished = any(not shard.path.exists() for shard in snapshot.shards) or superseded(self._catalog, snapshot.segments)
                     if not vanished or attempt == _ATTEMPTS - 1:
                         raise self._mapped(error) from error
         raise AssertionError("unreachable")
@@ -225,6 +237,11 @@ class EventReader:
         return mapped(type(error)(text), operation="read session", place=str(self._settings.data))
 
 
+def superseded(catalog: Catalog, segments: Sequence[Segment]) -> bool:
+    """Whether one of some segments has been replaced meanwhile, so that its object may be gone."""
+    return not {segment.key for segment in segments} <= {segment.key for segment in catalog.snapshot().segments}
+
+
 def _by_log(table: pa.Table) -> pa.Table:
     """Rows of the log that is older first: one that was made anew counts its offsets from 0 again."""
     if len(pc.unique(table.column("log_id"))) < 2:
@@ -241,6 +258,18 @@ def _envelope() -> set[str]:
 def blob(value: bytes) -> str:
     """A BLOB as a SQL constant, which DuckDB uses to skip row groups."""
     return "'" + "".join(f"\\x{byte:02X}" for byte in value) + "'::BLOB"
+
+
+def _since(snapshot: Snapshot, marks: Mapping[tuple[str, int], int]) -> Snapshot:
+    """What may hold events at or after some offsets."""
+
+    def later(ranges: Sequence[Range]) -> bool:
+        return any(span.offset_next > marks.get((span.log_id, span.partition), 0) for span in ranges)
+
+    return Snapshot(
+        tuple(shard for shard in snapshot.shards if later(shard.ranges)),
+        tuple(segment for segment in snapshot.segments if later(segment.ranges)),
+    )
 
 
 def _overlapping(snapshot: Snapshot, low: bytes, high: bytes) -> Snapshot:

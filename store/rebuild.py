@@ -85,9 +85,11 @@ def read_cold(settings: Settings, objects: ObjectStore) -> Cold:
     Raises:
         ProofError: the ledger is not intact. StoreUnavailable: the store does not answer.
     """
-    entries = [entry for entry in open_ledger(settings, objects).entries() if entry.type == "segments"]
-    ranges = [coverage_from_json(item).span for entry in entries for item in entry.body["coverage"]]
-    return Cold(tuple(ranges), tuple(item["key"] for entry in entries for item in entry.body["segments"]))
+    entries = [entry for entry in open_ledger(settings, objects).entries() if entry.type in ("segments", "rewritten")]
+    ranges = [coverage_from_json(item).span for entry in entries for item in entry.body.get("coverage", ())]
+    gone = {key for entry in entries for key in entry.body.get("erased", ())}
+    keys = [item["key"] for entry in entries for item in entry.body["segments"]]
+    return Cold(tuple(ranges), tuple(key for key in keys if key not in gone))
 
 
 @contextlib.contextmanager

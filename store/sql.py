@@ -84,10 +84,14 @@ class SqlService:
             request = self.request(statement, tenant=tenant)
             try:
                 return Answer(self.ask(request), completeness)
-            except QueryError as error:
-                if RETRY not in error.hint or attempt == _ATTEMPTS - 1:
+            except TokentapeError as error:
+                if attempt == _ATTEMPTS - 1 or not (RETRY in error.hint or self._superseded(request)):
                     raise
         raise AssertionError("unreachable")
+
+    def _superseded(self, request: Request) -> bool:
+        """Whether a segment of a request has been replaced meanwhile, so that its object may be gone."""
+        return not set(request.segments.values()) <= {segment.key for segment in self._catalog.snapshot().segments}
 
     def request(self, statement: str, *, tenant: str | None) -> Request:
         """A request over what hot and cold hold now."""

@@ -85,9 +85,12 @@ _GENERATIONS = f"""
         FROM events e LEFT JOIN _authority a ON a.generation = {_GENERATION_ID}
         WHERE e.kind IN ({_GENERATION_LIST})
     ), joined AS (
-        SELECT generation, any_value(session_id) AS session, any_value(tenant) AS tenant, any_value(actor) AS actor,
+        SELECT generation, coalesce(any_value(session_id) FILTER (counts), any_value(session_id)) AS session,
+            coalesce(any_value(tenant) FILTER (counts), any_value(tenant)) AS tenant,
+            coalesce(any_value(actor) FILTER (counts), any_value(actor)) AS actor,
             any_value(authoritative) AS source, min(recorded_at) AS submitted_at,
-            any_value(request_submitted) AS asked, any_value(generation_started) FILTER (counts) AS started,
+            coalesce(any_value(request_submitted) FILTER (counts), any_value(request_submitted)) AS asked,
+            any_value(generation_started) FILTER (counts) AS started,
             max(generation_started.attempt) AS attempts, any_value(generation_finished) FILTER (counts) AS finished,
             coalesce(any_value(generation_failed) FILTER (counts), any_value(generation_failed)) AS failed,
             count(sequence_started) FILTER (counts) AS sequences,

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,9 +23,10 @@ import pytest
 
 from ingest.gateway.batch.desk import BatchDesk
 from ingest.gateway.batch.facts import Facts
+from schemas.batches import Batch, Owner
 from schemas.events import AccessLogged, RequestSubmitted, SessionOpened
 from schemas.settings import BatchSettings, GatewaySettings, RecorderSettings, Settings
-from store.control import ControlView, open_control
+from store.control import ControlLog, ControlView, open_control
 from store.work import WorkLogs
 from tests.gateway_rig import HELLO, BrokenUpstream, Peer, Rig, broken, until
 from tests.test_gateway import payloads
@@ -56,8 +58,10 @@ class Upstream:
         text = orjson.loads(peer.body)["messages"][-1]["content"]
         self.asked[text] += 1
         self.order.append(text)
-        while not self.open.is_set():  # noqa: ASYNC110  the test sets it, in no loop
+        while not self.open.is_set() and not text.startswith("deadly"):  # noqa: ASYNC110  the test sets it, in no loop
             await asyncio.sleep(0.005)
+        if text.startswith("deadly"):
+            return await peer.gone()
         if text.startswith("broken"):
             return await peer.whole(b"500 Internal Server Error", b"application/json", b'{"error": {"message": "it broke"}}')
         if text.startswith("busy") and self.asked[text] <= 5:
@@ -221,17 +225,17 @@ class BatchCase:
         assert waiting[0].choices[0].message.content == f"you said {HELLO[0]['content']}"
         assert upstream.order.index(HELLO[0]["content"]) == AT_WORK
 
-    def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+    def test_two_workers(self, rig: Rig, settings: Settings, upstream: Upstream, forks: Forks) -> None:
         """Two workers share a model, and nothing is asked twice; when one is killed in the middle, the other asks again what it held.
 
         Each request has one result either way.
         """
         client = rig.client()
         ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
-        with worker(settings, upstream.url) as process:
-            shared_with(settings, process)
+        with forks.worker(settings, upstream.url) as pid:
+            shared_with(settings, pid)
             shared, once = self._shared_batch(client, upstream, lambda: None)
-            killed, again = self._shared_batch(client, upstream, lambda: _kill(process))
+            killed, again = self._shared_batch(client, upstream, lambda: kill(pid))
 
         assert shared == killed == {f"r{i}": 1 for i in range(24)}
         assert once == 24
@@ -250,33 +254,58 @@ class BatchCase:
         assert batch.request_counts.completed == 24
         return Counter(line["custom_id"] for line in lines_of(client, batch.output_file_id)), sum(upstream.asked.values())
 
-    def test_restarted_alone(self, settings: Settings, upstream: Upstream) -> None:
-        """With every worker killed the work waits in the log, and a worker that starts later ends it."""
+    def test_dying_workers(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """With every worker killed the work waits in the log, and a later one ends it.
+
+        A request over which workers die ends as an error after so many attempts; those that were under way beside it do not.
+        """
         log = settings.log.model_copy(update={"topic": f"{settings.log.topic}.alone"})
         own = settings.model_copy(update={"log": log, "data": settings.data / "alone"})
-        control = open_control(own)
-        view, works = ControlView(control), WorkLogs(own)
-        desk = BatchDesk(own, Facts(control, view), works, [CHAT])
-        path = settings.data / "alone.jsonl"
-        path.write_bytes(jsonl(*(request(f"r{i}", f"alone {i}") for i in range(20))))
-        upstream.open.clear()
-        with worker(own, upstream.url) as process:
-            batch = submit_at(desk, path)
-            until(lambda: len(upstream.order) >= AT_WORK)
-            _kill(process)
-        upstream.open.set()
-        still = desk.facts.status(batch)
-        with worker(own, upstream.url):
-            until(lambda: desk.facts.ended(batch.batch_id), 60.0)
-        lines = [json.loads(line) for line in b"".join(desk.results(batch)).splitlines()]
-        view.close()
-        control.close()
-        works.close()
+        with desk_at(own) as desk:
+            upstream.open.clear()
+            with forks.worker(own, upstream.url, attempts_max=2) as pid:
+                first = submit_at(desk, written(settings, request("d", "deadly"), request("a", "alone a"), request("b", "alone b")))
+                until(lambda: len(upstream.order) == AT_WORK)
+                second = submit_at(desk, written(settings, *(request(f"r{i}", f"alone {i}") for i in range(12))))
+                kill(pid)
+            upstream.open.set()
+            still = [desk.facts.status(batch) for batch in (first, second)]
+            with forks.worker(own, upstream.url, attempts_max=2) as pid:
+                until(lambda: upstream.asked["deadly"] == 2, 60.0)
+                kill(pid)
+            with forks.worker(own, upstream.url, attempts_max=2):
+                until(lambda: desk.facts.ended(first.batch_id) and desk.facts.ended(second.batch_id), 60.0)
+            one, two = ([json.loads(line) for line in b"".join(desk.results(batch)).splitlines()] for batch in (first, second))
 
-        assert still == "in_progress"
-        assert [line["custom_id"] for line in lines] == [f"r{i}" for i in range(20)]
+        assert still == ["in_progress", "in_progress"]
+        assert upstream.asked["deadly"] == 2
+        assert {line["custom_id"]: line["response"]["status_code"] for line in one} == {"a": 200, "b": 200, "d": 500}
+        assert one[-1]["response"]["body"]["error"]["code"] == "attempts_exhausted"
+        assert [line["custom_id"] for line in two] == [f"r{i}" for i in range(12)]
+        assert all(line["response"]["status_code"] == 200 for line in two)
 
-    def test_upstream_away(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+    def test_killed_submitter(self, rig: Rig, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """A submitter killed while it appends fails its batch at once: nothing of it is asked, the tape says so, others go on."""
+        client = rig.client()
+        before = {found.id for found in client.batches.list(limit=100)}
+        path = written(settings, *(request(f"r{i}", "never") for i in range(20_000)))
+        pid = forks.begin(settings, path)
+        with desk_at(settings) as desk:
+            killed = until(lambda: next((found for found in desk.facts.batches() if found.batch_id not in before), None), 60.0)
+            kill(pid)
+            status = desk.facts.status(killed)
+        failed = ended(client, killed.batch_id, "failed")
+        after = ended(client, submit(client, jsonl(request("a", "after"))).id)
+        access = [event for event in payloads(rig.events(), AccessLogged) if event.outcome == "abandoned"]
+
+        assert killed.ends is None
+        assert status in ("validating", "failed")
+        assert "stopped before every request was durable" in failed.errors.data[0].message
+        assert texts_of(lines_of(client, after.output_file_id)) == {"a": "you said after"}
+        assert not upstream.asked["never"]
+        assert [event.content.statement for event in access if event.content] == [killed.batch_id]
+
+    def test_backlog(self, rig: Rig, upstream: Upstream) -> None:
         """Backlog and the age of the oldest request are in the metrics while work waits."""
         client = rig.client()
         upstream.open.clear()
@@ -324,10 +353,34 @@ class BatchCase:
             submit(rig.client(), jsonl(request("a", "x"), request("b", "x", "nobody")))
 
 
-def submit_at(desk: BatchDesk, path: Any) -> Any:
-    """Submit a local file, whoever serves its models."""
-    from schemas.batches import Owner
+def desk_of(settings: Settings, control: ControlLog, view: ControlView, works: WorkLogs) -> BatchDesk:
+    """A desk over what is open."""
+    return BatchDesk(settings, Facts(control, view), works, [CHAT])
 
+
+@contextlib.contextmanager
+def desk_at(settings: Settings) -> Iterator[BatchDesk]:
+    """A desk without a gateway."""
+    control = open_control(settings)
+    view, works = ControlView(control), WorkLogs(settings)
+    try:
+        yield desk_of(settings, control, view, works)
+    finally:
+        works.close()
+        view.close()
+        control.close()
+
+
+def written(settings: Settings, *requests: Any) -> Path:
+    """A file of requests."""
+    settings.data.mkdir(parents=True, exist_ok=True)
+    path = settings.data / "requests.jsonl"
+    path.write_bytes(jsonl(*requests))
+    return path
+
+
+def submit_at(desk: BatchDesk, path: Path) -> Batch:
+    """Submit a local file, whoever serves its models."""
     owner = Owner(tenant="default", name="user:test")
     return desk.submit(desk.add_file(path, "requests.jsonl", owner), owner, lambda _: None)
 
@@ -339,42 +392,71 @@ def configured(settings: Settings, url: str, **batch: Any) -> Settings:
     return settings.model_copy(update={"gateway": gateway, "recorder": recorder, "batch": BatchSettings(**{**BATCH, **batch})})
 
 
-@contextlib.contextmanager
-def worker(settings: Settings, url: str) -> Iterator[subprocess.Popen[str]]:
-    """A worker in a process of its own."""
-    given = configured(settings, url).model_dump(mode="json")
-    given["cold"]["secret_key"] = settings.cold.secret_key.get_secret_value()
-    for upstream in (given["gateway"], given["debug"]):
-        upstream.pop("upstream_key", None)
-    process = subprocess.Popen([sys.executable, "-m", "tests.batch_child", json.dumps(given)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.kill()
-        process.wait()
-        process.stdout.close()
+class Forks:
+    """Processes forked from one that has imported everything."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.batch_child"]
+        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read()
+
+    def _read(self) -> tuple[int, str]:
+        assert self._parent.stdout is not None
+        pid, _, said = self._parent.stdout.readline().strip().partition(" ")
+        return int(pid), said
+
+    def begin(self, settings: Settings, path: Path | None = None) -> int:
+        """Begin a worker, or the submitter of a file; its process id."""
+        given = settings.model_dump(mode="json")
+        given["cold"]["secret_key"] = settings.cold.secret_key.get_secret_value()
+        for upstream in (given["gateway"], given["debug"]):
+            upstream.pop("upstream_key", None)
+        assert self._parent.stdin is not None
+        self._parent.stdin.write(json.dumps({"settings": given, "path": str(path) if path else None}) + "\n")
+        self._parent.stdin.flush()
+        pid, said = self._read()
+        if said != "begun":  # the child was quicker
+            assert (self._read(), said) == ((pid, "begun"), "ready")
+        elif path is None:
+            assert self._read() == (pid, "ready")
+        return pid
+
+    @contextlib.contextmanager
+    def worker(self, settings: Settings, url: str, **batch: Any) -> Iterator[int]:
+        """A worker until the end of the block, if it is not killed before."""
+        pid = self.begin(configured(settings, url, **batch))
+        try:
+            yield pid
+        finally:
+            kill(pid)
+
+    def close(self) -> None:
+        """End the parent; those who began children have ended them."""
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        self._parent.stdin.close()
+        self._parent.wait()
+        self._parent.stdout.close()
 
 
-def shared_with(settings: Settings, process: subprocess.Popen[str]) -> None:
+def kill(pid: int) -> None:
+    """Kill a process, where it still runs; returns when it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def shared_with(settings: Settings, pid: int) -> None:
     """Return when a worker has taken its half of the partitions of model m."""
     control = open_control(settings)
 
     def half() -> bool:
-        own = {name for name, fact in control.latest("batch.worker").items() if fact["pid"] == process.pid}
+        own = {name for name, fact in control.latest("batch.worker").items() if fact["pid"] == pid}
         held = [key for key, fact in control.latest("batch.lease").items() if key.endswith("/m") and fact["worker"] in own]
         return len(held) == settings.log.partitions // 2
 
     until(half, 60.0)
     control.close()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _queued(url: str) -> int:

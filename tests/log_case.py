@@ -269,6 +269,14 @@ class LogCase:
         with pytest.raises(LogChanged, match="offsets 6 to 10, not 2"):
             log.read(0, 2, limit=1)
 
+    def test_trim(self, log: Log) -> None:
+        """What lies before an offset is deleted; the rest stays where it is."""
+        log.append(entries(numbered(10)))
+        log.trim(0, 6)
+
+        assert (6, 10) == log.bounds(0)
+        assert numbered(10)[6:] == log.read(0, 6, limit=10).values
+
     def test_a_partition_that_cannot_be_read_stops_no_other(self, log: Log, settings: LogSettings) -> None:
         """After an error in one partition the others go on."""
         log.append(entries([b"a", b"b"], 0) + entries([b"c"], 1))

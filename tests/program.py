@@ -90,10 +90,10 @@ class Program:
         ended = self._process(command, **given)
         return _checked(Ran(ended.returncode, ended.stdout, ended.stderr.decode()), arguments, code)
 
-    def batch(self, *commands: Sequence[str], code: int | None = 0) -> list[Ran]:
+    def batch(self, *commands: Sequence[str], code: int | None = 0, timeout_s: float = DEADLINE_S) -> list[Ran]:
         """Run commands one after another in one process, each as `run` would."""
         calls = [["--config", str(self.file), *arguments] for arguments in commands]
-        ended = self._process([sys.executable, "-c", DRIVER], input=json.dumps(calls).encode())
+        ended = self._process([sys.executable, "-c", DRIVER], input=json.dumps(calls).encode(), timeout=timeout_s)
         answers = [json.loads(line) for line in ended.stdout.splitlines()]
         assert len(answers) == len(calls), ended.stderr.decode()[-3000:]
         rans = [Ran(status, base64.b64decode(out), err) for status, out, err in answers]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,28 @@ import openai
 import pytest
 from click.testing import CliRunner
 
+from ingest.gateway.batch.facts import BATCH, FILE
+from ingest.gateway.batch.finish import forget
+from ingest.gateway.batch.submission import Submission
 from ingest.gateway.keys import KIND, make
+from schemas.batches import Batch, Owner
+from schemas.errors import ConflictError
 from schemas.events import SequenceFinished
 from schemas.settings import GatewaySettings, Settings
 from store.control import open_control
-from tests.batch_case import BatchCase, Upstream, configured, ended, jsonl, lines_of, request, submit, texts_of
+from tests.batch_case import AT_WORK, BatchCase, Forks, Upstream, configured, desk_at, ended, jsonl, lines_of, request, submit, texts_of
 from tests.conftest import KafkaService, MinioService, VllmService, distributed
-from tests.gateway_rig import Rig, broken
+from tests.gateway_rig import Rig, broken, free_port, until
 from tests.test_gateway import payloads
 from tokentape.cli import main
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Where workers and submitters come from that are to be killed."""
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 class TestEmbedded(BatchCase):
@@ -108,27 +123,130 @@ def test_keys(tmp_path: Path) -> None:
     assert not any(token.encode() in kept for token in tokens)
 
 
-def test_expired(tmp_path: Path) -> None:
-    """What has not begun within the window ends as expired, with a line for each request; unknown purposes and windows are named."""
+@pytest.fixture(scope="module")
+def small_upstream() -> Iterator[Upstream]:
+    """The upstream of `small`."""
     upstream = Upstream()
     with broken(upstream.act, models=("m",)) as server:
         upstream.server = server
-        settings = configured(Settings(data=tmp_path / "data"), server.url, window_h=0.0005)
-        rig = Rig(settings)
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, small_upstream: Upstream) -> Iterator[Rig]:
+    """A gateway with narrow limits."""
+    settings = Settings(data=tmp_path_factory.mktemp("small"))
+    rig = Rig(configured(settings, small_upstream.url, window_h=2, lines_max=3, file_bytes_max=1024))
+    yield rig
+    rig.close()
+
+
+def test_limits(small: Rig) -> None:
+    """A file that is too large or has too many lines, an unknown purpose and too long a window are refused with what is possible."""
+    client = small.client()
+    with pytest.raises(openai.BadRequestError, match=r"'24h' is no window; hours or days such as 24h, at most 2h"):
+        submit(client, jsonl(request("a", "x")))
+    with pytest.raises(openai.BadRequestError, match="purpose 'assistants' is not served; valid: batch"):
+        client.files.create(file=("x", b"{}"), purpose="assistants")
+    with pytest.raises(openai.BadRequestError, match="more than 3 lines"):
+        submit(client, jsonl(*(request(f"r{i}", "x") for i in range(4))), completion_window="1h")
+    with pytest.raises(openai.APIStatusError, match=r"batch\.file_bytes_max"):
+        submit(client, jsonl(request("a", "x" * 1024)), completion_window="1h")
+
+
+def test_pages(small: Rig) -> None:
+    """Lists come page by page, newest first, nothing twice; a wrong limit is named."""
+    client = small.client()
+    made = [submit(client, jsonl(request("a", f"page {i}")), completion_window="1h") for i in range(3)]
+    for batch in made:
+        ended(client, batch.id)
+    page = client.batches.list(limit=2)
+    with pytest.raises(openai.BadRequestError, match="limit must be a number from 1 to 100"):
+        client.batches.list(limit=0)
+
+    assert (len(page.data), page.has_more) == (2, True)
+    assert [batch.id for batch in client.batches.list(limit=1)][:3] == [batch.id for batch in reversed(made)]
+    files = [file.id for file in client.files.list(limit=1)]
+    assert len(files) == len(set(files))
+    assert {batch.input_file_id for batch in made} < set(files)
+
+
+def test_expired(small: Rig, small_upstream: Upstream) -> None:
+    """What has a result when the window ends keeps it; every other line says that it expired."""
+    client = small.client()
+    small_upstream.asked.update({"busy a": -10_000, "busy b": -10_000})
+    made = submit(client, jsonl(request("a", "busy a"), request("b", "busy b"), request("c", "quick")), completion_window="1h")
+    until(lambda: client.batches.retrieve(made.id).request_counts.completed == 1)
+    with desk_at(small.settings) as desk:
+        found = desk.facts.batch(made.id, None)
+        desk.facts.write(BATCH, made.id, found.model_copy(update={"expires_at": time.time()}))
+    batch = ended(client, made.id, "expired")
+    missing = {line["custom_id"]: line["error"]["code"] for line in lines_of(client, batch.error_file_id)}
+
+    assert texts_of(lines_of(client, batch.output_file_id)) == {"c": "you said quick"}
+    assert missing == {"a": "batch_expired", "b": "batch_expired"}
+    assert batch.expired_at
+
+
+def test_forgotten(small: Rig) -> None:
+    """After `batch.keep_days` batch, files and results are gone, from the store too; one that has not ended stays."""
+    client = small.client()
+    old = ended(client, submit(client, jsonl(request("a", "old")), completion_window="1h").id)
+    kept = client.files.create(file=("kept.jsonl", jsonl(request("a", "kept"))), purpose="batch")
+    batch = small.settings.batch.model_copy(update={"keep_days": 1e-9})
+    with desk_at(small.settings.model_copy(update={"batch": batch})) as desk:
+        reading = desk.facts.find(old.id)
+        assert reading is not None
+        waiting = reading.model_copy(update={"batch_id": "batch_waiting", "input_file_id": kept.id, "ends": {"m": [1 << 40]}})
+        desk.facts.write(BATCH, waiting.batch_id, waiting)
+        forget(desk)
+        left = [found.key for found in desk.objects.list("batch/")]
+        batches = [found.batch_id for found in desk.facts.batches()]
+        for kind in (BATCH, FILE):
+            desk.facts.write(kind, waiting.batch_id if kind == BATCH else kept.id, None)
+
+    assert batches == ["batch_waiting"]
+    assert [key.rpartition("/")[2] for key in left] == [kept.id]
+    until(lambda: not client.batches.list().data)
+    with pytest.raises(openai.NotFoundError, match="no file is called"):
+        client.files.content(old.output_file_id)
+
+
+def test_upstream_away(tmp_path: Path) -> None:
+    """An upstream that stops in the middle of a batch and starts again later: its requests wait, and no wait counts as an attempt."""
+    upstream, port = Upstream(), free_port()
+    upstream.open.clear()
+    with broken(upstream.act, models=("m",), port=port) as server:
+        rig = Rig(configured(Settings(data=tmp_path / "data"), server.url, attempts_max=1))
         client = rig.client()
-        with pytest.raises(openai.BadRequestError, match=r"'24h' is no window; hours or days such as 24h, at most 0.0005h"):
-            submit(client, jsonl(request("a", "x")))
-        with pytest.raises(openai.BadRequestError, match="purpose 'assistants' is not served; valid: batch"):
-            client.files.create(file=("x", b"{}"), purpose="assistants")
-        rig.close()
-        path = tmp_path / "requests.jsonl"
-        path.write_bytes(jsonl(request("a", "busy"), request("b", "busy too")))
-        upstream.asked.update({"busy": -1000, "busy too": -1000})
-        options = ("--data", str(settings.data), "--set", f"gateway.upstream={server.url}", "--set", "batch.window_h=0.0005", "batch")
-        batch_id = tokentape(*options, "submit", str(path)).output.strip()
-        rig = Rig(settings)
-        batch = ended(rig.client(), batch_id, "expired")
-        codes = [line["error"]["code"] for line in lines_of(rig.client(), batch.error_file_id)]
+        made = submit(client, jsonl(*(request(f"r{i}", f"away {i}") for i in range(8))))
+        until(lambda: len(upstream.order) == AT_WORK)
+    rig.wait_for("generation_failed")
+    status = client.batches.retrieve(made.id).status
+    upstream.open.set()
+    with broken(upstream.act, models=("m",), port=port):
+        batch = ended(client, made.id)
         rig.close()
 
-    assert codes == ["batch_expired", "batch_expired"]
+    assert status == "in_progress"
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (8, 0)
+
+
+def test_silent_submitter(tmp_path: Path) -> None:
+    """A submitter that lives but says nothing for too long loses its batch to whoever looks, and is told so."""
+    settings = Settings(data=tmp_path / "data")
+    hasty = settings.model_copy(update={"log": settings.log.model_copy(update={"timeout_s": 0.001})})
+    with desk_at(settings) as desk:
+        submission = Submission(desk.facts, "batch_silent", hasty)
+        submission.renew()
+        owner, now = Owner(tenant="default", name="somebody"), time.time()
+        times = {"created_at": now, "expires_at": now + 3600}
+        batch = Batch(batch_id="batch_silent", owner=owner, endpoint="mixed", input_file_id="file-x", window="1h", total=1, **times)
+        desk.facts.write(BATCH, batch.batch_id, batch)
+        until(lambda: time.time() > now + 0.01)
+        shown = json.loads(tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output)
+        until(lambda: desk.facts.ended("batch_silent"))
+        with pytest.raises(ConflictError, match="batch_silent was taken for abandoned"):
+            submission.check()
+
+    assert shown["status"] == "failed"

@@ -249,7 +249,10 @@ def test_dry_runs_change_nothing(tmp_path: Path) -> None:
         (job, "hand", "ok") for job in ("verify", "tier", "merge")
     ]
     assert [row["job"] for row in last.rows] == ["tier"]
-    assert {row["job"] for row in jobs.rows} == {"merge", "tier", "checkpoint", "blobs", "witness", "verify"}
+    assert {row["job"] for row in jobs.rows} == {
+        *("merge", "tier", "checkpoint", "blobs", "snapshots", "witness", "verify"),
+        *("retention", "erasures", "compact"),
+    }
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 import math
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 
 from replay.compare import is_greedy, run_compare
 from replay.drift import beyond_limit, judge, worst
-from replay.engines.base import Generated, Refused, Request, Scored, Spoken
+from replay.engines.base import Forced, Generated, Refused, Request, Scored, Spoken
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
 from replay.floors import Floor, floor_of, measured
@@ -79,6 +79,18 @@ class Scorer:
         """What the test decides."""
         self.asked += 1
         return self.view(token_ids)
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """Not asked here."""
+        return Refused("not asked")
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """One after another."""
+        return [self.generate(request) for request in requests]
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """One after another."""
+        return [self.force(each.request, each.prompt_token_ids, each.token_ids) for each in several]
 
     def close(self) -> None:
         """Nothing."""
@@ -283,7 +295,7 @@ def test_the_outcome_is_json_and_readable() -> None:
     assert "model_differs" == document["verdict"]
     assert 5 == document["generations"][0]["sequences"][0]["first_telling"]
     assert ["version"] == [difference["key"] for difference in document["differences"]]
-    assert 'version (numeric): "0.32.0" → "0.33.0"' in text
+    assert "version (numeric): the version of vLLM: 0.32.0 → 0.33.0" in text
     assert "verdict: model differs" in text
     assert "first at token 5" in text
 

@@ -54,6 +54,30 @@ class ObjectStoreCase:
     def store(self) -> ObjectStore:
         raise NotImplementedError
 
+    def test_purging_goes_past_governance_and_no_further(self, store: ObjectStore) -> None:
+        """Every version of a governance-locked object goes; a compliance lock and a legal hold keep theirs, with the reason."""
+        store.create("events/a/free", b"1")
+        store.create("events/a/governed", b"2", lock=Lock("governance", soon()))
+        store.create("events/a/bound", b"3", lock=Lock("compliance", soon(20)))
+        store.create("events/ab", b"4")
+        store.set_hold("events/a/free", True)
+        with pytest.raises(ConflictError, match="hold"):
+            store.purge("events/a/free")
+        with pytest.raises(ConflictError, match="locked") as refused:
+            store.purge("events/a/bound")
+        store.set_hold("events/a/free", False)
+        gone = [store.purge(f"events/a/{name}") for name in ("free", "governed", "never")]
+
+        assert "not before" in refused.value.hint
+        assert gone == [1, 1, 0]
+        assert dict(store.remains("events/")) == {"events/a/bound": 1, "events/ab": 1}
+        assert store.lock_of("events/ab").mode == "none"
+        assert store.lock_of("events/a/bound").mode == "compliance"
+        with pytest.raises(KeyError):
+            store.lock_of("events/a/free")
+        with pytest.raises(KeyError):
+            store.set_hold("events/a/free", True)
+
     def test_round_trip(self, store: ObjectStore) -> None:
         """What was created is read back whole, in ranges, and described."""
         data = os.urandom(100_000)

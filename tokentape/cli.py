@@ -24,11 +24,16 @@ COMMANDS = {
     "services": ("up",),
     "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
+    "replay_batch": ("replay-batch",),
+    "engines": ("env", "calibrate"),
+    "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),
+    "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
     "batch": ("batch",),
     "custody": ("verify",),
+    "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

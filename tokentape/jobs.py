@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
+from lifecycle.compaction import Compaction
+from lifecycle.erasure import Erasures
+from lifecycle.log_retention import trim
+from lifecycle.retention import Retention
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
+from replay.versioning import Versioning, open_versions
 from schemas.errors import ProofError
+from store.control import ControlLog, open_control
 from store.ledger.witness import Witness, anchors
 from store.merge import merge
 from tokentape.installation import Installation
@@ -27,8 +34,19 @@ def all_jobs(installation: Installation) -> list[Job]:
             installation.settings.ledger.checkpoint_s,
             lambda dry: _checkpoints(installation).run(dry_run=dry),
         ),
+        Job("retention", "remove what is due by the policies", every.retention_s, lambda dry: _retention(installation, dry)),
+        Job(
+            "erasures", "carry on erasures that a lock kept or that are pending", every.erasure_s, lambda dry: _erasures(installation, dry)
+        ),
+        Job("compact", "merge small cold segments", every.compact_s, lambda dry: _compact(installation, dry)),
         Job("witness", "copy the newest checkpoint to the witness", every.witness_s, lambda dry: _witness(installation, dry)),
         Job("blobs", "take blobs away that no event refers to", every.blobs_s, lambda dry: _blobs(installation).run(dry_run=dry)),
+        Job(
+            "snapshots",
+            "keep versions of sessions that stopped at breakpoints",
+            every.snapshots_s,
+            lambda dry: versioning(installation).run(dry_run=dry),
+        ),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -38,7 +56,8 @@ def tier_now(installation: Installation) -> Job:
     return Job("tier", "move all events into cold segments", 0, lambda dry: _tier(installation, dry, all_days=True))
 
 
-def _tiering(installation: Installation) -> Tiering:
+def tiering_of(installation: Installation) -> Tiering:
+    """Tiering over the installation's parts."""
     return Tiering(
         installation.settings, installation.catalog, installation.objects, installation.ledger, installation.registry, installation.recorder
     )
@@ -46,7 +65,7 @@ def _tiering(installation: Installation) -> Tiering:
 
 def _tier(installation: Installation, dry_run: bool, *, all_days: bool = False) -> dict[str, Any]:
     """Tier, then sign the ledger's new head at once: until then its end could be cut off unnoticed."""
-    summary = _tiering(installation).run(all_days=all_days, dry_run=dry_run)
+    summary = tiering_of(installation).run(all_days=all_days, dry_run=dry_run)
     if summary.get("segments"):
         summary["checkpoint"] = _checkpoints(installation).run()["ledger_size"]
     return summary
@@ -68,8 +87,50 @@ def _blobs(installation: Installation) -> UnreferencedBlobs:
 
 def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
     """A tiering run that was killed after its commit has to be finished first: its shards must not be merged with others."""
-    finished = 0 if dry_run else _tiering(installation).reconcile()
+    finished = 0 if dry_run else tiering_of(installation).reconcile()
     return {**merge(installation.settings, installation.catalog, dry_run=dry_run), "tiering_finished": finished}
+
+
+def retention_of(installation: Installation) -> Retention:
+    """Retention by the policies of the settings."""
+    return Retention(tiering_of(installation))
+
+
+def _retention(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    """Remove what is due from tiers and log, then sign the ledger's new head."""
+    if dry_run:
+        due = [item.to_row() for item in retention_of(installation).preview()]
+        return {"would_remove": [f"{row['policy']}: {row['events']:,} events, {row['contents']:,} contents of {row['key']}" for row in due]}
+    summary = retention_of(installation).apply()
+    summary["log_records"] = trim(installation.settings, installation.log, installation.catalog)
+    if summary["entry"] is not None:
+        summary["checkpoint"] = _checkpoints(installation).run()["ledger_size"]
+    return summary
+
+
+def sign(installation: Installation) -> None:
+    """Sign the ledger's new head at once: until then its end could be cut off unnoticed."""
+    _checkpoints(installation).run()
+
+
+def erasures_of(installation: Installation, control: ControlLog) -> Erasures:
+    """Erasures over the installation's parts."""
+    return Erasures(tiering_of(installation), installation.log, control)
+
+
+def _erasures(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    with contextlib.closing(open_control(installation.settings)) as control:
+        summary = erasures_of(installation, control).follow_up(dry_run=dry_run)
+    if summary["open"] and not dry_run:
+        sign(installation)
+    return summary
+
+
+def _compact(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    summary = Compaction(tiering_of(installation)).run(dry_run=dry_run)
+    if summary.get("segments"):
+        summary["checkpoint"] = _checkpoints(installation).run()["ledger_size"]
+    return summary
 
 
 def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
@@ -79,6 +140,12 @@ def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
     if summary["outcome"] != "good":
         raise ProofError(f"verification found {summary['outcome']} data", operation="verify", hint="`tokentape verify` names each object")
     return summary
+
+
+def versioning(installation: Installation) -> Versioning:
+    """What derives the snapshots of the installation's sessions."""
+    settings = installation.settings
+    return Versioning(installation.reader, installation.catalog, open_versions(settings.data), settings.snapshots.session_bytes_max)
 
 
 def verification(installation: Installation) -> Verification:

@@ -25,6 +25,7 @@ from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.sse import Block, EventParser, EventTooLong
 from ingest.gateway.tape import Tape
 from ingest.gateway.upstream import Upstream, failure_of
+from ingest.vllm.names import REQUEST_HEADER, request_name
 from schemas.errors import TokentapeError, UsageError
 from schemas.requests import ClientRequest, load
 from schemas.requests.client import ResponsesRequest
@@ -255,6 +256,8 @@ class Generation:
         if sending.translated:
             headers = [(name, value) for name, value in headers if name != "content-type"] + [("content-type", "application/json")]
         if kind == "vllm":
+            headers = [(name, value) for name, value in headers if name != REQUEST_HEADER]
+            headers.append((REQUEST_HEADER, request_name(self.tape.generation_id)))  # the engine records under the same id
             headers += [(SESSION_HEADER, self.session.name), (GENERATION_HEADER, self.tape.name)]
         tracing = self.parts.tracing
         return tracing.outgoing(self.tape.generation_id, headers, self.upstream.url, kind) if tracing else headers

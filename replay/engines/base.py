@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from schemas.events import EnvironmentCaptured
 from schemas.requests.recorded import CHAT
@@ -11,11 +15,32 @@ from schemas.requests.recorded import CHAT
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A recorded request, for an engine: its document as the client wrote it (after edits), the model it named, and where it went."""
+    """A recorded request, for an engine: its document as the client wrote it (after edits), the model it named, and where it went.
+
+    `alternatives` is how many of the likeliest tokens `force` is to report at each place; an engine may report fewer.
+    """
 
     model: str | None
     document: dict[str, Any] = field(default_factory=dict)
+    alternatives: int = 0
     endpoint: str = CHAT
+
+
+class Alternatives(NamedTuple):
+    """The likeliest tokens at one place, the forced one among them, in any order; `whole` says that it is the vocabulary."""
+
+    token_ids: npt.NDArray[np.int64]
+    logprobs: npt.NDArray[np.float32]
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Tokens that an engine is to be made to say."""
+
+    request: Request
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +50,20 @@ class Scored:
     `logprobs` are natural logarithms before temperature, penalties and masks; None where the engine gave none (the very
     first token of an empty prompt, or a token that did not fit). `ranks` are 1 for the likeliest, counting ties upwards.
     `top_logprobs` is the likeliest token's logprob at that place: under ties it equals `logprobs` at rank 2 as well.
+    `alternatives` is empty where none were asked for or none are told. `how` is what the engine did: it scored the tokens as
+    a prompt, or decoded them one by one as when they were first said.
     """
 
     logprobs: tuple[float | None, ...]
     ranks: tuple[int | None, ...]
     top_logprobs: tuple[float | None, ...]
+    alternatives: tuple[Alternatives | None, ...] = ()
+    how: str = "scoring"
+
+    def with_last_unknown(self) -> Scored:
+        """The same with one more token of which the engine says nothing."""
+        others = (*self.alternatives, None) if self.alternatives else ()
+        return Scored((*self.logprobs, None), (*self.ranks, None), (*self.top_logprobs, None), others, self.how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +118,30 @@ class Engine(Protocol):
 
     def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
         """The engine's own view of `token_ids` (n of them, n >= 1) after the prompt: n entries.
+
+        Raises:
+            EngineUnavailable: it does not answer.
+        """
+        ...
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """The prompt's token ids as the engine's template and tokenizer make them today.
+
+        Raises:
+            EngineUnavailable: it does not answer.
+        """
+        ...
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """As `generate`, for several that the engine may work on at once; answers in their order.
+
+        Raises:
+            EngineUnavailable: it does not answer.
+        """
+        ...
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """As `force`, for several that the engine may work on at once; answers in their order.
 
         Raises:
             EngineUnavailable: it does not answer.

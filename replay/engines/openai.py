@@ -11,15 +11,20 @@ import http.client
 import json
 import socket
 import ssl
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from replay.engines.base import Generated, Refused, Request, Scored, Spoken
+import numpy as np
+
+from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.words import printable, shorten
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import questions
-from schemas.requests.recorded import as_chat
+from schemas.requests.recorded import as_chat, as_generation
 
 CONNECT_TIMEOUT_S = 10.0
 """An address that takes longer to connect is no engine that could be replayed against."""
@@ -30,6 +35,14 @@ REASON_CHARACTERS = 300
 NOT_SCORING = "it answers, but without prompt_logprobs: recorded tokens are scored by vLLM's /v1/completions only"
 MINUS_INFINITY = -9999.0
 """What vLLM writes into JSON where a logprob is -inf."""
+ALTERNATIVES_MAX = 20
+"""A server reports no more of the likeliest tokens than its --max-logprobs, 20 unless it was started with another."""
+PARALLEL = 32
+"""Requests that are sent at once where the engine may work on several."""
+SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Answer(NamedTuple):
@@ -89,7 +102,12 @@ class OpenAIEngine:
             return Refused(str(error.fault))
         document = {**asked, "model": self._model or request.model, "stream": False, "logprobs": True, "return_token_ids": True}
         document.pop("stream_options", None)
-        answer = self._post("/v1/chat/completions", document)
+        try:
+            answer = self._post("/v1/chat/completions", document)
+        except EngineUnavailable as error:
+            if document.get("seed") is not None:
+                error.hint = f"{error.hint}; {SEEDED_CRASH}"
+            raise
         if answer.status != 200:
             return self._refused(answer, request)
         return _generated(answer.value) or Refused("its answer is no chat completion")
@@ -103,20 +121,59 @@ class OpenAIEngine:
             EngineUnavailable: the server does not answer.
         """
         scored = self._score(request, prompt_token_ids, token_ids)
+        if isinstance(scored, Refused) and request.alternatives > 1 and "logprobs" in scored.reason:
+            return self.force(replace(request, alternatives=0), prompt_token_ids, token_ids)
         if isinstance(scored, Refused) and _no_room(scored) and len(token_ids) > 1:
             shorter = self._score(request, prompt_token_ids, token_ids[:-1])
-            if isinstance(shorter, Scored):
-                return Scored((*shorter.logprobs, None), (*shorter.ranks, None), (*shorter.top_logprobs, None))
+            return shorter.with_last_unknown() if isinstance(shorter, Scored) else scored
         return scored
 
     def _score(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
         ids = [*prompt_token_ids, *token_ids]
         model = self._model or request.model
-        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        likeliest = max(1, min(request.alternatives, ALTERNATIVES_MAX))
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": likeliest}
         answer = self._post("/v1/completions", body)
         if answer.status != 200:
             return self._refused(answer, request)
-        return _scored(answer.value, ids, len(prompt_token_ids))
+        return _scored(answer.value, ids, len(prompt_token_ids), alternatives=request.alternatives > 1)
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """The ids of the prompt, from vLLM's /tokenize.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        kept = ("messages", "prompt", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+        try:
+            asked = as_generation(request.endpoint, request.document)
+        except UsageError as error:
+            return Refused(str(error.fault))
+        document = {name: value for name, value in asked.items() if name in kept}
+        answer = self._post("/tokenize", {"model": self._model or request.model, **document})
+        tokens = answer.value.get("tokens") if isinstance(answer.value, dict) else None
+        if answer.status == 200 and isinstance(tokens, list):
+            return tuple(tokens)
+        return self._refused(answer, request) if answer.status != 404 else Refused("it has no /tokenize: prompts are rendered by vLLM only")
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """Up to `PARALLEL` at once, each over a connection of its own."""
+        return self._all(lambda engine, request: engine.generate(request), requests)
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """Up to `PARALLEL` at once, each over a connection of its own."""
+        return self._all(lambda engine, each: engine.force(each.request, each.prompt_token_ids, each.token_ids), several)
+
+    def _all(self, ask: Callable[[OpenAIEngine, T], R], several: Sequence[T]) -> list[R]:
+        def one(each: T) -> R:
+            engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s)
+            try:
+                return ask(engine, each)
+            finally:
+                engine.close()
+
+        with ThreadPoolExecutor(PARALLEL, "engine") as pool:
+            return list(pool.map(one, several))
 
     def close(self) -> None:
         """Close the connection."""
@@ -225,7 +282,7 @@ def _no_room(refused: Refused) -> bool:
     return any(words in refused.reason for words in ("max_tokens", "context length", "max_model_len", "maximum model length"))
 
 
-def _scored(value: Any, ids: list[int], start: int) -> Scored | Refused:
+def _scored(value: Any, ids: list[int], start: int, *, alternatives: bool = False) -> Scored | Refused:
     """The scores of `ids[start:]` out of a completion's `prompt_logprobs`."""
     try:
         entries = value["choices"][0].get("prompt_logprobs") or value.get("prompt_logprobs")
@@ -243,7 +300,15 @@ def _scored(value: Any, ids: list[int], start: int) -> Scored | Refused:
         logprobs.append(_number(own.get("logprob")) if own else None)
         ranks.append(own.get("rank") if own else None)
         tops.append(max((_number(other["logprob"]) for other in entry.values()), default=None) if own else None)
-    return Scored(tuple(logprobs), tuple(ranks), tuple(tops))
+    others = tuple(_alternatives(entry) for entry in entries[start:]) if alternatives else ()
+    return Scored(tuple(logprobs), tuple(ranks), tuple(tops), others)
+
+
+def _alternatives(entry: Any) -> Alternatives | None:
+    if not isinstance(entry, dict):
+        return None
+    logprobs = [_number(other["logprob"]) for other in entry.values()]
+    return Alternatives(np.array([int(token) for token in entry], np.int64), np.array(logprobs, np.float32), whole=False)
 
 
 def _number(value: Any) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from replay.engines.base import Generated, Refused, Request, Scored, Spoken
+from collections.abc import Sequence
+
+from replay.engines.base import Forced, Generated, Refused, Request, Scored, Spoken
 from replay.state import Generation, SessionState
 from replay.taped import taped
 from schemas.events import EnvironmentCaptured
@@ -44,6 +46,21 @@ class RecordedEngine:
                     nothing = (None,) * len(token_ids)
                     return Scored(tape.logprobs[: len(token_ids)], nothing, nothing)
         return Refused("the tape holds no such tokens after this prompt")
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """The prompt's token ids as they were recorded."""
+        said = self.generate(request)
+        if isinstance(said, Refused):
+            return said
+        return said.prompt_token_ids or Refused("the recording has no prompt token ids")
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """One after another."""
+        return [self.generate(request) for request in requests]
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """One after another."""
+        return [self.force(each.request, each.prompt_token_ids, each.token_ids) for each in several]
 
     def close(self) -> None:
         """Nothing to let go of."""

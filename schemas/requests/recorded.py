@@ -12,6 +12,8 @@ from schemas.requests.responses import conversation, from_responses
 
 CHAT = "/v1/chat/completions"
 
+COMPLETIONS = "/v1/completions"
+
 _READERS = {
     "/v1/messages": from_anthropic,
     "/v1/responses": lambda document: conversation(from_responses(document)),
@@ -32,3 +34,12 @@ def as_chat(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
         hint = f"only requests to {CHAT}, {', '.join(_READERS)} can be asked again"
         raise UsageError(f"a request to {endpoint} is no conversation; {hint}", operation="replay request", place=endpoint, hint=hint)
     return to_chat(_READERS[endpoint](document), vllm=True)
+
+
+def as_generation(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The document in the words of OpenAI's completions: with `messages`, or, where it went to `/v1/completions`, with its `prompt`.
+
+    Raises:
+        UsageError: as `as_chat` does.
+    """
+    return document if endpoint == COMPLETIONS else as_chat(endpoint, document)

@@ -64,8 +64,10 @@ class Ledger:
         self._newest: Checkpoint | None = None
         self._unsure: Entry | None = None  # sent, and no answer came: it may or may not stand
 
-    def append(self, type: str, body: Mapping[str, Any]) -> Entry:
+    def append(self, type: str, body: Mapping[str, Any], *, expected: int | None = None) -> Entry:
         """Sign and append an entry; when this returns it is durable and has its number for ever.
+
+        With `expected` it gets that number or none: nothing was entered since the caller looked.
 
         After `StoreUnavailable` the entry may stand all the same: calling again with the same arguments on the same
         instance finds out and never enters it twice.
@@ -73,6 +75,7 @@ class Ledger:
         Raises:
             UsageError: no private key, or the body is no canonical JSON.
             StorageFull: no room.
+            ConflictError: somebody else entered something under the number `expected`.
         """
         signer = self._required_signer()
         with self._mutex:
@@ -81,6 +84,8 @@ class Ledger:
                 return settled
             for _ in range(ATTEMPTS_MAX):
                 previous = self._previous()
+                if expected is not None and self._size != expected:
+                    raise ConflictError(f"entry {expected} is taken", operation="append", place="ledger", hint="read on and try again")
                 entry = make_entry(signer, self.origin, sequence=self._size, previous=previous, type=type, body=body)
                 if self._create(entry):
                     return entry

@@ -33,6 +33,10 @@ Kind = Literal["modified", "missing", "unsigned", "erased-with-proof", "orphan"]
 EXIT_CODES: Mapping[Kind, int] = {"modified": 10, "missing": 11, "unsigned": 12, "erased-with-proof": 0, "orphan": 0}
 
 
+_REMOVED = {"retention": "removed by retention", "erasure": "rewritten by an erasure", "merge": "merged"}
+"""What an entry that removed objects says of why, in words."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing found: what kind, at which object, and one line of detail."""
@@ -304,13 +308,31 @@ class _Run:
         except (CorruptStore, UsageError) as error:
             self._add("modified", claim.key, str(error))
             return False
+        if erased_by is not None and erased_by.sequence > claim.entry.sequence:
+            self._add("orphan", claim.key, f"entry {erased_by.sequence} says that it is gone; the next run removes it")
         self.objects += 1
         self.bytes_read += claim.bytes
         return True
 
+    def _erased_since(self) -> dict[str, Entry]:
+        """Objects that went while this was running: what removes one enters it first."""
+        found: dict[str, Entry] = {}
+        number = self.length
+        while True:
+            try:
+                entry = decode_entry(number, self.store.get(entry_key(number)))
+                entry.check(self.verifier, self.origin)
+            except (KeyError, ModifiedNote, UnsignedNote, CorruptStore, UsageError):
+                return found
+            keys = entry.body.get("erased")
+            found.update(dict.fromkeys(keys, entry) if isinstance(keys, list) else {})
+            number += 1
+
     def _add_absent(self, claim: Claim, erased_by: Entry | None) -> None:
+        erased_by = erased_by or self._erased_since().get(claim.key)
         if erased_by is not None and erased_by.sequence > claim.entry.sequence:
-            self._add("erased-with-proof", claim.key, f"entered by {claim.entry.sequence}, erased by {erased_by.sequence}")
+            why = _REMOVED.get(str(erased_by.body.get("why")), "erased")
+            self._add("erased-with-proof", claim.key, f"entered by {claim.entry.sequence}, {why} by {erased_by.sequence}")
         else:
             self._add("missing", claim.key, f"entry {claim.entry.sequence} names it")
 

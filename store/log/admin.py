@@ -161,6 +161,7 @@ class TopicAdmin:
         settings = self._settings
         configs = {
             "cleanup.policy": "delete",
+            "retention.ms": str(int(settings.retention_days * 86_400_000)),
             "message.timestamp.type": "LogAppendTime",
             "max.message.bytes": str(ENTRY_BYTES_MAX + _OVERHEAD_BYTES),
             # An acknowledged event is then on two brokers at least, wherever there are three.

@@ -1,4 +1,4 @@
-"""The contract of an object store: eight methods over immutable objects named by slash-separated keys."""
+"""The contract of an object store: a few methods over immutable objects named by slash-separated keys."""
 
 from __future__ import annotations
 
@@ -79,6 +79,32 @@ class ObjectStore(Protocol):
 
         Raises:
             ConflictError: the object is locked.
+        """
+        ...
+
+    def purge(self, key: str) -> int:
+        """Remove every version and delete marker of an object, past a governance lock; how many there were.
+
+        Only custody calls this, after the signed entry that says why. Doing it again removes nothing.
+
+        Raises:
+            ConflictError: a compliance lock that has not ended, or a legal hold.
+        """
+        ...
+
+    def remains(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Keys that start with `prefix` and how many versions and delete markers of each still stand, in order."""
+        ...
+
+    def lock_of(self, key: str) -> Lock:
+        """The lock of an object, `NO_LOCK` for none. Raises `KeyError` when there is no such object."""
+        ...
+
+    def set_hold(self, key: str, held: bool) -> None:
+        """Put an object under legal hold, or end that: while held it cannot be removed, whatever its lock says.
+
+        Raises:
+            KeyError: there is no such object.
         """
         ...
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from schemas.errors import AlreadyExists, ConflictError, CorruptStore, StorageFull, StoreUnavailable
 from store.objects.base import NO_LOCK, Lock, ObjectInfo, StoreProbe
@@ -106,6 +106,44 @@ class LocalStore:
         with self._mapped("delete", key):
             (self.root / LOCKS / key).unlink(missing_ok=True)
 
+    def purge(self, key: str) -> int:
+        """See `ObjectStore.purge`. A file has one version."""
+        path = self._path(key, "purge")
+        note = self._note(key)
+        if path.exists() and note.get("held"):
+            raise ConflictError("the object is under legal hold", operation="purge", place=key, hint="`tokentape hold list` shows why")
+        until = self._locked_until(key)
+        if path.exists() and until is not None and until > datetime.now(UTC) and note.get("mode") != "governance":
+            raise ConflictError("the object is locked (compliance)", operation="purge", place=key, hint=f"not before {until.isoformat()}")
+        there = path.exists()
+        with self._mapped("delete", key):
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _sync_folder(path.parent)
+            (self.root / LOCKS / key).unlink(missing_ok=True)
+        return int(there)
+
+    def remains(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """See `ObjectStore.remains`."""
+        return ((info.key, 1) for info in self.list(prefix))
+
+    def lock_of(self, key: str) -> Lock:
+        """See `ObjectStore.lock_of`."""
+        if self.head(key) is None:
+            raise KeyError(key)
+        note = self._note(key)
+        if "until" in note:
+            return Lock(note.get("mode", "compliance"), datetime.fromisoformat(note["until"]))
+        until = None if note.get("held") else self._locked_until(key)
+        return NO_LOCK if until is None else Lock("compliance", until)
+
+    def set_hold(self, key: str, held: bool) -> None:
+        """See `ObjectStore.set_hold`. Kept beside the lock, and as advisory as that."""
+        if self.head(key) is None:
+            raise KeyError(key)
+        with self._mapped("lock", key):
+            self._write_note(key, {**{k: v for k, v in self._note(key).items() if k != "held"}, **({"held": True} if held else {})})
+
     def read_url(self, key: str, *, expires_s: int) -> str:
         """The file's path; `expires_s` means nothing here. Mode 0444 stops other users than root from writing through it."""
         return str(self._path(key, "read_url"))
@@ -162,11 +200,22 @@ class LocalStore:
             self._note_lock(key, lock.mode, until)
 
     def _note_lock(self, key: str, mode: str, until: datetime) -> None:
+        self._write_note(key, {**self._note(key), "mode": mode, "until": until.isoformat()})
+
+    def _note(self, key: str) -> dict[str, Any]:
+        """What is noted about an object; nothing where the note cannot be read, which then counts as the strongest lock."""
+        try:
+            note = json.loads((self.root / LOCKS / key).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return note if isinstance(note, dict) else {}
+
+    def _write_note(self, key: str, note: dict[str, Any]) -> None:
         path = self.root / LOCKS / key
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.root / TEMPORARY / uuid.uuid4().hex
         with temporary.open("xb") as file:
-            file.write(json.dumps({"mode": mode, "until": until.isoformat()}).encode())
+            file.write(json.dumps(note).encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -176,10 +225,13 @@ class LocalStore:
         """When the lock of an object ends; a note that cannot be read counts as a lock without end."""
         path = self.root / LOCKS / key
         try:
-            return datetime.fromisoformat(json.loads(path.read_bytes())["until"])
+            note = json.loads(path.read_bytes())
+            if note.get("held"):
+                return datetime.max.replace(tzinfo=UTC)
+            return datetime.fromisoformat(note["until"]) if note else None
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return datetime.max.replace(tzinfo=UTC)
 
     def _make_folders(self, folder: Path) -> None:

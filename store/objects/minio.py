@@ -17,6 +17,8 @@ from pathlib import Path
 
 import urllib3
 from minio import Minio
+from minio.datatypes import Object
+from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 from minio.retention import Retention
 
@@ -120,6 +122,58 @@ class MinioStore:
                 continue
             except TokentapeError as error:
                 raise self._explain_refusal(key, version, error) from error
+
+    def purge(self, key: str) -> int:
+        """See `ObjectStore.purge`. The permission `s3:BypassGovernanceRetention` is needed where there are governance locks."""
+        check_key(key, operation="purge")
+        versions = self._versions(key)
+        with self._mapped("delete", key):
+            wanted = [DeleteObject(key, version) for version in versions]
+            errors = list(self._client.remove_objects(self.bucket, wanted, bypass_governance_mode=True)) if wanted else []
+        for problem in errors:
+            if problem.code not in _GONE:
+                fault = self._by_code(problem.code, "purge", key, f"{problem.message} ({problem.code})")
+                raise self._explain_refusal(key, problem.version_id, fault)
+        return len(versions)
+
+    def remains(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """See `ObjectStore.remains`."""
+        check_prefix(prefix, operation="list")
+        with self._mapped("list", prefix):
+            found = self._client.list_objects(self.bucket, prefix or None, recursive=True, include_version=True)
+        for key, items in itertools.groupby(self._drawn(found, prefix)):
+            yield key, sum(1 for _ in items)
+
+    def _drawn(self, found: Iterator[Object], prefix: str) -> Iterator[str]:
+        while True:
+            with self._mapped("list", prefix):
+                item = next(found, None)
+            if item is None:
+                return
+            yield item.object_name or ""
+
+    def lock_of(self, key: str) -> Lock:
+        """See `ObjectStore.lock_of`."""
+        if self.head(key) is None:
+            raise KeyError(key)
+        try:
+            with self._mapped("lock", key):
+                held = self._client.get_object_retention(self.bucket, key)
+        except UsageError:
+            return NO_LOCK  # a bucket that keeps no locks
+        if held is None:
+            return NO_LOCK
+        return Lock("compliance" if held.mode == "COMPLIANCE" else "governance", held.retain_until_date)
+
+    def set_hold(self, key: str, held: bool) -> None:
+        """See `ObjectStore.set_hold`."""
+        if self.head(key) is None:
+            raise KeyError(key)
+        with self._mapped("hold", key):
+            if held:
+                self._client.enable_object_legal_hold(self.bucket, key)
+            else:
+                self._client.disable_object_legal_hold(self.bucket, key)
 
     def read_url(self, key: str, *, expires_s: int) -> str:
         """A presigned GET URL: it is signed for reading this one object and for nothing else."""

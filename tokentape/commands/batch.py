@@ -19,6 +19,7 @@ from ingest.gateway.batch.alone import work as work_alone
 from ingest.gateway.batch.desk import BatchDesk
 from ingest.gateway.batch.facts import Facts, document
 from ingest.gateway.batch.models import asked, check_models
+from ingest.gateway.batch.submission import end_abandoned
 from ingest.gateway.keys import KIND as KEY
 from ingest.gateway.keys import VirtualKey
 from schemas.batches import ENDED, Batch, Owner
@@ -75,7 +76,7 @@ def submit(installation: Installation, file: Path, key_id: str | None, window: s
             answer["rows"] = made.total
         click.echo(made.batch_id)
         if wait:
-            _until_ended(desk, made)
+            _until_ended(desk, made, installation)
 
 
 @batch.command("list")
@@ -106,7 +107,7 @@ def results(installation: Installation, batch_id: str, wait: bool) -> None:
     with _desk(installation) as desk:
         found = desk.facts.batch(batch_id, None)
         if wait:
-            _until_ended(desk, found)
+            _until_ended(desk, found, installation)
         with installation.accessing("batch results", batch_id):
             for piece in desk.results(found):
                 sys.stdout.buffer.write(piece)
@@ -148,7 +149,9 @@ def _desk(installation: Installation) -> Iterator[BatchDesk]:
     view = ControlView(control)
     works = WorkLogs(installation.settings)
     try:
-        yield BatchDesk(installation.settings, Facts(control, view), works, [endpoint.path for endpoint in ENDPOINTS])
+        facts = Facts(control, view)
+        end_abandoned(facts, lambda: installation.recorder, installation.settings)
+        yield BatchDesk(installation.settings, facts, works, [endpoint.path for endpoint in ENDPOINTS])
     finally:
         works.close()
         view.close()
@@ -170,8 +173,9 @@ def _owner(desk: BatchDesk, installation: Installation, key_id: str | None) -> t
     return Owner(tenant=key.tenant, name=key.owner, key_id=key.key_id), key.allows
 
 
-def _until_ended(desk: BatchDesk, found: Batch) -> None:
-    while (status := desk.facts.status(found)) not in ENDED:
+def _until_ended(desk: BatchDesk, found: Batch, installation: Installation) -> None:
+    while (status := desk.facts.status(desk.facts.batch(found.batch_id, None))) not in ENDED:
+        end_abandoned(desk.facts, lambda: installation.recorder, installation.settings)
         time.sleep(_LOOK_S)
     counts = desk.facts.counts(found.batch_id)
     err.print(f"{found.batch_id} is {status}: {counts.completed} completed, {counts.failed} failed of {found.total}", markup=False)

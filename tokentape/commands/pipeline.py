@@ -55,16 +55,17 @@ def tier(installation: Installation, all_days: bool, dry_run: bool) -> None:
         return
     installation.freshen()
     ledger = RunLedger(installation.settings.data / "jobs.sqlite")
-    _print_summary("tier", run_job(tier_now(installation), ledger, trigger="hand", dry_run=dry_run), dry_run)
+    print_summary("tier", run_job(tier_now(installation), ledger, trigger="hand", dry_run=dry_run), dry_run)
 
 
 def _run(installation: Installation, name: str, dry_run: bool) -> None:
     ledger = RunLedger(installation.settings.data / "jobs.sqlite")
     summary = run_job(find(all_jobs(installation), name), ledger, trigger="hand", dry_run=dry_run)
-    _print_summary(name, summary, dry_run)
+    print_summary(name, summary, dry_run)
 
 
-def _print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
+def print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
+    """What a job did, or would do."""
     out.print(f"[bold]{name}[/bold]{' (dry run, nothing changed)' if dry_run else ''}")
     for key, value in summary.items():
         if value == []:
@@ -84,7 +85,7 @@ def rebuild(installation: Installation) -> None:
     summary = rebuild_hot(
         installation.settings, installation.log, installation.objects, installation.catalog, registry=installation.registry
     )
-    _print_summary("rebuild", summary, False)
+    print_summary("rebuild", summary, False)
 
 
 @click.group()
@@ -209,7 +210,7 @@ def quarantine_show(installation: Installation, partition: int, offset: int, raw
 def quarantine_requeue(installation: Installation, places: tuple[str, ...]) -> None:
     """Try again, all or those named: once their schema stands in the store, or this version reads them."""
     only = [_place(text) for text in places] or None
-    _print_summary("requeue", requeue(installation.settings, installation.catalog, installation.registry, only=only), False)
+    print_summary("requeue", requeue(installation.settings, installation.catalog, installation.registry, only=only), False)
 
 
 def _place(text: str) -> tuple[int, int]:

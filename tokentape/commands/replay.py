@@ -8,12 +8,12 @@ import click
 import orjson
 
 from replay.compare import run_compare
-from replay.engines.openai import OpenAIEngine
-from replay.fold import Until
+from replay.fold import Until, fold
 from replay.player import Player, at_breakpoint, at_trouble
 from replay.render import OutcomeView, SessionPage
 from schemas.errors import ConflictError, UsageError
 from tokentape.commands.common import with_installation
+from tokentape.engines import calibrations, engine_options, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err, out
 
@@ -21,8 +21,7 @@ from tokentape.output import err, out
 @click.command()
 @click.argument("session")
 @click.option("--mode", type=click.Choice(["step", "fast", "compare"]), default="compare", show_default=True, help="How to replay.")
-@click.option("--engine", metavar="URL", help="compare: the vLLM that scores the tokens.  [default: the first upstream]")
-@click.option("--model", help="compare: the name under which that engine serves the model, if it is another than recorded.")
+@engine_options
 @click.option(
     "--to", metavar="MOMENT|breakpoint|failure", help="fast: where to stop: an event id, #POSITION, a UTC time.  [default: the end]"
 )
@@ -34,6 +33,7 @@ def replay(
     session: str,
     mode: str,
     engine: str | None,
+    options: tuple[str, ...],
     model: str | None,
     to: str | None,
     strict: bool,
@@ -44,7 +44,10 @@ def replay(
     \b
     step     walk through the events: n forwards, b backwards, g N to event N, q to stop
     fast     go to a moment and show the session there
-    compare  have a running vLLM score the recorded tokens and give a verdict, recorded as events of its own
+    compare  have vLLM score the recorded tokens and give a verdict, recorded as events of its own
+
+    Verdicts are sharpest after `tokentape calibrate` of the engine that recorded: drift is then tested against that engine's
+    own noise, and seeded choices are made again. The chance of a false model or sampling verdict is then at most 1 in 1000.
     """
     installation.freshen()
     with installation.accessing(f"replay {mode}", f"replay {session}") as access:
@@ -55,22 +58,16 @@ def replay(
         elif mode == "fast":
             _fast(Player(events), to)
         else:
-            scorer = _engine(installation, engine or installation.settings.gateway.every_upstream[0].url, model)
-            outcome = run_compare(events, scorer, installation.recorder, strict=strict, actor=installation.person())
+            scorer = open_engine(installation, engine, model, options, fold(events) if engine == "recorded" else None)
+            outcome = run_compare(
+                events, scorer, installation.recorder, strict=strict, actor=installation.person(), calibrations=calibrations(installation)
+            )
             if fmt == "json":
                 sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
             else:
                 out.print(OutcomeView(outcome))
             if outcome.refused:
                 raise ConflictError("the environment differs from the recorded one", operation="replay --strict", hint="--loose goes on")
-
-
-def _engine(installation: Installation, url: str, model: str | None) -> OpenAIEngine:
-    gateway = installation.settings.gateway
-    secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
-    key = secret.get_secret_value() if secret else None
-
-    return OpenAIEngine(url, model=model, api_key=key)
 
 
 def _fast(player: Player, to: str | None) -> None:

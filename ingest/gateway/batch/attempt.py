@@ -82,6 +82,12 @@ class Answer:
         return result(item, response, None)
 
 
+def worn_out(attempts: int) -> Answer:
+    """What a request gets whose last attempt ended with its worker."""
+    message = f"The request was begun {attempts} times and never came to an answer: its worker died or failed each time."
+    return Answer(status=500, pieces=[errors.error_body(message, "server_error", "attempts_exhausted")])
+
+
 def result(item: WorkItem, response: dict[str, Any] | None, error: dict[str, str] | None) -> dict[str, Any]:
     """A line of an output or error file."""
     return {"id": f"batch_req_{item.session.replace('-', '')}", "custom_id": item.custom_id, "response": response, "error": error}

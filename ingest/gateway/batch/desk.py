@@ -16,8 +16,9 @@ from typing import Literal
 from ingest.gateway.batch import facts as f
 from ingest.gateway.batch.facts import Facts
 from ingest.gateway.batch.lines import Line, Survey, lines, survey
+from ingest.gateway.batch.submission import Submission
 from schemas.batches import ENDED, Batch, BatchFile, Cancelled, Counts, Ended, Owner, WorkItem
-from schemas.errors import ConflictError, UsageError
+from schemas.errors import ConflictError, Unavailable, UsageError
 from schemas.requests import dump
 from schemas.settings import Settings
 from schemas.sink import new_id
@@ -155,25 +156,32 @@ class BatchDesk:
 
     def _append(self, batch: Batch, found: Survey, path: Path) -> Batch:
         """The records of a batch. Workers begin on none before the batch says where they end."""
-        self.facts.write(f.BATCH, batch.batch_id, batch)
+        submission = Submission(self.facts, batch.batch_id, self.settings)
+        submission.renew()
         try:
+            self.facts.write(f.BATCH, batch.batch_id, batch)
             for model in found.models:
+                submission.renew()
                 self.works.of(model)
                 if self.facts.get(f.MODEL, model) is None:
                     self.facts.write(f.MODEL, model, {"made_at": time.time()})
             for piece in _cut(lines(path, self.settings, self.urls)):
-                self._append_piece(batch.batch_id, piece)
+                self._append_piece(batch.batch_id, piece, submission)
             ends = {model: self.works.of(model).ends() for model in found.models}
             batch = batch.model_copy(update={"ends": ends, "in_progress_at": time.time()})
             self.facts.write(f.BATCH, batch.batch_id, batch)
+            submission.check()
         except BaseException as error:
             ended = Ended(status="failed", at=time.time(), counts=Counts(), error=f"not submitted: {error}")
-            with contextlib.suppress(Exception):  # where this cannot be written either, the batch expires
+            with contextlib.suppress(Exception):  # where this cannot be written either, the lease lapses
                 self.facts.write(f.ENDING, batch.batch_id, ended)
+                submission.close()
             raise
+        with contextlib.suppress(Unavailable):  # with its ends written the batch needs no lease
+            submission.close()
         return batch
 
-    def _append_piece(self, batch_id: str, piece: list[Line]) -> None:
+    def _append_piece(self, batch_id: str, piece: list[Line], submission: Submission) -> None:
         entries: dict[str, list[Entry]] = {}
         for line in piece:
             session = new_id()
@@ -182,6 +190,7 @@ class BatchDesk:
             value = dump({**item, "url": line.url, "body": line.body})
             entries.setdefault(line.model, []).append(Entry(line.number % work.partitions, session, value))
         for model, own in entries.items():
+            submission.renew()
             self.works.of(model).append(own)
 
     def cancel(self, batch: Batch, by: str) -> bool:

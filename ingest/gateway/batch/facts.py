@@ -19,6 +19,12 @@ COMMITTED = "batch.committed"
 """`{log_id, offset}` by `<partition>/<model>`: every record before that offset has its result."""
 COUNTS = "batch.counts"
 """What one worker has brought to an end, by `<batch>/<worker>`."""
+BEGUN = "batch.begun"
+"""`{log_id, attempts}` by `<partition>/<model>`: by offset how often what may be under way was begun."""
+SUBMITTER = "batch.submitter"
+"""Who still appends the records of a batch, and until when that holds unless it is said again."""
+ABANDONED = "batch.abandoned"
+"""That somebody is about to end a batch whose submitter is gone."""
 LEASE = "batch.lease"
 """Which worker has requests of a partition under way, by `<partition>/<model>`."""
 WORKER = "batch.worker"
@@ -41,11 +47,14 @@ class Facts:
         Raises:
             LogUnavailable: the control log does not answer.
         """
-        plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        position = self._control.append(kind, key, plain)
+        position = self.note(kind, key, value.model_dump(mode="json") if isinstance(value, BaseModel) else value)
         deadline = time.monotonic() + READ_BACK_S
         while self._shared.position < position and time.monotonic() < deadline:
             time.sleep(0.005)
+
+    def note(self, kind: str, key: str, value: Value | None) -> int:
+        """Write a fact that only others ask for; its position. As `write`, but nothing is read back."""
+        return self._control.append(kind, key, value)
 
     def latest(self, kind: str) -> dict[str, Value]:
         """What holds now, by key."""

@@ -38,10 +38,6 @@ _MISSING: dict[Outcome, dict[str, str]] = {
 
 def finish(desk: BatchDesk, batch: Batch) -> None:
     """Put the results of a batch together and say that it has ended. Two that do it at once do no harm."""
-    if batch.ends is None:
-        error = "its submission was interrupted"
-        desk.facts.write(f.ENDING, batch.batch_id, Ended(status="failed", at=time.time(), counts=Counts(), error=error))
-        return
     outcome = _outcome(desk, batch)
     with desk.scratch() as folder:
         good, bad = folder / "good", folder / "bad"
@@ -113,8 +109,10 @@ def _keep(desk: BatchDesk, batch: Batch, path: Path, name: Literal["output", "er
 
 def _clear(desk: BatchDesk, batch: Batch) -> None:
     """Delete what the files of results replace."""
-    for found in list(desk.objects.list(result_of(batch, 0).rpartition("/")[0] + "/")):
-        desk.objects.delete(found.key)
+    results = [found.key for found in desk.objects.list(result_of(batch, 0).rpartition("/")[0] + "/")]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="batch-results") as pool:
+        for start in range(0, len(results), _PIECE):
+            list(pool.map(desk.objects.delete, results[start : start + _PIECE]))
     for key in desk.facts.latest(f.COUNTS):
         if key.startswith(f"{batch.batch_id}/"):
             desk.facts.write(f.COUNTS, key, None)

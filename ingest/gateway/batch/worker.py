@@ -8,11 +8,12 @@ created once, so the first counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeVar
@@ -21,9 +22,11 @@ import structlog
 
 from ingest.debug import workers
 from ingest.gateway.batch import facts as f
-from ingest.gateway.batch.attempt import Answer, attempt
+from ingest.gateway.batch.attempt import Answer, attempt, worn_out
 from ingest.gateway.batch.desk import BatchDesk, parse_item, result_of
 from ingest.gateway.batch.finish import finish, forget
+from ingest.gateway.batch.submission import end_abandoned
+from ingest.gateway.batch.window import Window
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.parts import Parts
@@ -48,24 +51,6 @@ AHEAD_MAX = 1000
 """A partition is read at most so far beyond its first request without a result, so that what a crash repeats is bounded."""
 
 T = TypeVar("T")
-
-
-@dataclass
-class Window:
-    """How far a partition is worked off: everything before `offset` is, and of the rest what is in `done`."""
-
-    log_id: str
-    offset: int
-    read: int = 0
-    done: set[int] = field(default_factory=set)
-    written: int = -1
-
-    def finish(self, offset: int) -> None:
-        """The record at an offset has its result."""
-        self.done.add(offset)
-        while self.offset in self.done:
-            self.done.remove(self.offset)
-            self.offset += 1
 
 
 @dataclass(frozen=True)
@@ -93,11 +78,14 @@ class Worker:
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._windows: dict[tuple[str, int], Window] = {}
         self._items: defaultdict[str, set[asyncio.Task[None]]] = defaultdict(set)
+        self._alone: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By model: of the requests that a dead worker had begun one is asked at a time, so that a further death is told from which."""
         self._counts: dict[str, Counts] = {}
         self._counted: set[str] = set()  # batches whose counts are not written yet
         self._announced_at = 0.0
         self._done_at = {"tidy": 0.0, "forget": time.monotonic()}
         self._loop: asyncio.Task[None] | None = None
+        self._ender: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to look for work."""
@@ -111,7 +99,7 @@ class Worker:
     async def close(self) -> None:
         """Stop; what is not finished is another worker's, or this one's when it starts again."""
         self.end()
-        tasks = [*self._readers.values(), *chain.from_iterable(self._items.values()), *([self._loop] if self._loop else [])]
+        tasks = [*self._readers.values(), *chain.from_iterable(self._items.values()), *(task for task in (self._loop, self._ender) if task)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -140,6 +128,7 @@ class Worker:
             await self._pause(TURN_S)
 
     async def _turn(self) -> None:
+        await self._thread(end_abandoned, self._facts, lambda: self._parts.recorder, self._parts.settings)
         models = [model for model in self._facts.latest(f.MODEL) if self._takes(model)]
         if not models:
             return
@@ -149,7 +138,8 @@ class Worker:
             if reader is None or reader.done():
                 self._readers[model] = asyncio.create_task(self._read_on(model))
         await self._thread(self._write_progress)
-        await self._end_batches()
+        if self._ender is None or self._ender.done():  # results of a long file take longer than a heartbeat
+            self._ender = asyncio.create_task(self._end_batches())
         if self._due("tidy", TIDY_S):
             await self._thread(self._tidy, models)
         if self._due("forget", FORGET_S) and self._first():
@@ -221,7 +211,8 @@ class Worker:
             await self._let_go(model, partition)
         for partition in mine - held:
             if await self._thread(self._lease, model, partition):
-                self._windows[model, partition] = await self._thread(self._window, model, partition)
+                work = self._desk.works.of(model)
+                self._windows[model, partition] = await self._thread(Window.open, self._facts, work, model, partition)
         windows = {partition: self._windows[model, partition] for partition in mine if (model, partition) in self._windows}
         offsets = {p: window.read for p, window in windows.items() if window.read - window.offset < AHEAD_MAX}
         if self._items[model] and not self._free(model):
@@ -252,14 +243,6 @@ class Worker:
             del self._windows[model, partition]
             await self._thread(self._facts.write, f.LEASE, f"{partition}/{model}", None)
 
-    def _window(self, model: str, partition: int) -> Window:
-        """Where a partition is to be read from: what was committed, as far as it is of this log and still there."""
-        work = self._desk.works.of(model)
-        log_id, committed = self._facts.committed(model, partition)
-        first, end = work.bounds(partition)
-        offset = max(first, committed if log_id == work.log_id and committed <= end else 0)
-        return Window(work.log_id, offset, read=offset)
-
     async def _read(self, model: str, partition: int, limit: int) -> None:
         """Begin the next requests of a partition, as long as there is room for more."""
         window = self._windows[model, partition]
@@ -283,7 +266,7 @@ class Worker:
             return window.finish(offset)
         while not self._ending.is_set():
             try:
-                if await self._answered(item):
+                if await self._answered(item, window, offset):
                     return window.finish(offset)
             except TokentapeError as error:
                 log.warning("a batch request waits", batch=item.batch_id, line=item.number, error=str(error))
@@ -292,7 +275,7 @@ class Worker:
             await self._pause(self._settings.backoff_s)
         return None
 
-    async def _answered(self, item: WorkItem) -> bool:
+    async def _answered(self, item: WorkItem, window: Window, offset: int) -> bool:
         """Whether an item needs no more: it has its result, or none is wanted."""
         batch = await self._batch_of(item)
         if batch is None or not self._facts.wanted(batch):
@@ -300,7 +283,7 @@ class Worker:
         key = result_of(batch, item.number)
         if await self._thread(self._desk.objects.head, key):
             return True
-        answer = await self._ask(batch, item)
+        answer = await self._ask(batch, item, window, offset)
         if answer is None:
             return not self._ending.is_set() and not self._facts.wanted(batch)
         try:
@@ -322,22 +305,39 @@ class Worker:
             await self._pause(0.05)
         raise asyncio.CancelledError
 
-    async def _ask(self, batch: Batch, item: WorkItem) -> Answer | None:
+    async def _ask(self, batch: Batch, item: WorkItem, window: Window, offset: int) -> Answer | None:
         """The answer; None where this worker stops or nobody wants it any more."""
-        failed = waited = 0
-        while True:
-            answer = await asyncio.create_task(
-                attempt(self._parts, self._active, self._endpoints[item.url], batch, item), name=f"{batch.batch_id}/{item.number}"
-            )
+        waited, answer = 0, None
+        suspect = window.attempts.get(offset, 0) > 0
+        while window.attempts.get(offset, 0) < self._settings.attempts_max:
+            async with self._alone[window.model] if suspect else contextlib.nullcontext():
+                if self._ending.is_set() or not self._facts.wanted(batch):
+                    return None
+                answer = await self._attempt(batch, item, window, offset)
             if answer.interrupted:
                 return None
-            failed += not answer.away
-            waited += 1
-            if answer.final or failed >= self._settings.attempts_max:
+            if answer.final:
                 return answer
+            waited += 1
             pause_s = min(max(answer.wait_s, self._settings.backoff_s * 2 ** min(waited - 1, 10)), BACKOFF_S_MAX)
-            if not await self._wait(batch, pause_s):
+            if window.attempts[offset] < self._settings.attempts_max and not await self._wait(batch, pause_s):
                 return None
+        return answer or worn_out(window.attempts[offset])
+
+    async def _attempt(self, batch: Batch, item: WorkItem, window: Window, offset: int) -> Answer:
+        """Ask once. That it begins is durable first, so that a request which kills its process is not begun for ever."""
+        before = window.attempts.get(offset, 0)
+        window.attempts[offset] = before + 1
+        try:
+            await self._thread(window.note_attempts, self._facts)
+            asking = attempt(self._parts, self._active, self._endpoints[item.url], batch, item)
+            answer = await asyncio.create_task(asking, name=f"{batch.batch_id}/{item.number}")
+        except (asyncio.CancelledError, TokentapeError):
+            window.attempts[offset] = before
+            raise
+        if answer.interrupted or answer.away:
+            window.attempts[offset] = before
+        return answer
 
     async def _wait(self, batch: Batch, seconds: float) -> bool:
         """Wait before the next attempt; False where there shall be none."""
@@ -368,10 +368,9 @@ class Worker:
                 self._facts.write(f.COUNTS, f"{batch_id}/{self._worker.worker_id}", self._counts[batch_id])
             else:
                 self._counts.pop(batch_id, None)
-        for (model, partition), window in list(self._windows.items()):
-            if (offset := window.offset) > window.written:
-                self._facts.write(f.COMMITTED, f"{partition}/{model}", {"log_id": window.log_id, "offset": offset})
-                window.written = offset
+        for window in list(self._windows.values()):
+            window.commit(self._facts)
+            window.note_attempts(self._facts)
 
     def _tidy(self, models: list[str]) -> None:
         for model in models:
@@ -392,12 +391,14 @@ class Worker:
         return Backlog(requests, min(oldest, default=None))
 
     async def _end_batches(self) -> None:
-        """End the batches whose every record is done with, and those whose submitter never came to the end."""
+        """End the batches whose every record is done with."""
         if not self._first():
             return
-        for batch in self._facts.batches():
-            if self._facts.status(batch) in ENDED:
-                continue
-            abandoned = batch.ends is None and time.time() > batch.expires_at
-            if abandoned or self._facts.worked_off(batch):
-                await self._thread(finish, self._desk, batch)
+        try:
+            for batch in self._facts.batches():
+                if self._facts.status(batch) not in ENDED and self._facts.worked_off(batch):
+                    await self._thread(finish, self._desk, batch)
+        except TokentapeError as error:
+            log.warning("the end of a batch waits", error=str(error))
+        except Exception:
+            log.exception("the end of a batch failed")

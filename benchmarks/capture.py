@@ -1,0 +1,184 @@
+"""What capture costs an engine: the same vLLM with it and bare, taking turns in one process, and the hook's own µs a step.
+
+python -m benchmarks.capture [--model PATH] [--streams N] [--tokens N] [--pairs N] [--engine JSON]
+
+The turns share one engine in one process: for the bare ones the scheduler has vLLM's own methods back, so that not a line
+of the recorder runs in its thread. In one process the engine, its front end and the tap share one interpreter,
+which is the least favourable case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+# Steps of the synthetic engine that the hook is timed on; one of a GPU makes about a hundred a second.
+_STEPS = 2_000
+# What the recording scheduler has methods of its own for.
+_TAPPED = ("add_request", "finish_requests", "reset_prefix_cache", "schedule", "update_from_output")
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows of the table."""
+    from tests.engine_load import make_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        make_model(model)
+        found = measured(["--model", str(model), "--streams", "8", "--tokens", "96", "--pairs", "12"])
+    return [*rows_of(found), *_hook_rows()]
+
+
+def measured(arguments: list[str]) -> dict[str, Any]:
+    """What this module, run as a program of its own, found."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENTAPE_DATA": str(Path(folder) / "data")}
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        subprocess.run([sys.executable, "-m", "benchmarks.capture", *arguments, "--out", str(out)], env=env, check=True)
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table's rows of one measurement."""
+    bare, captured = statistics.median(found["bare"]), statistics.median(found["captured"])
+    ratios = sorted(c / b for b, c in zip(found["bare"], found["captured"], strict=True))
+    noise = statistics.median(abs(a / b - 1) for a, b in zip(found["bare"], found["bare"][1:], strict=False))
+    where = f"{found['streams']} streams, {found['device']}"
+    return [
+        {
+            "what": f"tokens/s with capture, {where}",
+            "value": captured,
+            "unit": "tok/s",
+            "beside": "the same engine bare",
+            "beside_value": bare,
+            "ratio": statistics.median(ratios),
+            "reach": "≥ 0.995 (GPU), ≥ 0.98 (CPU)",
+        },
+        {"what": f"bare turn against bare turn, {where}", "value": 100 * noise, "unit": "%", "beside": "noise of the measurement"},
+    ]
+
+
+def _hook_rows() -> list[dict[str, Any]]:
+    rows = []
+    for streams in (8, 64, 256):
+        value = hook_us(streams)
+        rows.append({"what": f"hook, {streams} in the step", "value": value, "unit": "µs/step", "beside": "", "reach": "10 at 8 streams"})
+    return rows
+
+
+def hook_us(streams: int) -> float:
+    """µs that one step of so many sequences costs the engine's thread, tokens and logprobs included."""
+    import numpy
+
+    from ingest.vllm.tap import Tap
+
+    os.environ["TOKENTAPE_DATA"] = tempfile.mkdtemp()
+    tap = Tap({"model": "none", "facts": {"config.workers": 1}, "arguments": {}, "unrepeatable": []}, caching=False)
+    names = [f"{i}-{i:08x}" for i in range(streams)]
+    for name in names:
+        parameters = SimpleNamespace(structured_outputs=None)
+        tap.arrived(_request(name, parameters), idle=False)
+    cached = SimpleNamespace(resumed_req_ids=set(), req_ids=names, num_computed_tokens=[5] * streams)
+    output = SimpleNamespace(
+        num_scheduled_tokens=dict.fromkeys(names, 1),
+        total_num_scheduled_tokens=streams,
+        scheduled_new_reqs=[],
+        scheduled_cached_reqs=cached,
+        preempted_req_ids=None,
+    )
+    scheduler = SimpleNamespace(running=names, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.5), requests=names)
+    outputs = {0: SimpleNamespace(outputs=[SimpleNamespace(request_id=n, new_token_ids=[7], finish_reason=None) for n in names])}
+    logprobs = SimpleNamespace(logprobs=numpy.zeros((streams, 2), dtype="f4"))
+    result = SimpleNamespace(logprobs=logprobs, req_ids=names)
+    took = []
+    for _ in range(_STEPS):
+        began = time.perf_counter_ns()
+        tap.scheduling()
+        tap.scheduled(output)
+        tap.updated(outputs, result, scheduler)
+        took.append(time.perf_counter_ns() - began)
+        time.sleep(0.001)  # as an engine would, so that the thread that sends is not starved
+    tap.close()
+    return float(statistics.median(took)) / 1000
+
+
+def _request(name: str, parameters: Any) -> Any:
+    fields = ("pooling_params", "lora_request", "cache_salt", "mm_features", "prompt_embeds", "resumable")
+    nothing = dict.fromkeys(fields)
+    return SimpleNamespace(
+        request_id=name, sampling_params=None, prompt_token_ids=[1, 2], arrival_time=0.0, priority=0, client_index=0, **nothing
+    )
+
+
+def _engine(given: argparse.Namespace) -> Any:
+    from vllm import LLM
+
+    from tests.engine_load import RECORDING
+
+    arguments = {"model": given.model, "max_num_seqs": given.streams, "enable_prefix_caching": False, "scheduler_cls": RECORDING}
+    return LLM(**{**arguments, "skip_tokenizer_init": True, **given.engine})
+
+
+def _turn(engine: Any, given: argparse.Namespace, turn: int) -> float:
+    """Tokens per second of one batch."""
+    from vllm import SamplingParams
+
+    draw = random.Random(turn)
+    prompts = [{"prompt_token_ids": [draw.randrange(10, 500) for _ in range(draw.randrange(16, 64))]} for _ in range(given.streams)]
+    parameters = [
+        SamplingParams(max_tokens=given.tokens, ignore_eos=True, detokenize=False, logprobs=1, temperature=i % 2, seed=i)
+        for i in range(given.streams)
+    ]
+    began = time.perf_counter()
+    engine.generate(prompts, parameters, use_tqdm=False)
+    return float(given.streams * given.tokens) / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Take turns and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--engine", type=json.loads, default={})
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        given.engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "enable_chunked_prefill": False, **given.engine}
+        given.engine.setdefault("max_num_batched_tokens", 1024)
+    engine = _engine(given)
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    bare = type(scheduler).__mro__[2]
+    found: dict[str, Any] = {"bare": [], "captured": [], "streams": given.streams}
+    found["device"] = "CPU" if on_cpu else torch.cuda.get_device_name()
+    for turn in range(given.pairs + 2):
+        for name in ("bare", "captured")[:: 1 if turn % 2 else -1]:
+            for method in _TAPPED:
+                scheduler.__dict__.pop(method, None)
+                if name == "bare":
+                    setattr(scheduler, method, MethodType(getattr(bare, method), scheduler))
+            rate = _turn(engine, given, turn)
+            if turn >= 2:  # the first ones warm kernels up
+                found[name].append(rate)
+    given.out.write_text(json.dumps(found))
+    engine.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

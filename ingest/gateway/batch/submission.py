@@ -1,0 +1,103 @@
+"""A submission under way: its lease says that somebody still appends. When that lapses whoever sees it ends the batch as failed.
+
+Such a batch is never completed by others, even where all of its records are there: nobody was told its id, and who submits
+again would have the work done twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+
+from ingest.debug import workers
+from ingest.gateway.batch import facts as f
+from ingest.gateway.batch.facts import Facts
+from schemas.batches import Batch, Counts, Ended
+from schemas.errors import ConflictError
+from schemas.events import AccessContent, AccessLogged
+from schemas.settings import Settings
+from schemas.sink import EventSink, SessionContext, new_id
+
+log = structlog.get_logger(__name__)
+
+INTERRUPTED = "its submitter stopped before every request was durable; nothing of it is worked on: submit it again"
+
+
+class Submission:
+    """A submitter's lease of its batch, written before the batch and renewed between appends."""
+
+    def __init__(self, facts: Facts, batch_id: str, settings: Settings) -> None:
+        self._facts, self._batch_id = facts, batch_id
+        self._submitter = workers.Worker()
+        self._lease_s = 2 * settings.log.timeout_s  # one append may take half of it
+        self._renewed_at: float | None = None
+
+    def renew(self) -> None:
+        """Say that it goes on, where that was last said long ago.
+
+        Raises:
+            ConflictError: somebody took it for dead.
+        """
+        if self._renewed_at is not None and time.monotonic() - self._renewed_at < workers.HEARTBEAT_S:
+            return
+        self.check()
+        document = {**self._submitter.document(), "until": time.time() + self._lease_s}
+        self._facts.write(f.SUBMITTER, self._batch_id, document)
+        self._renewed_at = time.monotonic()
+
+    def check(self) -> None:
+        """Whether the batch is still the submitter's. After its ends were written nobody takes it any more.
+
+        Raises:
+            ConflictError: somebody took it for dead.
+        """
+        if self._facts.get(f.ABANDONED, self._batch_id) or self._facts.ended(self._batch_id):
+            fault = f"{self._batch_id} was taken for abandoned: nothing was appended for {self._lease_s:g} s"
+            raise ConflictError(fault, operation="submit", hint="submit it again")
+
+    def close(self) -> None:
+        """Give the lease back."""
+        self._facts.write(f.SUBMITTER, self._batch_id, None)
+
+
+def end_abandoned(facts: Facts, recorder: Callable[[], EventSink], settings: Settings) -> None:
+    """End the batches whose submitter is gone, and say so on the tape. Two that do it at once do no harm."""
+    for batch_id in _lapsed(facts):
+        batch = facts.find(batch_id)
+        if batch is not None and batch.ends is None and facts.ended(batch_id) is None and _claimed(facts, batch_id):
+            facts.write(f.ENDING, batch_id, Ended(status="failed", at=time.time(), counts=Counts(), error=INTERRUPTED))
+            _record(recorder(), batch, settings)
+            log.warning("batch abandoned by its submitter", batch=batch_id)
+        for kind in (f.SUBMITTER, f.ABANDONED):
+            facts.write(kind, batch_id, None)
+
+
+def _lapsed(facts: Facts) -> Iterator[str]:
+    """Batches whose submitter's process is gone, or has been silent for too long."""
+    for batch_id, lease in facts.latest(f.SUBMITTER).items():
+        if workers.runs_here(lease) is False or time.time() > _until(lease):
+            yield batch_id
+
+
+def _until(lease: dict[str, Any]) -> float:
+    until = lease.get("until")
+    return float(until) if isinstance(until, int | float) else 0.0
+
+
+def _claimed(facts: Facts, batch_id: str) -> bool:
+    """Whether the batch is this process's to end: the claim stands in the log before the submitter said where its records end.
+
+    The submitter looks for a claim after it said so, thus at least one of the two sees the other.
+    """
+    facts.write(f.ABANDONED, batch_id, {"at": time.time()})
+    batch = facts.find(batch_id)
+    return facts.get(f.ABANDONED, batch_id) is not None and batch is not None and batch.ends is None
+
+
+def _record(recorder: EventSink, batch: Batch, settings: Settings) -> None:
+    session = SessionContext(new_id(), batch.owner.tenant, "gateway", batch.owner.name, settings.retention_class)
+    content = AccessContent(statement=batch.batch_id)
+    recorder.record(session, AccessLogged(operation="batch submit", outcome="abandoned", rows=batch.total, duration_us=0, content=content))

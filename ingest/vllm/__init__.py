@@ -1,0 +1,1 @@
+"""Capture inside vLLM: in the engine core, or in the server's process."""

@@ -1,0 +1,90 @@
+"""What custody has decided, read from the ledger: holds, versions of the policies, erasures.
+
+The ledger is the one place where holds and deletions meet: a deletion is entered under the number that it expected or
+not at all, so whatever hold has a smaller number was seen by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lifecycle.selectors import Selector
+from store.ledger import Entry, Ledger
+
+HOLD_PLACED, HOLD_RELEASED, POLICIES = "hold_placed", "hold_released", "policies"
+ERASURE_REQUESTED, ERASURE_APPROVED, ERASURE_APPLIED, ERASURE_FINISHED = (
+    f"erasure_{word}" for word in ("requested", "approved", "applied", "finished")
+)
+"""Types of ledger entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A legal hold that stands. `at_us` is when it was entered; the reason is kept apart, in the control log."""
+
+    hold_id: str
+    selector: Selector
+    by: str
+    at_us: int
+    entry: int
+
+
+@dataclass
+class Erasure:
+    """One erasure by the entries that tell of it: `requested`, `approved`, `applied` (the latest), `finished`."""
+
+    erasure_id: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        """The last thing that happened to it."""
+        return next(name for name in ("finished", "applied", "approved", "requested") if name in self.entries)
+
+    def by(self, step: str) -> str:
+        """Who took a step."""
+        return str(self.entries[step].body["by"]) if step in self.entries else ""
+
+
+@dataclass
+class Register:
+    """What stands after the first `size` entries."""
+
+    ledger: Ledger
+    size: int = 0
+    holds: dict[str, Hold] = field(default_factory=dict)
+    released: set[str] = field(default_factory=set)
+    erasures: dict[str, Erasure] = field(default_factory=dict)
+    policies: tuple[int, str] = (0, "")
+    """Number and SHA-256 of the version of the policies that was entered last."""
+    gone: set[str] = field(default_factory=set)
+    """Keys of objects that entries say were removed."""
+
+    def refresh(self) -> list[Entry]:
+        """Read on; the new entries.
+
+        Raises:
+            ProofError: the ledger is not intact. StoreUnavailable: the store does not answer.
+        """
+        entries = list(self.ledger.entries(self.size))
+        for entry in entries:
+            self._take(entry)
+        self.size += len(entries)
+        return entries
+
+    def _take(self, entry: Entry) -> None:
+        body: Any = entry.body
+        if entry.type == HOLD_PLACED:
+            at_us = int(entry.recorded_at.timestamp() * 1e6)
+            hold = Hold(body["hold_id"], Selector.model_validate(body["selector"]), body["by"], at_us, entry.sequence)
+            self.holds[hold.hold_id] = hold
+        elif entry.type == HOLD_RELEASED:
+            self.holds.pop(body["hold_id"], None)
+            self.released.add(body["hold_id"])
+        elif entry.type == POLICIES:
+            self.policies = (body["version"], body["sha256"])
+        elif entry.type.startswith("erasure_"):
+            erasure = self.erasures.setdefault(body["erasure_id"], Erasure(body["erasure_id"]))
+            erasure.entries[entry.type.removeprefix("erasure_")] = entry
+        self.gone.update(body.get("erased", ()))

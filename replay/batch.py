@@ -1,0 +1,134 @@
+"""Compare replay of many sessions: each once, by as many engines as there are, whatever dies on the way.
+
+What is done stands on the tape: a replay's session bears the run's name as its workflow, and one that ended is not begun
+again. So a run that was killed goes on by being started again, and needs no state of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from replay.calibration import Calibrations
+from replay.compare import Outcome, run_compare
+from replay.engines.base import Engine
+from replay.memory import Memory
+from schemas.errors import EngineUnavailable, TokentapeError, UnknownSession
+from schemas.sink import EventSink
+from store.rows import StoredEvent
+
+ASK_AGAIN_S = 60.0
+"""How long an engine is taken to be what it said it is."""
+WORST = 5
+"""Tokens named in a summary."""
+
+
+class Token(NamedTuple):
+    """A token that moved far, and where it is."""
+
+    drift_max: float
+    session: bytes
+    generation: bytes
+    sequence: int
+    first_telling: int | None
+
+
+@dataclass
+class Summary:
+    """What a run found so far, of the sessions that this process replayed."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    unknown: int = 0
+    worst: list[Token] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more."""
+        self.verdicts[outcome.verdict] += 1
+        self.tokens += sum(sequence.judgement.scored for sequence in outcome.sequences)
+        found = [
+            Token(s.judgement.drift_max, outcome.subject_session, g.generation_id, s.index, s.judgement.first_telling)
+            for g in outcome.generations
+            for s in g.sequences
+            if s.judgement.drift_max
+        ]
+        self.worst = sorted([*self.worst, *found], key=lambda token: -token.drift_max)[:WORST]
+
+
+class Batch:
+    """One run over `sessions`. `events_of` reads one; `told` hears of each outcome, in the thread of its engine."""
+
+    def __init__(
+        self,
+        sessions: Iterable[str],
+        events_of: Callable[[str], list[StoredEvent]],
+        sink: EventSink,
+        *,
+        run: str,
+        actor: str = "",
+        calibrations: Calibrations | None = None,
+        told: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        self._waiting = deque(sessions)
+        self._events_of, self._sink, self._run, self._actor = events_of, sink, run, actor
+        self._calibrations, self._told = calibrations, told
+        self._lock = threading.Lock()
+        self._faults: list[TokentapeError] = []
+        self.summary = Summary()
+
+    def run(self, engines: Sequence[Engine]) -> Summary:
+        """Replay all sessions, an engine per thread. An engine that fails gives its session to the others.
+
+        Raises:
+            EngineUnavailable: no engine is left; what was done stays done.
+        """
+        began = time.monotonic()
+        threads = [threading.Thread(target=self._work, args=(engine,), name=engine.name, daemon=True) for engine in engines]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.summary.seconds = time.monotonic() - began
+        if other := next((fault for fault in self._faults if not isinstance(fault, EngineUnavailable)), None):
+            raise other
+        if self._waiting:
+            done = self.summary.verdicts.total()
+            fault = f"no engine is left after {done} sessions, {len(self._waiting)} wait: {self._faults[-1] if self._faults else 'none'}"
+            raise EngineUnavailable(fault, operation="replay-batch", hint="start an engine and run the same command again: it goes on")
+        return self.summary
+
+    def _work(self, engine: Engine) -> None:
+        memory, asked_at = Memory(), time.monotonic()
+        while not self._stopped() and (session := self._next()) is not None:
+            if time.monotonic() - asked_at > ASK_AGAIN_S:
+                memory, asked_at = Memory(), time.monotonic()
+            try:
+                self._one(engine, session, memory)
+            except UnknownSession:  # erased since it was listed
+                with self._lock:
+                    self.summary.unknown += 1
+            except TokentapeError as error:
+                with self._lock:
+                    self._waiting.appendleft(session)
+                    self._faults.append(error)
+                return
+
+    def _stopped(self) -> bool:
+        return any(not isinstance(fault, EngineUnavailable) for fault in self._faults)
+
+    def _next(self) -> str | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
+
+    def _one(self, engine: Engine, session: str, memory: Memory) -> None:
+        with self._lock:  # the reader of events is one connection
+            events = self._events_of(session)
+        outcome = run_compare(events, engine, self._sink, actor=self._actor, calibrations=self._calibrations, run=self._run, memory=memory)
+        with self._lock:
+            self.summary.add(outcome)
+            self._told(outcome)

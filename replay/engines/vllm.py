@@ -1,0 +1,300 @@
+"""vLLM in this process: recorded tokens are decoded again by trace replay where the runner has it, and scored as a prompt elsewhere.
+
+Trace replay (vLLM 0.32, V2 runner) uses the kernels that first said the tokens. It takes no sequence that fills the context,
+and no CPU has it; scoring takes everything that fits. Either way one sequence is one request, so n > 1, structured output,
+stop words and penalties need no support: what was said is forced, however it came to be chosen.
+
+On a CPU chunked prefill is off and the token budget holds the longest prompt, since vLLM ends there when the prompt of a
+seeded request is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
+from replay.engines.loading import ALTERNATIVES_MAX, check_version, said, start
+from schemas.errors import EngineUnavailable, UsageError
+from schemas.events import EnvironmentCaptured
+from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed
+from schemas.requests.recorded import as_generation
+from store.digests import FileDigests
+from store.fingerprint import environment_of, worker_facts
+
+PASSED_ON = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "bad_words",
+)  # fmt: skip
+"""Fields of a request that are vLLM's own sampling parameters by the same name."""
+NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "logit_bias")
+"""Fields that a free generation in this process does not carry out; forcing does not need them."""
+
+
+class VllmEngine:
+    """A model in a folder (or of a hub), loaded into this process. `options` are vLLM's engine arguments, such as `dtype`.
+
+    Raises:
+        UsageError: vLLM is not installed, of an unsupported version, or takes no such model or option.
+    """
+
+    def __init__(self, model: str, *, options: dict[str, Any] | None = None, digests: Path | None = None) -> None:
+        """`digests` is where the digests of the weights are kept, so that they are read once."""
+        self._model = model
+        self._digests = FileDigests(digests)
+        self._fault: str | None = None
+        check_version()
+        self._llm, self._tracing = start(model, options or {})
+        config = self._llm.llm_engine.vllm_config.model_config
+        self._vocabulary: int = config.get_vocab_size()
+        self.context: int = config.max_model_len
+
+    @property
+    def name(self) -> str:
+        """`vllm` and the model."""
+        return f"vllm {self._model}"
+
+    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured:
+        """The environment, weights by content, and the same probes as are asked over HTTP.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        facts = self._do(lambda: self._llm.collective_rpc(worker_facts)[0])
+        tokenizer = self._llm.get_tokenizer()
+        items: dict[str, Any] = {}
+        text = list(tokenizer.encode(PROBE_TEXT))
+        chat = self.render(Request(None, {"messages": PROBE_MESSAGES}))
+        scores = self._score_all([text[:1]], [text[1:]], 1)[0]
+        if not isinstance(scores, Refused):
+            choices = [int(_likeliest(each)) for each in scores.alternatives if each is not None]
+            items = probed(
+                text, None if isinstance(chat, Refused) else list(chat), (choices, [x or 0.0 for x in scores.logprobs]), recorded
+            )
+        if template := getattr(tokenizer, "chat_template", None):
+            items["chat_template.sha256"] = _sha256(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
+        return environment_of(self._llm.llm_engine.vllm_config, facts, self._digests, items)
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """The prompt's ids by the model's own template, or of a text as it stands."""
+        try:
+            document, tokenizer = as_generation(request.endpoint, request.document), self._llm.get_tokenizer()
+        except UsageError as error:
+            return Refused(str(error.fault))
+        prompt = document.get("prompt")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return tuple(prompt)
+        if isinstance(prompt, str):
+            return tuple(tokenizer.encode(prompt))
+        messages = document.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return Refused("the request has neither messages nor a prompt")
+        kept = {"tools": document["tools"]} if document.get("tools") else {}
+        try:
+            text = tokenizer.apply_chat_template([_plain(m) for m in messages], tokenize=False, add_generation_prompt=True, **kept)
+            return tuple(tokenizer.encode(text, add_special_tokens=False))
+        except Exception as error:  # templates are programs of the model's author
+            return Refused(f"the chat template does not take these messages: {said(error)}")
+
+    def generate(self, request: Request) -> Generated | Refused:
+        """The answer to a request, generated freely.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        return self.generate_all([request])[0]
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """Answers to several requests, worked on in one batch.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        prepared = [self._prepared(request) for request in requests]
+        ready = [each for each in prepared if not isinstance(each, Refused)]
+        outputs = iter(self._run([prompt for prompt, _ in ready], [parameters for _, parameters in ready]) if ready else [])
+        return [each if isinstance(each, Refused) else _generated(next(outputs)) for each in prepared]
+
+    def _prepared(self, request: Request) -> tuple[tuple[int, ...], Any] | Refused:
+        prompt = self.render(request)
+        if isinstance(prompt, Refused):
+            return prompt
+        document = as_generation(request.endpoint, request.document)
+        if found := [name for name in NOT_FREE if document.get(name)]:
+            return Refused(f"free generation in this process does not carry out {found[0]}")
+        fields = {name: document[name] for name in PASSED_ON if document.get(name) is not None}
+        fields.setdefault("max_tokens", document.get("max_completion_tokens") or self.context - len(prompt))
+        try:
+            return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0))
+        except (ValueError, TypeError) as error:
+            return Refused(f"it takes no such request: {said(error)}")
+
+    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
+        """Logprob, rank and top logprob of each token, by trace replay or scoring.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        return self.force_all([Forced(request, prompt_token_ids, token_ids)])[0]
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """As `force`, in one batch.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        found: list[Scored | Refused | None] = [self._allowed((*f.prompt_token_ids, *f.token_ids), 0) for f in several]
+        for tracing in (True, False):
+            left = [i for i, each in enumerate(found) if each is None and (not tracing or self._traceable(several[i]))]
+            if not left:
+                continue
+            answers = self._trace_all([several[i] for i in left]) if tracing else self._score_forced([several[i] for i in left])
+            for i, answer in zip(left, answers, strict=True):
+                found[i] = answer
+        return [each or Refused("it gave no answer") for each in found]
+
+    def _traceable(self, forced: Forced) -> bool:
+        return self._tracing and bool(forced.prompt_token_ids) and len(forced.prompt_token_ids) + len(forced.token_ids) <= self.context
+
+    def _trace_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """The tokens decoded one by one, as when they were first said."""
+        parameters = [
+            _parameters(
+                max_tokens=len(f.token_ids), temperature=0, logprobs=self._likeliest(f.request), trace_decode_token_ids=list(f.token_ids)
+            )
+            for f in several
+        ]
+        outputs = self._run([f.prompt_token_ids for f in several], parameters)
+        return [
+            _scored(output.outputs[0].logprobs, f.token_ids, 0, self._whole(f.request), how="decoding")
+            for f, output in zip(several, outputs, strict=True)
+        ]
+
+    def _score_forced(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """The tokens scored as a prompt; those that ask for the same number of alternatives in one batch."""
+        found: dict[int, Scored | Refused] = {}
+        for likeliest in {self._likeliest(f.request) for f in several}:
+            those = [i for i, f in enumerate(several) if self._likeliest(f.request) == likeliest]
+            answers = self._score_all([several[i].prompt_token_ids for i in those], [several[i].token_ids for i in those], likeliest)
+            found.update(zip(those, answers, strict=True))
+        return [found[i] for i in range(len(several))]
+
+    def _score_all(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], likeliest: int) -> list[Scored | Refused]:
+        """A sequence that fills the context is scored without its last token, as one must be left to sample."""
+        full = [len(p) + len(t) >= self.context for p, t in zip(prompts, tokens, strict=True)]
+        texts = [[*p, *(t[:-1] if cut else t)] for p, t, cut in zip(prompts, tokens, full, strict=True)]
+        outputs = self._run(texts, [_parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest)] * len(texts))
+        scores = []
+        for prompt, text, cut, output in zip(prompts, texts, full, outputs, strict=True):
+            scored = _scored(output.prompt_logprobs, text[len(prompt) :], len(prompt), likeliest >= self._vocabulary)
+            scores.append(scored.with_last_unknown() if cut else scored)
+        return list(scores)
+
+    def _likeliest(self, request: Request) -> int:
+        return max(1, min(request.alternatives, ALTERNATIVES_MAX, self._vocabulary))
+
+    def _whole(self, request: Request) -> bool:
+        return self._likeliest(request) >= self._vocabulary
+
+    def _allowed(self, ids: Sequence[int], more: int) -> Refused | None:
+        """Why these ids cannot go in, if they cannot."""
+        strange = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if strange is not None:
+            return Refused(f"token id {strange} is out of vocabulary (0 to {self._vocabulary - 1}): another tokenizer or model recorded it")
+        if not ids or len(ids) + more > self.context:
+            return Refused(f"{len(ids) + more} tokens do not fit into the engine's context of {self.context}: raise max_model_len")
+        return None
+
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs: list[Any] = self._do(lambda: self._llm.generate(inputs, list(parameters), use_tqdm=False))
+        return outputs
+
+    def _do(self, work: Any) -> Any:
+        """What the engine answers; once it has failed it is not asked again.
+
+        Raises:
+            EngineUnavailable: it fails, or has failed.
+        """
+        if self._llm is None or self._fault:
+            raise EngineUnavailable(self._fault or "it is closed", operation="ask engine", place=self.name, hint="start it again")
+        try:
+            return work()
+        except Exception as error:
+            self._fault = f"the engine failed: {said(error)}"
+            hint = "its log says more; what was compared before stands"
+            raise EngineUnavailable(self._fault, operation="ask engine", place=self.name, hint=hint) from error
+
+    def close(self) -> None:
+        """End the engine and let go of its memory."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+
+def _parameters(**fields: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**fields, detokenize=False, flat_logprobs=True)
+
+
+def _plain(message: Any) -> Any:
+    """A message whose text parts are one text, as vLLM gives it to templates that take texts."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return {**message, "content": "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))}
+
+
+def _scored(found: Any, ids: Sequence[int], start: int, whole: bool, how: str = "scoring") -> Scored:
+    """The scores of `ids`, which stand at `start` and after in vLLM's flat logprobs."""
+    places = [_place(found, start + i) for i in range(len(ids))]
+    own = [_own(place, token) for place, token in zip(places, ids, strict=True)]
+    logprobs = tuple(entry[0] for entry in own)
+    tops = tuple(float(place[1].max()) if place else None for place in places)
+    others = tuple(Alternatives(place[0], place[1], whole) if place else None for place in places)
+    return Scored(logprobs, tuple(entry[1] for entry in own), tops, others, how)
+
+
+def _place(found: Any, at: int) -> tuple[Any, Any, list[int | None]] | None:
+    """Ids, logprobs and ranks at one place, None where vLLM tells none: before the first token."""
+    begin, end = found.start_indices[at], found.end_indices[at]
+    if begin == end:
+        return None
+    return np.array(found.token_ids[begin:end], np.int64), np.array(found.logprobs[begin:end], np.float32), found.ranks[begin:end]
+
+
+def _own(place: tuple[Any, Any, list[int | None]] | None, token: int) -> tuple[float | None, int | None]:
+    if place is None:
+        return None, None
+    at = int(np.flatnonzero(place[0] == token)[0])
+    return float(place[1][at]), place[2][at]
+
+
+def _generated(output: Any) -> Generated:
+    spoken = [
+        Spoken(
+            each.index,
+            each.text,
+            tuple(each.token_ids),
+            tuple(each.logprobs.logprobs[b] for b in each.logprobs.start_indices),
+            each.finish_reason,
+        )
+        for each in output.outputs
+    ]
+    return Generated(tuple(spoken), tuple(output.prompt_token_ids))
+
+
+def _likeliest(place: Alternatives) -> np.int64:
+    """The likeliest token, of a tie the one with the smallest id."""
+    smallest: np.int64 = place.token_ids[place.logprobs == place.logprobs.max()].min()
+    return smallest
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

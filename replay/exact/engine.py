@@ -1,0 +1,173 @@
+"""An engine core in this process, built as the recorded one was and driven through its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from replay.exact.run import Request, Run
+from replay.exact.scheduler import replaying
+from replay.exact.script import Script
+from schemas.enginerun import facts, versions
+from schemas.enginerun.calls import Cached
+from schemas.errors import ConflictError, EngineUnavailable, UsageError
+
+_OPERATION = "exact replay"
+_SEEDED_CHUNK = "CPU Generator does not use offset"
+
+
+class ExactEngine:
+    """The engine of one replay. A context: its workers end with it."""
+
+    def __init__(
+        self, run: Run, script: Script, *, model: str | None = None, changed: dict[str, Any] | None = None, forced: bool = False
+    ) -> None:
+        """Raises `EngineUnavailable` when vLLM cannot be built, `UsageError` for a version that is not supported."""
+        vllm = _vllm()
+        self.version: str = vllm.__version__
+        self._run, self._script = run, script
+        arguments = {**run.arguments, **({"model": model, "tokenizer": model} if model else {}), **(changed or {})}
+        self.model = arguments["model"]
+        try:
+            self.config = _config(arguments)
+            chosen = self.config.scheduler_config.get_scheduler_cls()
+            base = next(c for c in chosen.__mro__ if c.__module__.startswith("vllm."))
+            self._core = _core(self.config, replaying(base, script, self._request, forced=forced))
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EngineUnavailable(f"the engine cannot be built: {first}", operation=_OPERATION, place=str(self.model)) from error
+
+    def __enter__(self) -> ExactEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._core.shutdown()
+
+    def facts(self) -> dict[str, Any]:
+        """What this engine is built of, under the keys of the tape."""
+        workers = self._core.model_executor.collective_rpc(facts.worker_facts)
+        found = facts.facts_of(self.config, version=self.version, workers=workers)
+        found["config.model_config.weights"] = facts.weights_digest(Path(self.model))
+        return found
+
+    def outputs(self) -> Iterator[tuple[int, str, list[int], list[float]]]:
+        """Step by step: the step, the request's name, its new tokens and their logprobs (none if not asked for).
+
+        Raises:
+            Diverged: the engine decides otherwise than recorded.
+            EngineUnavailable: it fails.
+        """
+        while not self._script.over:
+            try:
+                outputs, executed = self._core.step_fn()
+                self._core.post_step(executed)
+            except RuntimeError as error:
+                raise _failed(error) from error
+            for part in (outputs or {}).values():
+                for output in part.outputs:
+                    scores = output.new_logprobs
+                    logprobs = scores.logprobs[:, 0].tolist() if scores is not None else []
+                    yield self._script.step, output.request_id, output.new_token_ids, logprobs
+
+    def _request(self, request: Request) -> Any:
+        """The recorded request as the engine core takes it."""
+        import msgspec
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        document = request.document
+        made = EngineCoreRequest(
+            request_id=document["request_id"],
+            prompt_token_ids=list(request.prompt),
+            mm_features=None,
+            sampling_params=msgspec.convert(request.parameters, SamplingParams, strict=False, str_keys=True),
+            pooling_params=None,
+            arrival_time=document["arrival_time"],
+            lora_request=None,
+            cache_salt=document["cache_salt"],
+            data_parallel_rank=None,
+            priority=document["priority"],
+        )
+        return self._core.preprocess_add_request(made)[0]
+
+
+def check(run: Run, *, forced: bool) -> None:
+    """Say what keeps a run from being replayed before anything is built.
+
+    Raises:
+        ConflictError: it has what cannot be done again.
+    """
+    if run.hindrances:
+        raise ConflictError(
+            f"this run cannot be replayed exactly: {'; '.join(run.hindrances)}", operation=_OPERATION, hint="`tokentape replay` compares it"
+        )
+    on_cpu = str(run.facts.get("config.device_config.device")) == "cpu"
+    chunked = run.facts.get("config.scheduler_config.enable_chunked_prefill")
+    if on_cpu and chunked and (cut := _cut_while_seeded(run)) is not None:
+        raise ConflictError(
+            f"request {cut} has a seed and its prompt is computed in parts, at which vLLM on a CPU ends ({_SEEDED_CHUNK})",
+            operation=_OPERATION,
+            hint="record with enable_chunked_prefill=False, or without seeds",
+        )
+
+
+def _cut_while_seeded(run: Run) -> int | None:
+    """The first seeded request of which a step computed only a part of the prompt."""
+    left = {number: len(request.prompt) for number, request in run.requests.items() if request.parameters.get("seed") is not None}
+    for step in run.steps:
+        for number, tokens in step.rows.items():
+            if left.get(number, 0) > tokens > 1 and not any(isinstance(c, Cached) and c.number == number for c in step.calls):
+                return number
+            left.pop(number, None)
+    return None
+
+
+def refuse_differences(run: Run, present: dict[str, Any], *, forced: bool) -> list[tuple[str, Any, Any]]:
+    """What is another than recorded: key, recorded, present. In forced mode the schedule's own parts may be.
+
+    Raises:
+        ConflictError: what would move the numbers is.
+    """
+    found = [(key, run.facts[key], present.get(key)) for key in sorted(run.facts) if run.facts[key] != present.get(key)]
+    mine = [each for each in found if not (forced and each[0].startswith(("config.cache_config.", "config.scheduler_config.")))]
+    if mine:
+        said = "; ".join(f"{key.removeprefix('config.')}: recorded {before}, now {after}" for key, before, after in mine)
+        hint = "build the engine as it was, or give another schedule with --forced --engine-arg"
+        raise ConflictError(f"the engine is not the recorded one: {said}", operation=_OPERATION, hint=hint)
+    return found
+
+
+def _failed(error: RuntimeError) -> Exception:
+    if _SEEDED_CHUNK in str(error):
+        why = "vLLM on a CPU cannot compute a seeded request's prompt in parts"
+        return EngineUnavailable(why, operation=_OPERATION, hint="record with enable_chunked_prefill=False")
+    return EngineUnavailable((str(error).splitlines() or [repr(error)])[0], operation=_OPERATION)
+
+
+def _vllm() -> Any:
+    try:
+        import vllm
+    except ImportError as error:
+        hint = "pip install 'tokentape[vllm]'"
+        raise UsageError("exact replay needs vLLM in this environment", operation=_OPERATION, hint=hint) from error
+    versions.check(vllm.__version__, operation=_OPERATION)
+    return vllm
+
+
+def _config(arguments: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = EngineArgs.__dataclass_fields__
+    return EngineArgs(**{name: value for name, value in arguments.items() if name in known}).create_engine_config()
+
+
+def _core(config: Any, scheduler: type) -> Any:
+    """An engine core with this scheduler, which is made for one replay: a configuration that held it could not be sent to workers."""
+    from vllm.config import SchedulerConfig
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.abstract import Executor
+
+    with mock.patch.object(SchedulerConfig, "get_scheduler_cls", return_value=scheduler):
+        return EngineCore(config, Executor.get_class(config), log_stats=False)

@@ -1,0 +1,107 @@
+"""The choice of seeded tokens made again: from what an engine thinks of each place, with the noise that its runner draws.
+
+A recorded token is *made again* if the draw gives it, or would after a favour as large as drift may have cost it. Where the
+engine tells only the likeliest tokens, the recorded one has to win against those, which another seed or temperature would
+not let it do either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from replay.engines.base import Alternatives
+from replay.noise import Floats, Noise
+
+GREEDY_BELOW = 1e-5
+"""Temperatures that vLLM takes as 0."""
+BENDING = (
+    "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs",
+    "logits_processors", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "repetition_detection",
+    "thinking_token_budget",
+)  # fmt: skip
+"""Parameters that change the distribution by what was said before or by rules that are not computed here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How a sequence's tokens were to be drawn."""
+
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+def sampler_of(document: Mapping[str, Any] | None, seed: int | None, index: int) -> Sampler | str:
+    """How sequence `index` of a request was to be drawn, or why that cannot be told; vLLM seeds each sequence by its index."""
+    if document is None:
+        return "the request's parameters are not known"
+    if seed is None:
+        return "the request had no seed"
+    if found := [name for name in BENDING if document.get(name)]:
+        return f"{found[0]} is not recomputed"
+    if document.get("repetition_penalty") not in (None, 1, 1.0):
+        return "repetition_penalty is not recomputed"
+    if document.get("tool_choice") not in (None, "auto", "none") or (document.get("response_format") or {}).get("type") not in (
+        None,
+        "text",
+    ):
+        return "structured output is not recomputed"
+    temperature, top_k, top_p, min_p = (
+        value if (value := document.get(name)) is not None else plain
+        for name, plain in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))
+    )
+    if temperature < GREEDY_BELOW:
+        return "nothing is drawn at temperature 0"
+    return Sampler(seed + index, max(float(temperature), 0.01), max(int(top_k), 0), float(top_p), float(min_p))
+
+
+def made_again(
+    token_ids: Sequence[int], places: Sequence[Alternatives | None], sampler: Sampler, noise: Noise, *, tolerance: float
+) -> list[bool | None] | str:
+    """Per token whether the draw gives it again; None where the engine told nothing. A text says why none can be recomputed.
+
+    `tolerance` is in nats of the bare model's logprobs.
+    """
+    draw = noise.start(sampler.seed)
+    if draw is None:
+        return f"the noise of {noise.name} needs vLLM for CPUs, which is not installed here"
+    if not places:
+        return "the engine tells no alternatives"
+    found: list[bool | None] = []
+    for token, place in zip(token_ids, places, strict=True):
+        if place is None:
+            draw(np.zeros(1, np.float32), 0, 0.0)  # the step has to be drawn all the same
+            found.append(None)
+            continue
+        masked = _masked(place, sampler)
+        if masked is None:
+            return "top_p needs the whole distribution, and the engine tells the likeliest tokens only"
+        logits = np.full(int(place.token_ids.max()) + 1, -np.inf, np.float32)
+        logits[place.token_ids] = masked
+        found.append(draw(logits, token, 2 * tolerance / sampler.temperature) == token)
+    return found
+
+
+def _masked(place: Alternatives, sampler: Sampler) -> Floats | None:
+    """Logits after temperature, top_k, top_p and min_p, as vLLM masks them."""
+    logits = (place.logprobs / np.float32(sampler.temperature)).astype(np.float32)
+    if sampler.min_p > 0:
+        logits = np.where(logits < logits.max() + np.log(sampler.min_p), -np.inf, logits).astype(np.float32)
+    inside = 0 < sampler.top_k <= len(logits)
+    if inside:
+        logits = np.where(logits < np.sort(logits)[-sampler.top_k], -np.inf, logits).astype(np.float32)
+    if sampler.top_p < 1.0:
+        if not (place.whole or inside):
+            return None
+        order = np.argsort(logits, kind="stable")
+        shares = np.exp(logits[order] - logits.max())
+        cut = np.cumsum(shares / shares.sum()) <= 1 - sampler.top_p
+        cut[-1] = False
+        logits[order[cut]] = -np.inf
+    return logits

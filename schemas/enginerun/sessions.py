@@ -1,0 +1,10 @@
+"""Where the events of an engine run stand."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def steps_session(engine_run: bytes) -> bytes:
+    """The platform session of a run's steps; its requests and tokens are in the session whose id is the run's own."""
+    return hashlib.sha256(b"tokentape engine steps" + engine_run).digest()[:16]

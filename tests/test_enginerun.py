@@ -1,0 +1,301 @@
+"""An engine run on the tape, without an engine: calls and decisions there and back, names, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import marshal
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingest.vllm.names import named, request_name
+from ingest.vllm.tap import SIZE, Tap
+from replay.exact.engine import check, refuse_differences
+from replay.exact.run import Run, load
+from replay.exact.script import Script
+from schemas.enginerun import calls, facts, versions
+from schemas.enginerun.decisions import Decision, Differences
+from schemas.enginerun.sessions import steps_session
+from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageError
+from schemas.events import EngineStep, Event, GenerationStarted
+from schemas.sink import new_id
+from store.rows import StoredEvent
+from tests.engine_log import await_end, events_of
+
+NUMBER = st.integers(0, 100_000)
+CALL = st.one_of(
+    st.builds(calls.Schedule),
+    st.builds(calls.Update),
+    st.builds(calls.Arrive),
+    st.builds(calls.ArriveBeside, NUMBER, NUMBER, NUMBER, NUMBER),
+    st.builds(calls.Finish, st.lists(NUMBER, max_size=4).map(tuple), st.sampled_from(calls.STATUSES)),
+    st.builds(calls.Reset, st.booleans()),
+    st.builds(calls.Idle),
+    st.builds(calls.Preempt, st.lists(NUMBER, max_size=4).map(tuple)),
+    st.builds(calls.Cached, NUMBER, NUMBER),
+    st.builds(calls.Unrepeatable, st.text(max_size=20)),
+)
+
+
+@given(st.lists(CALL, max_size=30))
+def test_calls_there_and_back(made: list[calls.Call]) -> None:
+    """Whatever calls there are, their bytes give them back."""
+
+    assert made == list(calls.decode(calls.encode(made)))
+
+
+def test_a_step_without_anything_between_is_one_byte() -> None:
+    """The most frequent step of all."""
+
+    assert 1 == len(calls.encode([calls.Schedule(), calls.Update()]))
+
+
+def test_bytes_that_are_no_calls() -> None:
+    """An unknown code and an end in the middle are said, not guessed."""
+    for data in (b"\xff", calls.encode([calls.Cached(5, 300)])[:-1]):
+        with pytest.raises(InvalidEvent):
+            list(calls.decode(data))
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 9)), unique_by=lambda row: row[0], max_size=6), max_size=12))
+def test_differences_there_and_back(steps: list[list[tuple[int, int]]]) -> None:
+    """Who is in a step, with how many tokens and in which order, comes back from what changed."""
+    run = new_id()
+    there, back = Differences(run), Differences(run)
+    for rows in steps:
+        decision = Decision(tuple(n for n, _ in rows), tuple(tokens for _, tokens in rows))
+        entries = there.entries(decision, lambda n: (bytes([n]) * 16, n))
+
+        assert list(dict(rows).items()) == list(back.rows(entries, lambda place: place[1]).items())
+
+
+def test_a_steady_step_has_no_entries() -> None:
+    """Eight that decode as in the step before are not listed again."""
+    differences = Differences(new_id())
+    decision = Decision(tuple(range(8)), (1,) * 8)
+
+    assert [8, 0] == [len(differences.entries(decision, lambda n: (bytes(16), n))) for _ in range(2)]
+
+
+def test_a_checksum_tells_order_and_ends() -> None:
+    """Exchanged neighbours, another count, another cache hit and another end are all other decisions."""
+    first = Decision((1, 2), (1, 1))
+    others = [Decision((2, 1), (1, 1)), Decision((1, 2), (1, 2)), Decision((1, 2), (1, 1), ((1, 32),)), Decision((1, 2), (1, 1), (), (3,))]
+
+    assert 5 == len({decision.checksum(()) for decision in (first, *others)})
+    assert first.checksum((1,)) != first.checksum(())
+
+
+@pytest.mark.parametrize(
+    ("request_id", "external", "child", "prompt", "ours"),
+    [
+        ("chatcmpl-abc-0123abcd", "chatcmpl-abc", 0, 0, False),
+        ("1_chatcmpl-abc-0123abcd", "chatcmpl-abc", 1, 0, False),
+        ("plain", "plain", 0, 0, False),
+        (f"chatcmpl-{request_name(bytes(range(16)))}-0123abcd", f"chatcmpl-{request_name(bytes(range(16)))}", 0, 0, True),
+        (f"2_cmpl-{request_name(bytes(range(16)))}-3-0123abcd", f"cmpl-{request_name(bytes(range(16)))}-3", 2, 3, True),
+    ],
+)
+def test_names_of_requests(request_id: str, external: str, child: int, prompt: int, ours: bool) -> None:
+    """What the engine core calls a request says whose it is and which of n."""
+    found = named(request_id)
+
+    assert (external, child, prompt) == (found.external, found.child, found.prompt)
+    assert (bytes(range(16)) if ours else None) == found.generation_id
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.32.0", "0.32.1+cpu"])
+def test_supported_versions(version: str) -> None:
+    """0.24 to 0.32 pass."""
+    versions.check(version, operation="capture")
+
+
+@pytest.mark.parametrize("version", ["0.23.9", "0.33.0", "1.0", "dev"])
+def test_other_versions_are_refused(version: str) -> None:
+    """Any other is refused in one line that says what is valid."""
+    with pytest.raises(UsageError, match=r"not supported, valid is 0\.24 to 0\.32"):
+        versions.check(version, operation="capture")
+
+
+def test_weights_are_told_by_content(tmp_path: Path) -> None:
+    """A changed byte is another model; a folder without weights has no digest."""
+    (tmp_path / "config.json").write_text("{}")
+    assert facts.weights_digest(tmp_path) is None
+    digests = []
+    for content in (b"one", b"two"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        digests.append(facts.weights_digest(tmp_path))
+
+    assert 2 == len(set(digests))
+
+
+class _Fake:
+    """An engine core that makes the calls it is told to make, through the real tap and the real recorder's process."""
+
+    def __init__(self, data: Path, monkeypatch: pytest.MonkeyPatch, *, unrepeatable: list[str] | None = None) -> None:
+        monkeypatch.setenv("TOKENTAPE_DATA", str(data))
+        self.header: dict[str, Any] = {
+            "model": "none",
+            "arguments": {"model": "none", "seed": 0},
+            "facts": {"version": "0.32.0", "config.workers": [{"threads": 2}], "config.device_config.device": "cpu"},
+            "unrepeatable": unrepeatable or [],
+        }
+        self.tap = Tap(self.header, caching=False)
+        self.live: list[str] = []
+
+    def arrive(self, name: str, **parameters: Any) -> None:
+        said = {"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters}
+        request = SimpleNamespace(
+            request_id=name, sampling_params=_Struct(said), prompt_token_ids=[5, 6, 7], arrival_time=1.5, priority=0, client_index=0
+        )
+        for other in ("pooling_params", "lora_request", "cache_salt"):
+            setattr(request, other, None)
+        self.tap.arrived(request, idle=not self.live)
+        self.live.append(name)
+
+    def step(self, *, first: bool = False, ends: tuple[str, ...] = ()) -> None:
+        import numpy
+
+        new = [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in self.live] if first else []
+        cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[])
+        counts = dict.fromkeys(self.live, 3 if first else 1)
+        self.tap.scheduling()
+        self.tap.scheduled(
+            SimpleNamespace(
+                num_scheduled_tokens=counts,
+                total_num_scheduled_tokens=sum(counts.values()),
+                scheduled_new_reqs=new,
+                scheduled_cached_reqs=cached,
+                preempted_req_ids=None,
+            )
+        )
+        said = [
+            SimpleNamespace(request_id=name, new_token_ids=[40 + i], finish_reason="stop" if name in ends else None, stop_reason=None)
+            for i, name in enumerate(self.live)
+        ]
+        result = SimpleNamespace(
+            logprobs=SimpleNamespace(logprobs=numpy.full((len(self.live), 2), -0.5, dtype="f4")),
+            req_ids=list(self.live),
+        )
+        self.live = [name for name in self.live if name not in ends]
+        scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=self.live)
+        self.tap.updated({0: SimpleNamespace(outputs=said)}, result, scheduler)
+
+
+class _Struct(dict[str, Any]):
+    """Sampling parameters that msgspec takes for plain ones."""
+
+    structured_outputs = None
+
+
+def _run(data: Path) -> tuple[Run, list[Event]]:
+    """The one run of an installation's log."""
+    events = events_of(data)
+    engine_run = next(event.payload.engine_run for event in events if isinstance(event.payload, EngineStep))
+    stored = [StoredEvent(event, "log", 0, at, event.recorded_at) for at, event in enumerate(events)]
+    owned = [one for one in stored if one.event.session_id == engine_run]
+    stepped = [one for one in stored if one.event.session_id == steps_session(engine_run)]
+    return load(engine_run, owned, stepped), events
+
+
+def _recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Run, list[Event]]:
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive("a-0000000a")
+    engine.step(first=True)
+    engine.step(ends=("a-0000000a",))
+    engine.arrive(f"chatcmpl-{request_name(bytes(range(16)))}-0000000b", seed=7, temperature=1.0)
+    engine.arrive(f"1_chatcmpl-{request_name(bytes(range(16)))}-0000000b", seed=8, temperature=1.0)
+    engine.step(first=True)
+    engine.tap.finished([engine.live.pop()], "FINISHED_ABORTED", idle=False)
+    engine.step(ends=tuple(engine.live))
+    engine.tap.close()
+    await_end(tmp_path)
+    return _run(tmp_path)
+
+
+def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests, n sequences of one, steps, tokens, logprobs and an abort stand on the tape and come back."""
+    run, events = _recorded(tmp_path, monkeypatch)
+    started = [event.payload for event in events if isinstance(event.payload, GenerationStarted)]
+
+    assert ["engine", "gateway"] == [one.authoritative for one in started]
+    assert 3 == len(run.requests)
+    assert (bytes(range(16)), 1) == run.requests[2].place
+    assert 8 == run.requests[2].parameters["seed"]
+    assert (5, 6, 7) == run.requests[2].prompt
+    assert [2, 2, 1] == [len(run.said[request.place].token_ids) for request in run.requests.values()]
+    assert {-0.5} == {value for said in run.said.values() for value in said.logprobs}
+    assert "abort" == run.said[run.requests[2].place].finish_reason
+    assert 4 == len(run.steps)
+
+
+def test_a_replay_begins_at_the_last_idle_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came before an engine that held nothing need not be done again for a later generation."""
+    run, _ = _recorded(tmp_path, monkeypatch)
+    whole, late = Script(run), Script(run, until=bytes(range(16)))
+
+    assert 0 == whole.first_step
+    assert 2 == late.first_step
+    assert [calls.Idle, calls.Arrive, calls.ArriveBeside] == [type(call) for call in late.between()]
+    assert 1 == late.arrive().number
+
+
+def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speculative decoding, said when the engine started, is the reason given."""
+    engine = _Fake(tmp_path, monkeypatch, unrepeatable=["speculative decoding"])
+    engine.arrive("a-0000000a")
+    engine.step(first=True, ends=("a-0000000a",))
+    engine.tap.close()
+    await_end(tmp_path)
+    with pytest.raises(ConflictError, match="speculative decoding"):
+        check(_run(tmp_path)[0], forced=False)
+
+
+def test_a_difference_is_named_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of threads is refused with both numbers; another cache only without --forced."""
+    run, _ = _recorded(tmp_path, monkeypatch)
+    with pytest.raises(ConflictError, match=r"workers: recorded \[\{'threads': 2\}\], now \[\{'threads': 1\}\]"):
+        refuse_differences(run, run.facts | {"config.workers": [{"threads": 1}]}, forced=True)
+    run.facts["config.cache_config.blocks"] = 10
+    present = run.facts | {"config.cache_config.blocks": 20}
+    with pytest.raises(ConflictError, match="blocks"):
+        refuse_differences(run, present, forced=False)
+
+    assert [("config.cache_config.blocks", 10, 20)] == refuse_differences(run, present, forced=True)
+
+
+def test_missing_steps_and_requests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape with a gap is refused with the gap."""
+    _, events = _recorded(tmp_path, monkeypatch)
+    engine_run = next(event.payload.engine_run for event in events if isinstance(event.payload, EngineStep))
+    stored = [StoredEvent(event, "log", 0, at, event.recorded_at) for at, event in enumerate(events)]
+    without = [one for one in stored if not (isinstance(one.event.payload, EngineStep) and one.event.payload.step == 1)]
+    with pytest.raises(ConflictError, match="steps 1 to 1 of the run are not on the tape"):
+        load(engine_run, stored, without)
+    with pytest.raises(ConflictError, match="request 0 of the run is not on the tape"):
+        load(engine_run, [one for one in stored if one.event.kind != "request_submitted"], stored)
+    with pytest.raises(UnknownSession, match="no steps of an engine run"):
+        load(new_id(), [], [])
+
+
+def test_a_frame_cut_short_is_left_out(tmp_path: Path) -> None:
+    """An engine that is killed while it sends leaves a whole tape of all before, closed in order."""
+    header = {"model": "none", "arguments": {}, "facts": {"config.workers": None}, "unrepeatable": []}
+    document = {"request_id": "a", "priority": 0, "sampling_params": {"seed": 1}, "unrepeatable": []}
+    frame = marshal.dumps([("header", header), ("idle",), ("arrive", 1, 0, document, array("q", [1]).tobytes())])
+    program = [sys.executable, "-m", "tokentape.engine"]
+    sent = SIZE.pack(len(frame)) + frame + SIZE.pack(1000) + b"cut"
+    subprocess.run(program, input=sent, env={"TOKENTAPE_DATA": str(tmp_path), "PATH": ""}, check=True, timeout=120)
+    await_end(tmp_path)
+    kinds = [event.kind for event in events_of(tmp_path)]
+
+    assert 1 == kinds.count("request_submitted")
+    assert 2 == kinds.count("session_closed")
+    assert json.dumps(kinds).count("engine_step") == 1

@@ -1,0 +1,135 @@
+"""Many sessions replayed: each once, also when the process is killed or engines die, and what the run says at its end."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from replay.batch import Batch
+from replay.engines.base import Generated, Request
+from replay.engines.openai import OpenAIEngine
+from replay.words import uuid
+from schemas import events as e
+from schemas.errors import EngineUnavailable
+from schemas.settings import GatewaySettings, Settings
+from schemas.sink import SessionContext, new_id
+from store.log import open_log
+from tests.conftest import VllmService
+from tests.gateway_rig import free_port
+from tests.program import Program, until
+from tests.recording import events_of, opened
+from tests.tape import Tape, finish
+from tests.test_compare import Scorer, Sink, scored, taped
+
+SESSIONS = 210
+MESSAGES = [{"role": "user", "content": "What happened at nine?"}]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Program, list[str]]:
+    """An installation with many sessions of an engine's answer on its tape, one in seven with another token; their ids."""
+    engine = OpenAIEngine(vllm.url)
+    environment = engine.fingerprint()
+    said = engine.generate(Request(vllm.model, {"messages": MESSAGES, "max_tokens": 16, "temperature": 0}))
+    engine.close()
+    assert isinstance(said, Generated)
+    folder = tmp_path_factory.mktemp("batch")
+    program = Program(folder, Settings(data=folder / "data", gateway=GatewaySettings(upstream=vllm.url)))
+    sessions = []
+    with opened(program.settings) as (recorder, _):
+        for number in range(SESSIONS):
+            context = SessionContext(new_id(), "default", "gateway")
+            sessions.append(uuid(context.session_id))
+            for stored in _tape(said, vllm.model, environment, altered=number % 7 == 0).events:
+                recorder.record(context, stored.event.payload)
+    program.run("index")
+    return program, sessions
+
+
+def _tape(said: Generated, model: str, environment: e.EnvironmentCaptured, *, altered: bool) -> Tape:
+    tape, spoken = Tape("batch"), said.sequences[0]
+    tape.add(environment)
+    ids = [3 if altered and i == 5 else token for i, token in enumerate(spoken.token_ids)]
+    fields: dict[str, Any] = {"parameters": {"temperature": 0}, "temperature": 0.0, "environment_id": environment.environment_id}
+    g = tape.request("g", MESSAGES, 0, model=model, **fields)
+    tape.started(g, 1, 1, said.prompt_token_ids)
+    tape.tokens(g, 0, [float(i) for i in range(len(ids))], ["x"] * len(ids), ids=ids, logprobs=spoken.logprobs)
+    finish(tape, g, 0, [len(ids)], 100)
+    return tape
+
+
+def _finished(program: Program) -> int:
+    log = open_log(program.settings.log, program.settings.data)
+    try:
+        return sum(event.kind == "replay_finished" for event in events_of(log))
+    finally:
+        log.close()
+
+
+def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program, list[str]], vllm: VllmService) -> None:
+    """Killed after a part, started again with two engines and a dead one: every session has one finished replay, and its right verdict."""
+    program, sessions = recorded
+    words = ["replay-batch", "--where", "tokens > 0", "--run", "nightly"]
+    process = subprocess.Popen(program.command(*words), cwd=program.folder, env=program.environment, stderr=subprocess.DEVNULL)
+    until(lambda: _finished(program) >= 20 or None)
+    process.kill()
+    process.wait()
+    before = _finished(program)
+    dead = f"http://127.0.0.1:{free_port()}"
+    ended = program.run(*words, "--engine", vllm.url, "--engine", dead, "--engine", f"{vllm.url}/v1", "--format", "json").rows[0]
+
+    assert 0 < before < SESSIONS
+    assert SESSIONS == before + sum(ended["verdicts"].values())
+    rows, again = program.ask(
+        "SELECT subject_session_id AS session, verdict FROM replays JOIN sessions USING (session_id) "
+        "WHERE workflow = 'nightly' AND verdict IS NOT NULL",
+        "SELECT count(*) AS sessions FROM sessions WHERE purpose IS DISTINCT FROM 'replay' AND replays > 0",
+    )
+    assert Counter(sessions) == Counter(row["session"] for row in rows)
+    assert {"model_differs": SESSIONS // 7} == Counter(row["verdict"] for row in rows if row["verdict"] == "model_differs")
+    assert 0 == again[0]["sessions"]
+    assert ended["worst"][0]["drift_max"] > 1
+    nothing_left = program.run(*words)
+    assert f"{SESSIONS} done before" in nothing_left.stderr
+
+
+def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list[str]]) -> None:
+    """Nothing is lost and nothing is recorded as done; a condition or name that is none is one line."""
+    program, _ = recorded
+    dead = f"http://127.0.0.1:{free_port()}"
+    for words, code, fault in (
+        (["--where", "tokens > 0", "--engine", dead, "--run", "other"], 8, f"no engine is left after 0 sessions, {SESSIONS} wait"),
+        (["--where", "no_such_column = 1"], 4, "no_such_column"),
+        (["--where", "true", "--run", "a b"], 2, "is no name of a run"),
+        (["--where", "true", "--engine", "vllm:x", "--engine", dead], 2, "it stands alone"),
+    ):
+        ran = program.run("replay-batch", *words, code=code)
+
+        assert fault in ran.stderr.splitlines()[-2]  # the last line is the hint; before it stands what was to be done
+
+
+def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:
+    """It leaves the replay unfinished; the other engine does the session from its start; without another the run stops."""
+    calls: list[str] = []
+
+    def dying(ids: tuple[int, ...]) -> Any:
+        calls.append("dying")
+        if len(calls) > 1:
+            raise EngineUnavailable("gone", operation="ask engine")
+        return scored([-1.0] * len(ids))
+
+    events, sink = taped([-1.0] * 20).events, Sink()
+    alone = Batch(["a", "b", "c"], lambda _: events, sink, run="r")
+    with pytest.raises(EngineUnavailable, match="no engine is left after 1 sessions, 2 wait: ask engine: gone"):
+        alone.run([Scorer(dying)])
+
+    kinds = Counter(payload.KIND for _, payload in sink.recorded)
+    assert (2, 1) == (kinds["replay_started"], kinds["replay_finished"])
+    assert "the engine failed" in [payload.reason for _, payload in sink.recorded if isinstance(payload, e.SessionClosed)]
+    calls.clear()
+    summary = Batch(["a", "b", "c"], lambda _: events, Sink(), run="r").run([Scorer(dying), Scorer(lambda ids: scored([-1.0] * len(ids)))])
+    assert {"identical": 3} == dict(summary.verdicts)

@@ -1,0 +1,132 @@
+"""`engine-runs`, and what `replay-batch --exact` does: runs of engines on the tape, and any of them again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import orjson
+from rich.progress import Progress
+
+from replay.exact.replay import REPRODUCED, ExactReplay, Outcome
+from replay.exact.run import describe, load
+from replay.words import uuid
+from schemas.enginerun.sessions import steps_session
+from schemas.errors import TokentapeError, UsageError
+from schemas.sink import SessionContext, new_id
+from tokentape.commands.common import format_option, with_installation
+from tokentape.installation import Installation
+from tokentape.output import err, out, write_table
+
+RUNS = """
+    WITH steps AS (
+        SELECT engine_run, count(*) AS steps, min(recorded_at) AS began, max(recorded_at) AS ended, sum(preempted) AS preempted,
+            max(running) AS running_max
+        FROM engine_steps GROUP BY engine_run
+    ), stepped AS (
+        SELECT uuid_text(session_id) AS run, count(DISTINCT request_submitted.generation_id) AS generations,
+            any_value(request_submitted.model) AS model
+        FROM events WHERE kind = 'request_submitted' AND source = 'engine' GROUP BY session_id
+    )
+    SELECT s.engine_run, s.began, s.ended, coalesce(t.generations, 0) AS generations, s.steps, s.running_max, s.preempted, t.model
+    FROM steps s LEFT JOIN stepped t ON t.run = s.engine_run ORDER BY s.began DESC"""
+
+
+@click.command("engine-runs")
+@format_option
+@with_installation
+def engine_runs(installation: Installation, fmt: str) -> None:
+    """The engine runs on the tape, newest first: what `replay-batch --exact` can play again."""
+    installation.freshen()
+    with installation.accessing("engine-runs", "engine-runs") as access:
+        answer = installation.sql.query(RUNS)
+        access["rows"] = answer.table.num_rows
+        write_table(answer.table, fmt)
+
+
+@dataclass(frozen=True, slots=True)
+class ExactOptions:
+    """What `replay-batch --exact` was asked for."""
+
+    run_id: str
+    until: str | None
+    model: str | None
+    forced: bool
+    changed: tuple[str, ...]
+    debug: bool
+
+
+def play_again(installation: Installation, asked: ExactOptions, fmt: str) -> None:
+    """Play a whole engine run again, in this process: the same traffic between the same calls of the engine.
+
+    Needs vLLM and the recorded model here. Refused before it starts, with the difference named: another model, version,
+    number of threads or schedule.
+
+    Raises:
+        TokentapeError: it diverged; the first step that did is named.
+    """
+    if asked.changed and not asked.forced:
+        raise UsageError("--engine-arg changes the schedule", operation="replay-batch", hint="add --forced")
+    engine_run = _id(asked.run_id, "--engine-run")
+    generation = _id(asked.until, "--until") if asked.until else None
+    installation.freshen()
+    with installation.accessing("replay-batch", f"replay-batch --exact --engine-run {asked.run_id}") as access:
+        run = load(engine_run, installation.reader.session(engine_run), installation.reader.session(steps_session(engine_run)))
+        access["rows"] = len(run.requests)
+        err.print(f"[dim]{describe(run)}[/dim]")
+        settings = installation.settings
+        context = SessionContext(new_id(), settings.tenant, "replay", installation.person(), settings.retention_class, sample_rate=1.0)
+        replay = ExactReplay(
+            *(run, installation.recorder, context, generation, asked.forced, asked.model, dict(map(_argument, asked.changed))),
+            before=breakpoint if asked.debug else None,
+        )
+        with Progress(transient=True, console=err, disable=not sys.stderr.isatty() or asked.debug) as progress:
+            task = progress.add_task("steps", total=len(run.steps))
+            replay.on_step = lambda step, _last: progress.update(task, completed=step)
+            outcome = replay.execute()
+    _print(outcome, fmt)
+    if outcome.verdict != REPRODUCED:
+        raise _Diverged(outcome.reason, operation="exact replay", hint="the steps before it came bit for bit as recorded")
+
+
+class _Diverged(TokentapeError):
+    """The replay did not give the recorded run."""
+
+    exit_code = 6
+
+
+def _print(outcome: Outcome, fmt: str) -> None:
+    if fmt == "json":
+        sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
+        return
+    style = "bold green" if outcome.verdict == REPRODUCED else "bold red"
+    out.print(f"[{style}]{outcome.verdict}[/{style}]  {outcome.reason}")
+    for key, before, after in outcome.differences:
+        out.print(f"  [dim]{key.removeprefix('config.')}: recorded {before}, now {after}[/dim]")
+    out.print(f"[dim]replay {uuid(outcome.replay_id)}, recorded in session {uuid(outcome.session_id)}[/dim]")
+
+
+def _id(text: str, option: str) -> bytes:
+    try:
+        value = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        value = b""
+    if len(value) != 16:
+        raise UsageError(f"{text!r} is no id", operation="replay-batch", place=option, hint="a UUID as `engine-runs` and SQL show it")
+    return value
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise UsageError(f"--engine-arg takes KEY=VALUE, got {text!r}", operation="replay-batch", hint="for example max_num_seqs=16")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+COMMANDS = [engine_runs]

@@ -1,0 +1,164 @@
+"""`replay-batch`: many sessions back, against one engine or several."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+import orjson
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from replay.batch import Batch, Summary
+from replay.compare import Outcome
+from replay.words import count, uuid
+from schemas.errors import UsageError
+from tokentape.commands.common import with_installation
+from tokentape.commands.exact import ExactOptions, play_again
+from tokentape.engines import calibrations, open_engine
+from tokentape.installation import Installation
+from tokentape.output import err
+
+CHOSEN = (
+    "SELECT session_id FROM sessions WHERE coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where}) ORDER BY started_at, session_id"
+)
+DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
+NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+@click.command("replay-batch")
+@click.option("--where", metavar="SQL", help="Which sessions: a condition over the columns of the view `sessions`.")
+@click.option(
+    "--engine", "engines", multiple=True, metavar="URL|vllm:MODEL", help="An engine; repeat a URL option for several at work at once."
+)
+@click.option("--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32.")
+@click.option("--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: its folder.")
+@click.option("--run", metavar="NAME", help="Name of the run; a run of that name goes on where it stopped.  [default: the time]")
+@click.option("--exact", is_flag=True, help="Instead of --where: a recorded engine run again, every token and logprob bit for bit.")
+@click.option("--engine-run", "run_id", metavar="RUN", help="With --exact: which run; see engine-runs.")
+@click.option("--until", metavar="GENERATION", help="With --exact: end when this generation is complete; begin as late as it can be had.")
+@click.option("--forced", is_flag=True, help="With --exact: impose the recorded decisions, for an engine that would decide otherwise.")
+@click.option("--engine-arg", "changed", multiple=True, metavar="KEY=VALUE", help="With --forced: an argument of vLLM that is another now.")
+@click.option("--debug", is_flag=True, help="With --exact: stop in a debugger (PYTHONBREAKPOINT) before the engine's first step.")
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print the summary.")
+@with_installation
+def replay_batch(
+    installation: Installation,
+    where: str | None,
+    engines: tuple[str, ...],
+    options: tuple[str, ...],
+    model: str | None,
+    run: str | None,
+    exact: bool,
+    run_id: str | None,
+    until: str | None,
+    forced: bool,
+    changed: tuple[str, ...],
+    debug: bool,
+    fmt: str,
+) -> None:
+    """Compare every session of a condition with an engine of today; each verdict is recorded as events, in a session of its own.
+
+    A run that was killed, or whose engines died, goes on when the same command is given again with its --run: what was
+    finished is not done again. SQL finds the results: SELECT * FROM replays JOIN sessions USING (session_id) WHERE workflow = 'RUN'.
+
+    With --exact a whole engine run is played again instead, in this process: the same traffic between the same calls of the
+    engine. Needs vLLM and the recorded model here. Refused before it starts, with the difference named: another model,
+    version, number of threads or schedule. Exit code 6 when it diverges; the first step that did is named.
+    """
+    if exact:
+        if where or engines or options or run or not run_id:
+            hint = "--exact goes with --engine-run, --until, --model, --forced, --engine-arg and --debug"
+            fault = "--exact needs --engine-run" if not run_id else "--exact replays an engine run, not sessions"
+            raise UsageError(fault, operation="replay-batch", hint=hint)
+        play_again(installation, ExactOptions(run_id, until, model, forced, changed, debug), fmt)
+        return
+    if where is None or run_id or until or forced or changed or debug:
+        fault = "nothing says which sessions" if where is None else "--engine-run, --until, --forced, --engine-arg and --debug need --exact"
+        raise UsageError(fault, operation="replay-batch", hint="--where SQL for sessions, or --exact --engine-run RUN")
+    _compare_all(installation, where, engines, options, model, run, fmt)
+
+
+def _compare_all(
+    installation: Installation,
+    where: str,
+    engines: tuple[str, ...],
+    options: tuple[str, ...],
+    model: str | None,
+    run: str | None,
+    fmt: str,
+) -> None:
+    """What stays to be done of a run over sessions."""
+    name = run or time.strftime("replay-%Y%m%dT%H%M%SZ", time.gmtime())
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{name!r} is no name of a run", operation="replay-batch", hint="letters, digits, `_`, `.` and `-`, at most 64")
+    in_process = [engine for engine in engines if engine.startswith("vllm:")]
+    if in_process and len(engines) > 1:
+        raise UsageError(
+            "vllm:MODEL fills this process, so it stands alone", operation="replay-batch", hint="name several URLs, or one model"
+        )
+    installation.freshen()
+    with installation.accessing("replay-batch", f"{name}: {where}") as access:
+        chosen = _column(installation, CHOSEN.format(where=where))
+        done = set(_column(installation, DONE.format(run=name)))
+        left = [session for session in chosen if session not in done]
+        access["rows"] = len(left)
+        err.print(f"run {name}: {count(len(chosen), 'session')}, {len(chosen) - len(left):,} done before", markup=False)
+        opened = [open_engine(installation, engine, model, options) for engine in engines or (None,)] if left else []
+        with _progress(len(chosen), len(chosen) - len(left)) as told:
+            batch = Batch(
+                left,
+                lambda session: installation.session_events(session, attachments=True),
+                installation.recorder,
+                run=name,
+                actor=installation.person(),
+                calibrations=calibrations(installation),
+                told=told,
+            )
+            try:
+                summary = batch.run(opened)
+            finally:
+                if batch.summary.verdicts:
+                    _print(name, batch.summary, fmt)
+        if not summary.verdicts:
+            _print(name, summary, fmt)
+
+
+def _column(installation: Installation, statement: str) -> list[str]:
+    return [str(row) for row in installation.sql.query(statement).table.column(0).to_pylist()]
+
+
+@contextmanager
+def _progress(total: int, before: int) -> Iterator[Callable[[Outcome], None]]:
+    """A bar on standard error, where that is a terminal; hears of each outcome."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[verdict]}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("replay", total=total, completed=before, verdict="")
+
+        def told(outcome: Outcome) -> None:
+            progress.update(task, advance=1, verdict=outcome.verdict.replace("_", " "))
+
+        yield told
+
+
+def _print(run: str, summary: Summary, fmt: str) -> None:
+    speed = summary.tokens / summary.seconds if summary.seconds else 0.0
+    worst = [{**token._asdict(), "session": uuid(token.session), "generation": uuid(token.generation)} for token in summary.worst]
+    if fmt == "json":
+        figures = {"verdicts": dict(summary.verdicts), "tokens": summary.tokens, "tokens_per_s": speed, "unknown": summary.unknown}
+        sys.stdout.buffer.write(orjson.dumps({"run": run, **figures, "worst": worst}, option=orjson.OPT_APPEND_NEWLINE))
+        return
+    for verdict, sessions in summary.verdicts.most_common():
+        click.echo(f"{sessions:8,}  {verdict.replace('_', ' ')}")
+    if summary.unknown:
+        click.echo(f"{summary.unknown:8,}  gone since they were listed")
+    click.echo(f"{count(summary.tokens, 'token')} in {summary.seconds:.1f} s, {speed:,.0f} tokens/s; recorded as run {run}")
+    for token in worst:
+        where = f"sequence {token['sequence']} of generation {token['generation']} in session {token['session']}"
+        click.echo(f"  drift up to {token['drift_max']:.2g} nats: {where}")
+
+
+COMMANDS = [replay_batch]

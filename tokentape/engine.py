@@ -1,0 +1,66 @@
+"""The recorder of an engine: a process that reads the frames of one engine run from standard input until its end."""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ingest.vllm.scribe import Frame
+
+COALESCE_MS_MIN = 500.0
+"""Tokens of a sequence wait at least this long for company: the pipe outlives the engine, so that nothing is at stake."""
+
+
+def frames(stream: IO[bytes]) -> Iterator[Frame]:
+    """The frames of a stream; one that a killed engine left unfinished is not among them."""
+    from ingest.vllm.tap import SIZE
+
+    while len(head := stream.read(SIZE.size)) == SIZE.size:
+        (size,) = SIZE.unpack(head)
+        body = stream.read(size)
+        if len(body) < size:
+            return
+        yield marshal.loads(body)
+
+
+def main() -> int:
+    """Record one engine run, in a process that is nobody's child."""
+    if os.fork():  # before anything is imported that makes threads
+        return 0
+    from schemas.errors import TokentapeError
+    from tokentape import config, logs
+    from tokentape.installation import Installation
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.SIG_IGN)  # it ends with the engine, whose end it still has to write down
+    with contextlib.suppress(OSError):
+        os.nice(5)  # the engine comes first
+    try:
+        settings = config.load()
+        logs.configure(settings.logging, part="engine recorder")
+        taste = settings.recorder.model_copy(update={"coalesce_ms": max(settings.recorder.coalesce_ms, COALESCE_MS_MIN)})
+        with Installation(settings.model_copy(update={"recorder": taste}), source="engine") as installation:
+            _record(installation)
+    except TokentapeError as error:
+        sys.stderr.write(f"tokentape: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _record(installation: Any) -> None:
+    from ingest.vllm.scribe import Scribe
+
+    scribe = Scribe(installation.recorder, installation.settings)
+    for frame in frames(sys.stdin.buffer):
+        scribe.frame(frame)
+    scribe.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""The engine that a command names: a URL, `vllm:MODEL` for one in this process, or `recorded` for the tape itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from replay.calibration import Calibrations
+from replay.engines.base import Engine
+from replay.engines.loading import parsed_options
+from replay.engines.openai import OpenAIEngine
+from replay.engines.recorded import RecordedEngine
+from replay.engines.vllm import VllmEngine
+from replay.state import SessionState
+from schemas.errors import UsageError
+from tokentape.installation import Installation
+
+IN_PROCESS = "vllm:"
+
+
+def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options by which a command is told its engine."""
+    options = (
+        click.option(
+            "--engine",
+            metavar="URL|vllm:MODEL",
+            help="A running vLLM, or one of this process; `recorded` is the tape.  [default: upstream]",
+        ),
+        click.option(
+            "--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32."
+        ),
+        click.option("--model", help="URL: the name under which that engine serves the model, if it is another than recorded."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def open_engine(
+    installation: Installation, engine: str | None, model: str | None, options: Iterable[str], state: SessionState | None = None
+) -> Engine:
+    """The engine, closed with the installation. `state` is what `recorded` answers from.
+
+    Raises:
+        UsageError: it cannot be, or vLLM does not start.
+    """
+    made = _made(installation, engine, model, tuple(options), state)
+    installation.closing(made.close)
+    return made
+
+
+def calibrations(installation: Installation) -> Calibrations:
+    """What was measured of engines."""
+    return Calibrations(installation.settings.data / "calibrations")
+
+
+def _made(
+    installation: Installation, engine: str | None, model: str | None, options: tuple[str, ...], state: SessionState | None
+) -> Engine:
+    if engine and engine.startswith(IN_PROCESS):
+        if model:
+            raise UsageError(
+                "--model is for engines behind a URL, vllm: names its own", operation="read --engine", hint="leave --model out"
+            )
+        digests = installation.settings.data / "digests.json"
+        return VllmEngine(engine.removeprefix(IN_PROCESS), options=parsed_options(options), digests=digests)
+    if options:
+        raise UsageError(
+            "--engine-option is for vllm:MODEL only", operation="read --engine", hint="a running server has its options already"
+        )
+    if engine == "recorded":
+        if state is None:
+            raise UsageError("the tape is no engine to calibrate", operation="read --engine", hint="name a URL or vllm:MODEL")
+        return RecordedEngine(state)
+    gateway = installation.settings.gateway
+    url = engine or gateway.every_upstream[0].url
+    secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
+    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None)
