@@ -257,7 +257,8 @@ def test_silent_submitter(tmp_path: Path) -> None:
         batch = Batch.model_validate({**named, "owner": owner, "total": 1, "created_at": now, "expires_at": now + 3600})
         desk.facts.write(BATCH, batch.batch_id, batch)
         until(lambda: time.time() > now + 0.01)
-        shown = json.loads(tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output)
+        output = tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output
+        shown = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
         until(lambda: desk.facts.ended("batch_silent"))
         with pytest.raises(ConflictError, match="batch_silent was taken for abandoned"):
             submission.check()
