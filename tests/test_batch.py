@@ -21,7 +21,22 @@ from schemas.errors import ConflictError
 from schemas.events import SequenceFinished
 from schemas.settings import GatewaySettings, Settings
 from store.control import open_control
-from tests.batch_case import AT_WORK, BatchCase, Forks, Upstream, configured, desk_at, ended, jsonl, lines_of, request, submit, texts_of
+from tests.batch_case import (
+    AT_WORK,
+    BatchCase,
+    Forks,
+    Upstream,
+    configured,
+    desk_at,
+    ended,
+    jsonl,
+    lines_of,
+    request,
+    submit,
+    submit_at,
+    texts_of,
+    written,
+)
 from tests.conftest import KafkaService, MinioService, VllmService, distributed
 from tests.gateway_rig import Rig, broken, free_port, until
 from tests.test_gateway import payloads
@@ -175,12 +190,10 @@ def test_expired(small: Rig, small_upstream: Upstream) -> None:
     """What has a result when the window ends keeps it; every other line says that it expired."""
     client = small.client()
     small_upstream.asked.update({"busy a": -10_000, "busy b": -10_000})
-    made = submit(client, jsonl(request("a", "busy a"), request("b", "busy b"), request("c", "quick")), completion_window="1h")
-    until(lambda: client.batches.retrieve(made.id).request_counts.completed == 1)
-    with desk_at(small.settings) as desk:
-        found = desk.facts.batch(made.id, None)
-        desk.facts.write(BATCH, made.id, found.model_copy(update={"expires_at": time.time()}))
-    batch = ended(client, made.id, "expired")
+    brief = small.settings.batch.model_copy(update={"window_h": 0.002})
+    with desk_at(small.settings.model_copy(update={"batch": brief})) as desk:
+        made = submit_at(desk, written(small.settings, request("a", "busy a"), request("b", "busy b"), request("c", "quick")))
+    batch = ended(client, made.batch_id, "expired")
     missing = {line["custom_id"]: line["error"]["code"] for line in lines_of(client, batch.error_file_id)}
 
     assert texts_of(lines_of(client, batch.output_file_id)) == {"c": "you said quick"}
@@ -240,11 +253,12 @@ def test_silent_submitter(tmp_path: Path) -> None:
         submission = Submission(desk.facts, "batch_silent", hasty)
         submission.renew()
         owner, now = Owner(tenant="default", name="somebody"), time.time()
-        times = {"created_at": now, "expires_at": now + 3600}
-        batch = Batch(batch_id="batch_silent", owner=owner, endpoint="mixed", input_file_id="file-x", window="1h", total=1, **times)
+        named = {"batch_id": "batch_silent", "endpoint": "mixed", "input_file_id": "file-x", "window": "1h"}
+        batch = Batch.model_validate({**named, "owner": owner, "total": 1, "created_at": now, "expires_at": now + 3600})
         desk.facts.write(BATCH, batch.batch_id, batch)
         until(lambda: time.time() > now + 0.01)
-        shown = json.loads(tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output)
+        output = tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output
+        shown = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
         until(lambda: desk.facts.ended("batch_silent"))
         with pytest.raises(ConflictError, match="batch_silent was taken for abandoned"):
             submission.check()
