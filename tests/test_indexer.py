@@ -418,7 +418,7 @@ class TestOtherLogs:
         embedded.append(entries[:2])
         Indexer(settings_embedded, embedded).run_once()
         embedded.append(entries[2:])
-        embedded.trim(entries[0].partition, 6)  # type: ignore[attr-defined]  # only the embedded log forgets on request
+        embedded.trim(entries[0].partition, 6)
 
         with pytest.raises(LogChanged, match="holds offsets"):
             Indexer(settings_embedded, embedded).run_once()
