@@ -258,7 +258,7 @@ def test_silent_submitter(tmp_path: Path) -> None:
         desk.facts.write(BATCH, batch.batch_id, batch)
         until(lambda: time.time() > now + 0.01)
         output = tokentape("--data", str(settings.data), "batch", "show", "batch_silent", "--format", "json").output
-        shown = next(json.loads(line) for line in output.splitlines() if line.startswith("{"))
+        shown = next(json.loads(line) for line in output.splitlines() if line.startswith("{") and "status" in line)
         until(lambda: desk.facts.ended("batch_silent"))
         with pytest.raises(ConflictError, match="batch_silent was taken for abandoned"):
             submission.check()
