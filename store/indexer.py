@@ -161,8 +161,8 @@ class _Session:
 
     def __enter__(self) -> _Session:
         settings = self._settings
-        lock = FileLock.take(self._indexer.hot / "tail" / f"{self.token}.lock", self.token)
-        assert lock is not None
+        while (lock := FileLock.take(self._indexer.hot / "tail" / f"{self.token}.lock", self.token)) is None:
+            time.sleep(0.001)  # another indexer that looks for dead ones tries every lock, and holds the new file for a moment
         self._owner = lock
         self._scratch = settings.data / "tmp" / self.token
         self._preparer = Preparer(self._indexer.registry, self._scratch, secrets.token_bytes(MARK_BYTES), settings.index.event_bytes_max)

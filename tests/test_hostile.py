@@ -139,7 +139,7 @@ class TestTooSlow:
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"not complete after 0.5 s" in answer
         assert b'"type":"error"' in answer
-        assert (failures[-1].origin, failures[-1].status) == ("client", 408)
+        assert ("client", 408) in [(failure.origin, failure.status) for failure in failures]
 
     def test_too_many_connections(self, strict_limits: Rig) -> None:
         """One connection too many is told so at once, and when others go it is served."""

@@ -86,11 +86,11 @@ def test_errors_are_the_clients_own(rig: Rig, seen: Any, vllm: VllmService) -> N
     assert raised == {
         "openai_no_model": ("NotFoundError", 404),
         "openai_bad": ("BadRequestError", 400),
-        "openai_no_way": ("BadRequestError", 400),
+        "openai_no_response": ("NotFoundError", 404),
         "anthropic_no_model": ("NotFoundError", 404),
         "anthropic_bad": ("BadRequestError", 400),
     }
-    assert "previous_response_id is not possible with a vLLM upstream" in seen["openai_no_way"]["message"]
+    assert "resp_1" in seen["openai_no_response"]["message"]
     assert len(payloads(rig.events(), GenerationFailed)) == 5
     assert (seen["models"], seen["counted"] > 0) == ([vllm.model], True)
 

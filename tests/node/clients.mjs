@@ -97,7 +97,7 @@ const tool = { name: "get_weather", input_schema: city, strict: true };
 await message("message_tool", { temperature: 0, tools: [tool], tool_choice: { type: "tool", name: "get_weather" }, max_tokens: 60 });
 await raises("openai_no_model", () => openai.chat.completions.create({ model: "nobody", messages }));
 await raises("openai_bad", () => openai.chat.completions.create({ model, messages: "none" }));
-await raises("openai_no_way", () => openai.responses.create({ model, input: "x", previous_response_id: "resp_1" }));
+await raises("openai_no_response", () => openai.responses.create({ model, input: "x", previous_response_id: "resp_1" }));
 await raises("anthropic_no_model", () => anthropic.messages.create({ model: "nobody", messages, max_tokens: 1 }));
 await raises("anthropic_bad", () => anthropic.messages.create({ model, messages, max_tokens: 1, container: "c" }));
 seen.models = (await openai.models.list()).data.map(({ id }) => id);
