@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-
 from ingest.gateway import errors
 from ingest.gateway.endpoints.gemini import method_of
 from ingest.gateway.errors import ANTHROPIC, GEMINI, Failure, Shape
-from ingest.gateway.exchange import Exchange
+from ingest.gateway.exchange import Exchange, Headers
 from ingest.gateway.headers import upstream_headers
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
-from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.upstream import Upstream, respond_with
 from schemas.errors import UsageError
 from schemas.requests import ClientRequest, dump, load
 from schemas.requests.anthropic import from_anthropic, to_anthropic
@@ -73,26 +71,20 @@ async def _told(parts: Parts, exchange: Exchange, counting: _Counting) -> None:
     """Tell how many tokens a request's prompt has, as the upstream itself says."""
     exchange.shape = counting.shape
     try:
-        status, body = await _count(parts, exchange, counting)
+        await respond_with(exchange, _count(parts, exchange, counting))
     except UsageError as error:
-        return await exchange.fail(Failure(errors.INVALID_REQUEST, str(error.fault), param=error.place or None), [])
-    except TimeoutError:
-        return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
-    except (aiohttp.ClientError, OSError) as error:
-        return await exchange.fail(failure_of(error), [])
-    except Failure as failure:
-        return await exchange.fail(failure, [])
-    return await exchange.respond(status, body, [errors.JSON])
+        await exchange.fail(Failure(errors.INVALID_REQUEST, str(error.fault), param=error.place or None), [])
 
 
-async def _count(parts: Parts, exchange: Exchange, counting: _Counting) -> tuple[int, bytes]:
+async def _count(parts: Parts, exchange: Exchange, counting: _Counting) -> tuple[int, bytes, Headers]:
     caller = await parts.keyring.caller(exchange)
     if caller.refusal:
         raise caller.refusal
     request = counting.read(exchange, await exchange.body())
     passage = Passage(parts, exchange, caller)
     try:
-        return await _asked(parts, exchange, passage, request, counting)
+        status, body = await _asked(parts, exchange, passage, request, counting)
+        return status, body, [errors.JSON]
     finally:
         passage.close(0)
 

@@ -8,8 +8,6 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-
 from ingest.gateway import errors
 from ingest.gateway.errors import ANTHROPIC, GEMINI, OPENAI, Failure
 from ingest.gateway.exchange import Exchange
@@ -17,7 +15,7 @@ from ingest.gateway.headers import answer_headers, upstream_headers
 from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.routes import models_of
-from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.upstream import Upstream, respond_with
 from schemas.requests import dump
 
 PATHS = ("/v1/models", "/v1beta/models")
@@ -39,22 +37,14 @@ async def models(parts: Parts, exchange: Exchange) -> None:
     exchange.shape = {"anthropic": ANTHROPIC, "gemini": GEMINI}.get(provider, OPENAI)
     caller = await parts.keyring.caller(exchange)
     name = path.partition("/models")[2].removeprefix("/")
-    try:
-        if caller.refusal:
-            raise caller.refusal
-        status, body, headers = await _answered(parts, exchange, caller, provider, name)
-    except TimeoutError:
-        return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
-    except (aiohttp.ClientError, OSError) as error:
-        return await exchange.fail(failure_of(error), [])
-    except Failure as failure:
-        return await exchange.fail(failure, [])
-    return await exchange.respond(status, body, headers)
+    await respond_with(exchange, _answered(parts, exchange, caller, provider, name))
 
 
 async def _answered(
     parts: Parts, exchange: Exchange, caller: Caller, provider: str, name: str
 ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    if caller.refusal:
+        raise caller.refusal
     allowed = caller.key.allows if caller.key else _all
     if parts.routes.several:
         return _written(await parts.routes.entries(allowed), provider, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 import aiohttp
 import structlog
@@ -13,6 +13,7 @@ from yarl import URL
 from ingest.environment import capture_http, detect_kind
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
+from ingest.gateway.exchange import Exchange, Headers
 from ingest.gateway.headers import ANTHROPIC_VERSION, credential_header
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
@@ -166,3 +167,16 @@ def failure_of(error: Exception) -> Failure:
     if isinstance(error, aiohttp.ClientResponseError | aiohttp.InvalidURL):
         return Failure(errors.MALFORMED, "The upstream sent something that is not HTTP.", detail=str(error))
     return Failure(errors.DISCONNECTED, "The upstream closed the connection before its answer was complete.", detail=str(error))
+
+
+async def respond_with(exchange: Exchange, answer: Awaitable[tuple[int, bytes, Headers]]) -> None:
+    """Give the client an answer that nobody records, status, body and headers, or the failure that kept it from coming."""
+    try:
+        status, body, headers = await answer
+    except TimeoutError:
+        return await exchange.fail(Failure(errors.TIMEOUT, "The upstream was silent."), [])
+    except (aiohttp.ClientError, OSError) as error:
+        return await exchange.fail(failure_of(error), [])
+    except Failure as failure:
+        return await exchange.fail(failure, [])
+    return await exchange.respond(status, body, headers)
