@@ -8,7 +8,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lifecycle.tiering import schema_key
 from schemas.codec import encode_content, encode_metadata
 from schemas.errors import CorruptStore, UnknownEvent, UsageError
 from schemas.registry import SchemaRegistry
@@ -21,6 +20,7 @@ from store.ledger.proof import ConsistencyProof, EventProof, Leaf
 from store.objects.base import ObjectStore
 from store.reader import EventReader
 from store.rows import rows_to_datums
+from store.stored_schemas import schema_key
 
 
 @dataclass(frozen=True)

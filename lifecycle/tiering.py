@@ -41,6 +41,7 @@ from store.fences import FileLock
 from store.hot import attach
 from store.ledger import Entry, Ledger
 from store.objects.base import NO_LOCK, Lock, ObjectStore
+from store.stored_schemas import schema_key
 
 log = structlog.get_logger("tokentape.tiering")
 
@@ -362,11 +363,6 @@ def _is_covered(span: Range, coverage: Sequence[Coverage]) -> bool:
     if span.digest_next is None:
         return any(item.holds(span) for item in coverage)
     return any(item.contains(span) for item in coverage)
-
-
-def schema_key(fingerprint: bytes) -> str:
-    """Where the object store keeps a writer schema."""
-    return f"schemas/{fingerprint.hex()}.avsc"
 
 
 def says(data: bytes, schema: Schema) -> bool:

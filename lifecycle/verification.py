@@ -8,7 +8,6 @@ needs the object store, or a copy of it, and the public key; neither log nor ind
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -421,16 +420,3 @@ class StoreCopy(LocalStore):
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
-
-
-def fetch_schema(objects: ObjectStore) -> Callable[[bytes], dict[str, Any] | None]:
-    """What a `SchemaRegistry` fetches schemas with, from the store that is verified."""
-
-    def fetch(fingerprint: bytes) -> dict[str, Any] | None:
-        try:
-            definition = json.loads(objects.get(f"schemas/{fingerprint.hex()}.avsc"))
-        except (KeyError, ValueError):
-            return None
-        return definition if isinstance(definition, dict) else None
-
-    return fetch

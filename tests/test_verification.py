@@ -8,12 +8,13 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from lifecycle.verification import StoreCopy, Verification, Verified, fetch_schema
+from lifecycle.verification import StoreCopy, Verification, Verified
 from schemas.events import VerificationFinished
 from schemas.registry import SchemaRegistry
 from schemas.settings import ColdSettings, Settings
@@ -21,6 +22,7 @@ from store import digest
 from store.catalog import Catalog
 from store.ledger.entry import decode_entry, make_entry
 from store.ledger.note import Signer, Verifier
+from store.stored_schemas import fetch_schema
 from tests.eventgen import conversation
 from tests.indexed import offsets
 from tests.program import Program
@@ -39,7 +41,7 @@ class Copy:
     def verify(self) -> Verified:
         """Verify everything in the copy."""
         objects = StoreCopy(self.root)
-        return Verification(objects, self.verifier, SchemaRegistry(fetch_schema(objects))).report()
+        return Verification(objects, self.verifier, SchemaRegistry(partial(fetch_schema, objects))).report()
 
     def first(self, under: str, number: int = 0) -> Path:
         """A file below a folder, by number in the order of names."""

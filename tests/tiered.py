@@ -6,13 +6,14 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.tiering import Tiering
-from lifecycle.verification import Verification, fetch_schema
+from lifecycle.verification import Verification
 from schemas.events import Payload
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
@@ -26,6 +27,7 @@ from store.log.base import Entry, Log
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.rows import framed, rows_to_datums
+from store.stored_schemas import fetch_schema
 from store.views import events_sql
 from tests.eventgen import Producer
 
@@ -74,7 +76,7 @@ class Tiered:
 
     def verification(self) -> Verification:
         """Verification with nothing but the store and the public key."""
-        return Verification(self.objects, self.ledger.verifier, SchemaRegistry(fetch_schema(self.objects)))
+        return Verification(self.objects, self.ledger.verifier, SchemaRegistry(partial(fetch_schema, self.objects)))
 
     def table(self, where: str = "") -> pa.Table:
         """What SQL sees now: all rows of hot and cold by partition and offset."""

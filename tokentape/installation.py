@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import json
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -30,6 +29,7 @@ from store.objects.base import ObjectStore
 from store.reader import EventReader
 from store.rows import StoredEvent
 from store.sql import SqlService
+from store.stored_schemas import fetch_schema, schema_key
 from tokentape.output import warn
 
 FRESH_TIMEOUT_S = 10.0
@@ -92,7 +92,7 @@ class Installation:
     @cached_property
     def registry(self) -> SchemaRegistry:
         """Schemas known here; a fingerprint that is not is looked for in the object store."""
-        return SchemaRegistry(self._fetch_schema)
+        return SchemaRegistry(lambda fingerprint: fetch_schema(self.objects, fingerprint))  # the store is opened when it is asked
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -124,13 +124,6 @@ class Installation:
     def closing(self, close: Callable[[], None]) -> None:
         """Call `close` with the installation's own end."""
         self._stack.callback(close)
-
-    def _fetch_schema(self, fingerprint: bytes) -> dict[str, Any] | None:
-        try:
-            definition = json.loads(self.objects.get(schema_key(fingerprint)))
-        except (KeyError, ValueError):
-            return None
-        return definition if isinstance(definition, dict) else None
 
     def publish_schemas(self) -> None:
         """Put every schema of the history into the object store, so that the cold tier explains itself."""
@@ -218,8 +211,3 @@ class Installation:
             took = (time.perf_counter_ns() - began) // 1000
             event = AccessLogged(operation=operation, outcome=answer["outcome"], rows=answer["rows"], duration_us=took, content=content)
             self.recorder.record(session, event)
-
-
-def schema_key(fingerprint: bytes) -> str:
-    """Where the object store keeps a schema."""
-    return f"schemas/{fingerprint.hex()}.avsc"

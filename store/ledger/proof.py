@@ -20,6 +20,7 @@ from schemas.errors import ProofError, UsageError
 from store.ledger.entry import Checkpoint, Entry, decode_entry, read_checkpoint
 from store.ledger.merkle import leaf_hash, verify_consistency, verify_inclusion
 from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
+from store.stored_schemas import schema_key
 
 EVENT_FORMAT = "tokentape-event-proof/1"
 CONSISTENCY_FORMAT = "tokentape-consistency-proof/1"
@@ -50,7 +51,7 @@ class Leaf:
             committed = hmac.digest(self.salt or b"", self.content, "sha256")
         else:
             committed = self.commitment or NO_CONTENT
-        return sha256(b"\x00" + self.metadata + committed).digest()
+        return leaf_hash(self.metadata + committed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +222,7 @@ def _segment_root(entry: Entry, key: str, rows: int) -> bytes:
 def _names_schema(entry: Entry, fingerprint: bytes, schema: bytes) -> bool:
     """Whether an entry names these bytes as the schema of a fingerprint, of which 64 bits alone could be forged."""
     objects = entry.body.get("objects")
-    wanted = {"key": f"schemas/{fingerprint.hex()}.avsc", "bytes": len(schema), "sha256": sha256(schema).hexdigest()}
+    wanted = {"key": schema_key(fingerprint), "bytes": len(schema), "sha256": sha256(schema).hexdigest()}
     return isinstance(objects, list) and wanted in objects
 
 

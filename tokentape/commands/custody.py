@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from functools import partial
 from pathlib import Path
 
 import click
 import orjson
 from rich.markup import escape
 
-from lifecycle.verification import EVERYTHING, Scope, StoreCopy, Verification, Verified, fetch_schema, outcome
+from lifecycle.verification import EVERYTHING, Scope, StoreCopy, Verification, Verified, outcome
 from schemas.errors import UsageError
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
@@ -22,6 +23,7 @@ from store.ledger.witness import anchors as witnessed
 from store.ledger.witness import open_witness
 from store.objects import open_store
 from store.objects.base import ObjectStore
+from store.stored_schemas import fetch_schema
 from tokentape.output import err, out
 
 _STYLES: dict[Kind, str] = {"modified": "red", "missing": "red", "unsigned": "red", "erased-with-proof": "cyan", "orphan": "dim"}
@@ -72,7 +74,7 @@ def verify(
     if copy is None and (witness := open_witness(settings.witness)) is not None:
         kept += witnessed(witness)
     verification = Verification(
-        objects, keys.load_public(path), SchemaRegistry(fetch_schema(objects)), tuple(kept), _scope(first, last, session)
+        objects, keys.load_public(path), SchemaRegistry(partial(fetch_schema, objects)), tuple(kept), _scope(first, last, session)
     )
     found = verification.report(deep=not shallow, progress=lambda key: err.print(f"[dim]reading {escape(key)}[/dim]"))
     if fmt == "json":
