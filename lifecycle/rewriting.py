@@ -268,6 +268,8 @@ class Rewriting:
         self.tiering.catalog.swap(retire_segments=[segment.key for segment in change.segments], segments=new, owner=OWNER)
         crash_point("rewrite.swapped")
         self.follow_holds(new)
+        if self.tiering.withdraw is not None:
+            self.tiering.withdraw()
         for segment in change.segments:
             done.versions_gone += self._purge(segment.key)
             crash_point("rewrite.purged_one")

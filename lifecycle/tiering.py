@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Tiering:
-    """What a tiering run works on; `segment_bytes_max` is where a segment rolls."""
+    """What a tiering run works on; `segment_bytes_max` is where a segment rolls.
+
+    `withdraw` is called when segments were replaced and before they are removed, so that others who read them stop to.
+    """
 
     settings: Settings
     catalog: Catalog
@@ -86,6 +89,7 @@ class Tiering:
     registry: SchemaRegistry
     sink: EventSink | None = None
     segment_bytes_max: int = SEGMENT_BYTES_MAX
+    withdraw: Callable[[], None] | None = None
 
     def run(self, *, all_days: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Tier every shard of a day older than `jobs.tier_after_days`, or of any day; what was done as a flat dict.

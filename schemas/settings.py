@@ -324,6 +324,14 @@ class LedgerSettings(_Section):
     checkpoint_s: Seconds = Field(default=60.0, description="a signed checkpoint at least this often while events flow")
 
 
+class IcebergSettings(_Section):
+    """The cold tier as an Apache Iceberg table for other engines; needs the extra `iceberg`."""
+
+    publish: Literal["off", "on"] = Field(default="off", description="on: after each seal, rewrite and every jobs.iceberg_s.")
+    catalog: str = Field(default="", description="SQLAlchemy address of its catalog; empty: SQLite in the data directory")
+    warehouse: str = Field(default="", description="where its metadata lies; empty: iceberg/ beside the cold tier")
+
+
 class SqlSettings(_Section):
     """Limits of the SQL sandbox."""
 
@@ -345,6 +353,7 @@ class JobsSettings(_Section):
     witness_s: float = Field(default=3600.0, ge=0)
     blobs_s: float = Field(default=86_400.0, ge=0)
     snapshots_s: float = Field(default=60.0, ge=0)
+    iceberg_s: float = Field(default=300.0, ge=0)
     blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
 
@@ -387,6 +396,7 @@ class Settings(_Section):
     custody: CustodySettings = CustodySettings()
     ledger: LedgerSettings = LedgerSettings()
     witness: WitnessSettings = WitnessSettings()
+    iceberg: IcebergSettings = IcebergSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()

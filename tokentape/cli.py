@@ -29,7 +29,7 @@ COMMANDS = {
     "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
-    "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
+    "pipeline": ("index", "merge", "tier", "iceberg", "rebuild", "jobs", "quarantine", "status", "doctor"),
     "keys": ("keys",),
     "batch": ("batch",),
     "custody": ("verify",),

@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import structlog
+
 from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.compaction import Compaction
 from lifecycle.erasure import Erasures
+from lifecycle.iceberg import Iceberg
 from lifecycle.log_retention import trim
 from lifecycle.retention import Retention
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification
 from replay.versioning import Versioning, open_versions
-from schemas.errors import ProofError
+from schemas.errors import ProofError, TokentapeError
 from store.control import ControlLog, open_control
 from store.ledger.witness import Witness, anchors
 from store.merge import merge
 from tokentape.installation import Installation
+
+log = structlog.get_logger("tokentape.jobs")
 
 
 def all_jobs(installation: Installation) -> list[Job]:
@@ -47,6 +52,7 @@ def all_jobs(installation: Installation) -> list[Job]:
             every.snapshots_s,
             lambda dry: versioning(installation).run(dry_run=dry),
         ),
+        Job("iceberg", "bring the Iceberg table to the cold segments", every.iceberg_s, lambda dry: _iceberg(installation, dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -59,7 +65,13 @@ def tier_now(installation: Installation) -> Job:
 def tiering_of(installation: Installation) -> Tiering:
     """Tiering over the installation's parts."""
     return Tiering(
-        installation.settings, installation.catalog, installation.objects, installation.ledger, installation.registry, installation.recorder
+        installation.settings,
+        installation.catalog,
+        installation.objects,
+        installation.ledger,
+        installation.registry,
+        installation.recorder,
+        withdraw=lambda: _follow(installation),
     )
 
 
@@ -68,7 +80,29 @@ def _tier(installation: Installation, dry_run: bool, *, all_days: bool = False) 
     summary = tiering_of(installation).run(all_days=all_days, dry_run=dry_run)
     if summary.get("segments"):
         summary["checkpoint"] = _checkpoints(installation).run()["ledger_size"]
+        _follow(installation)
     return summary
+
+
+def _follow(installation: Installation) -> None:
+    """Publish what changed. A projection must not stop a job that keeps or removes data: the iceberg job tries again, and fails openly."""
+    if installation.settings.iceberg.publish == "on":
+        try:
+            iceberg_of(installation).publish()
+        except TokentapeError as error:
+            log.warning("iceberg.behind", error=str(error))
+
+
+def iceberg_of(installation: Installation) -> Iceberg:
+    """The cold tier's table for other engines."""
+    return Iceberg(installation.settings, installation.catalog)
+
+
+def _iceberg(installation: Installation, dry_run: bool) -> dict[str, Any]:
+    if installation.settings.iceberg.publish == "off":
+        return {"added": 0, "iceberg": "off: set iceberg.publish"}
+    table = iceberg_of(installation)
+    return table.preview() if dry_run else table.publish().to_json()
 
 
 def _checkpoints(installation: Installation) -> Checkpoints:

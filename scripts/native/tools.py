@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,10 @@ READERS = (
 )
 """What another team reads a topic with. The compiler comes along because a Java may have none; Kafka's command line tools
 are those of the newest version that publishes them, and bring their own clients."""
+
+SPARK_LOCK = ROOT / "locks" / "spark-jars.sha256"
+SPARK_READERS = ("org.apache.iceberg:iceberg-spark-runtime-4.0_2.13:1.11.0", "org.xerial:sqlite-jdbc:3.50.3.0")
+"""What Spark reads an Iceberg table with whose catalog is an SQLite file."""
 
 Say = Callable[[str], None]
 
@@ -174,12 +179,37 @@ def reader_jars(say: Say) -> Path:
 
     def build(folder: Path) -> None:
         say("fetching Java Avro and Kafka's command line tools with Maven (18 MB)")
-        env = {**os.environ, "JAVA_HOME": str(Path(java(say)).resolve().parents[1])}
-        for artifact in READERS:
-            run([maven(say), "-q", "-B", "dependency:copy", f"-Dartifact={artifact}", "-DoutputDirectory=libs"], cwd=folder, env=env)
+        _copy_jars(READERS, folder, say)
         check_jars(folder / "libs", READERS_LOCK)
 
     return _cached("readers-1", build) / "libs"
+
+
+def spark_jars(say: Say) -> Path:
+    """Folder of Apache Spark's jars and of what it reads Iceberg with, fetched once: Spark's are those in PySpark's archive."""
+
+    def build(folder: Path) -> None:
+        say("fetching Spark and Iceberg (500 MB)")
+        _copy_jars(SPARK_READERS, folder, say)
+        check_jars(folder / "libs", SPARK_LOCK)
+        (folder / "requirements.txt").write_text(_lock_entry("pyspark"), encoding="utf-8")
+        run([*_pip(), "download", "--quiet", "--no-deps", "--require-hashes", "-r", "requirements.txt"], cwd=folder)
+        archive = next(folder.glob("pyspark-*.tar.gz"))
+        with tarfile.open(archive) as packed:
+            for member in packed:
+                if member.name.endswith(".jar") and "/deps/jars/" in member.name:
+                    member.name = Path(member.name).name
+                    packed.extract(member, folder / "libs", filter="data")
+        archive.unlink()
+
+    return _cached("spark-1", build) / "libs"
+
+
+def _copy_jars(artifacts: Sequence[str], folder: Path, say: Say) -> None:
+    """Have Maven put artifacts, without what they depend on, into `folder`/libs."""
+    env = {**os.environ, "JAVA_HOME": str(Path(java(say)).resolve().parents[1])}
+    for artifact in artifacts:
+        run([maven(say), "-q", "-B", "dependency:copy", f"-Dartifact={artifact}", "-DoutputDirectory=libs"], cwd=folder, env=env)
 
 
 def check_jars(libs: Path, lock: Path = JARS_LOCK) -> None:

@@ -17,7 +17,7 @@ from store.requeue import requeue
 from tokentape import doctor as checks
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.jobs import all_jobs, tier_now
+from tokentape.jobs import all_jobs, iceberg_of, tier_now
 from tokentape.output import out, write_rows
 from tokentape.status import collect, render
 
@@ -76,6 +76,16 @@ def print_summary(name: str, summary: dict[str, Any], dry_run: bool) -> None:
                 out.print(f"    {item}", markup=False)
         else:
             out.print(f"  {key}: {value:,}" if isinstance(value, int) else f"  {key}: {value}", markup=False)
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Say which files would come and go and change nothing.")
+@with_installation
+def iceberg(installation: Installation, dry_run: bool) -> None:
+    """Publish the cold tier as an Apache Iceberg table now, whatever iceberg.publish says, and print where readers find it."""
+    table = iceberg_of(installation)
+    found = table.preview() if dry_run else table.publish().to_json()
+    print_summary("iceberg", found if dry_run else {"catalog": table.shown, "table": table.name, **found}, dry_run)
 
 
 @click.command()
@@ -220,4 +230,4 @@ def _place(text: str) -> tuple[int, int]:
     return int(partition), int(offset)
 
 
-COMMANDS = [index, merge, tier, rebuild, jobs, quarantine, status, doctor]
+COMMANDS = [index, merge, tier, iceberg, rebuild, jobs, quarantine, status, doctor]
