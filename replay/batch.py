@@ -16,13 +16,12 @@ from typing import NamedTuple
 from replay.calibration import Calibrations
 from replay.compare import Outcome, run_compare
 from replay.engines.base import Engine
+from replay.gathering import Gathered
 from replay.memory import Memory
 from schemas.errors import EngineUnavailable, TokentapeError, UnknownSession
 from schemas.sink import EventSink
 from store.rows import StoredEvent
 
-ASK_AGAIN_S = 60.0
-"""How long an engine is taken to be what it said it is."""
 WORST = 5
 """Tokens named in a summary."""
 
@@ -78,21 +77,31 @@ class Batch:
         self._events_of, self._sink, self._run, self._actor = events_of, sink, run, actor
         self._calibrations, self._told = calibrations, told
         self._lock = threading.Lock()
-        self._faults: list[TokentapeError] = []
+        self._reading = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._at_work = 0
+        self._faults: list[BaseException] = []
         self.summary = Summary()
 
-    def run(self, engines: Sequence[Engine]) -> Summary:
-        """Replay all sessions, an engine per thread. An engine that fails gives its session to the others.
+    def run(self, engines: Sequence[Engine], *, at_once: int = 1) -> Summary:
+        """Replay all sessions, `at_once` of them beside one another on each engine. One that fails gives its sessions to the others.
 
         Raises:
             EngineUnavailable: no engine is left; what was done stays done.
         """
         began = time.monotonic()
-        threads = [threading.Thread(target=self._work, args=(engine,), name=engine.name, daemon=True) for engine in engines]
+        gathered = [Gathered(engine) for engine in engines]
+        threads = [
+            threading.Thread(target=self._work, args=(engine, memory), name=f"replay {number} {engine.name}", daemon=True)
+            for engine, memory in [(engine, Memory()) for engine in gathered]
+            for number in range(min(at_once, len(self._waiting)))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        for engine in gathered:
+            engine.close()
         self.summary.seconds = time.monotonic() - began
         if other := next((fault for fault in self._faults if not isinstance(fault, EngineUnavailable)), None):
             raise other
@@ -102,31 +111,44 @@ class Batch:
             raise EngineUnavailable(fault, operation="replay-batch", hint="start an engine and run the same command again: it goes on")
         return self.summary
 
-    def _work(self, engine: Engine) -> None:
-        memory, asked_at = Memory(), time.monotonic()
-        while not self._stopped() and (session := self._next()) is not None:
-            if time.monotonic() - asked_at > ASK_AGAIN_S:
-                memory, asked_at = Memory(), time.monotonic()
+    def _work(self, engine: Engine, memory: Memory) -> None:
+        while (session := self._next()) is not None:
             try:
                 self._one(engine, session, memory)
             except UnknownSession:  # erased since it was listed
-                with self._lock:
-                    self.summary.unknown += 1
-            except TokentapeError as error:
-                with self._lock:
-                    self._waiting.appendleft(session)
-                    self._faults.append(error)
+                self._done(unknown=1)
+            except BaseException as error:
+                self._done(again=session, fault=error)
+                if not isinstance(error, TokentapeError):
+                    raise
                 return
+            else:
+                self._done()
+
+    def _next(self) -> str | None:
+        """The next session; None when none is left. One that is at work may come back, so its end is waited for."""
+        with self._changed:
+            while not self._waiting and self._at_work and not self._stopped():
+                self._changed.wait()
+            if not self._waiting or self._stopped():
+                return None
+            self._at_work += 1
+            return self._waiting.popleft()
+
+    def _done(self, *, unknown: int = 0, again: str | None = None, fault: BaseException | None = None) -> None:
+        with self._changed:
+            self._at_work -= 1
+            self.summary.unknown += unknown
+            if again is not None and fault is not None:
+                self._waiting.appendleft(again)
+                self._faults.append(fault)
+            self._changed.notify_all()
 
     def _stopped(self) -> bool:
         return any(not isinstance(fault, EngineUnavailable) for fault in self._faults)
 
-    def _next(self) -> str | None:
-        with self._lock:
-            return self._waiting.popleft() if self._waiting else None
-
     def _one(self, engine: Engine, session: str, memory: Memory) -> None:
-        with self._lock:  # the reader of events is one connection
+        with self._reading:  # the reader of events is one connection
             events = self._events_of(session)
         outcome = run_compare(events, engine, self._sink, actor=self._actor, calibrations=self._calibrations, run=self._run, memory=memory)
         with self._lock:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from replay.batch import Batch
-from replay.engines.base import Generated, Request
+from replay.engines.base import Forced, Generated, Refused, Request, Scored
 from replay.engines.openai import OpenAIEngine
+from replay.gathering import Gathered
 from replay.words import uuid
 from schemas import events as e
 from schemas.errors import EngineUnavailable
@@ -133,3 +137,55 @@ def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:
     calls.clear()
     summary = Batch(["a", "b", "c"], lambda _: events, Sink(), run="r").run([Scorer(dying), Scorer(lambda ids: scored([-1.0] * len(ids)))])
     assert {"identical": 3} == dict(summary.verdicts)
+
+
+def test_what_waits_goes_as_one_batch() -> None:
+    """While the engine is at work others ask; it then gets all of them at once, each has its own answer, and a failure is everyone's."""
+    begun, go, sizes = threading.Event(), threading.Event(), []
+
+    class Slow(Scorer):
+        def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+            sizes.append(len(several))
+            begun.set()
+            assert go.wait(60)
+            if any(each.token_ids == (13,) for each in several):
+                raise EngineUnavailable("gone", operation="ask engine")
+            return [scored([-float(token) for token in each.token_ids]) for each in several]
+
+    gathered = Gathered(Slow(lambda ids: scored([])))
+
+    def ask(token: int) -> Scored | Refused:
+        return gathered.force(Request(None), (1,), (token,))
+
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(ask, 1)
+        assert begun.wait(60)
+        rest = [pool.submit(ask, token) for token in range(2, 9)]
+        until(lambda: gathered.waiting == 7 or None)
+        go.set()
+        answers = [future.result(60) for future in (first, *rest)]
+        bad = pool.submit(ask, 13)
+        with pytest.raises(EngineUnavailable, match="gone"):
+            bad.result(60)
+    gathered.close()
+
+    assert sizes == [1, 7, 1]
+    assert answers == [scored([-float(token)]) for token in range(1, 9)]
+
+
+def test_a_session_that_comes_back_finds_an_engine() -> None:
+    """The last session's engine dies while the other has nothing to do: the other waited, and does it."""
+    other_idle = threading.Event()
+
+    def dying(ids: tuple[int, ...]) -> Any:
+        assert other_idle.wait(60)
+        raise EngineUnavailable("gone", operation="ask engine")
+
+    def well(ids: tuple[int, ...]) -> Any:
+        other_idle.set()
+        return scored([-1.0] * len(ids))
+
+    events = taped([-1.0] * 20).events
+    summary = Batch(["a", "b"], lambda _: events, Sink(), run="r").run([Scorer(dying), Scorer(well)])
+
+    assert {"identical": 2} == dict(summary.verdicts)

@@ -36,6 +36,7 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 )
 @click.option("--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32.")
 @click.option("--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: its folder.")
+@click.option("--at-once", default=32, show_default=True, type=click.IntRange(1, 1024), help="Sessions beside one another on each engine.")
 @click.option("--run", metavar="NAME", help="Name of the run; a run of that name goes on where it stopped.  [default: the time]")
 @click.option("--exact", is_flag=True, help="Instead of --where: a recorded engine run again, every token and logprob bit for bit.")
 @click.option("--engine-run", "run_id", metavar="RUN", help="With --exact: which run; see engine-runs.")
@@ -51,6 +52,7 @@ def replay_batch(
     engines: tuple[str, ...],
     options: tuple[str, ...],
     model: str | None,
+    at_once: int,
     run: str | None,
     exact: bool,
     run_id: str | None,
@@ -79,7 +81,7 @@ def replay_batch(
     if where is None or run_id or until or forced or changed or debug:
         fault = "nothing says which sessions" if where is None else "--engine-run, --until, --forced, --engine-arg and --debug need --exact"
         raise UsageError(fault, operation="replay-batch", hint="--where SQL for sessions, or --exact --engine-run RUN")
-    _compare_all(installation, where, engines, options, model, run, fmt)
+    _compare_all(installation, where, engines, options, model, at_once, run, fmt)
 
 
 def _compare_all(
@@ -88,6 +90,7 @@ def _compare_all(
     engines: tuple[str, ...],
     options: tuple[str, ...],
     model: str | None,
+    at_once: int,
     run: str | None,
     fmt: str,
 ) -> None:
@@ -119,7 +122,7 @@ def _compare_all(
                 told=told,
             )
             try:
-                summary = batch.run(opened)
+                summary = batch.run(opened, at_once=at_once)
             finally:
                 if batch.summary.verdicts:
                     _print(name, batch.summary, fmt)
