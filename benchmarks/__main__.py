@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "stops", "memory", "custody", "verdicts")
-LONG = ("open_streams", "capture", "exact")
+LONG = ("open_streams", "capture", "exact", "replay")
 """Only when they are named: they take long, or a machine of their own."""
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,0 +1,146 @@
+"""Batch compare replay, from the tape to verdicts on the tape, beside the same engine that is only made to say the tokens.
+
+python -m benchmarks.replay --model PATH [--sessions N] [--tokens N] [--at-once N] [--pairs N] [--engine JSON] --out FILE
+
+Where the runner has vLLM's trace replay the tokens are decoded again, elsewhere they are scored as a prompt; either way the
+bare engine gets all sequences in one call, which is the most that it can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run() -> list[dict[str, Any]]:
+    """Rows of the table."""
+    from tests.engine_load import make_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        make_model(model)
+        out = Path(folder) / "out.json"
+        env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        subprocess.run([sys.executable, "-m", "benchmarks.replay", "--model", str(model), "--out", str(out)], env=env, check=True)
+        return rows_of(json.loads(out.read_text()))
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table's rows of one measurement."""
+    ratios = [batch / bare for batch, bare in zip(found["batch"], found["bare"], strict=True)]
+    what = f"tokens/s of replay-batch, {found['sessions']} sessions of {found['tokens']} tokens, {found['device']}"
+    return [
+        {
+            "what": what,
+            "value": statistics.median(found["batch"]),
+            "unit": "tok/s",
+            "beside": f"the same engine bare, {found['how']}",
+            "beside_value": statistics.median(found["bare"]),
+            "ratio": statistics.median(ratios),
+            "reach": "≥ 0.95",
+        }
+    ]
+
+
+def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
+    from replay.batch import Batch
+    from replay.engines.base import Forced, Generated, Request
+    from replay.engines.vllm import VllmEngine
+    from schemas.settings import Settings
+    from tokentape.installation import Installation
+
+    engine = VllmEngine(str(given.model), options=given.engine)
+    draw = random.Random(0)
+    asked = [
+        Request(
+            None, {"prompt": [draw.randrange(10, 500) for _ in range(draw.randrange(32, 128))], **_parameters(given, i)}, 0, COMPLETIONS
+        )
+        for i in range(given.sessions)
+    ]
+    said = [each for each in engine.generate_all(asked) if isinstance(each, Generated)]
+    forced = [Forced(r, s.prompt_token_ids, s.sequences[0].token_ids) for r, s in zip(asked, said, strict=True)]
+    with Installation(Settings(data=data)) as installation:
+        environment = engine.fingerprint()
+        sessions = [_record(installation, each, answer, environment) for each, answer in zip(asked, said, strict=True)]
+        installation.recorder.flush(60)
+        installation.freshen()
+        found: dict[str, Any] = {"bare": [], "batch": [], "sessions": given.sessions, "tokens": given.tokens, "device": _device()}
+        found["how"] = getattr(engine.force_all(forced[:1])[0], "how", "refused")
+        tokens = sum(len(each.token_ids) for each in forced)
+        for turn in range(given.pairs):
+            for name in ("bare", "batch")[:: 1 if turn % 2 else -1]:
+                began = time.perf_counter()
+                if name == "bare":
+                    engine.force_all(forced)
+                else:
+                    summary = Batch(sessions, installation.session_events, installation.recorder, run=f"r{turn}").run(
+                        [engine], at_once=given.at_once
+                    )
+                    assert summary.tokens == tokens, summary
+                    installation.recorder.flush(60)
+                found[name].append(tokens / (time.perf_counter() - began))
+    return found
+
+
+COMPLETIONS = "/v1/completions"
+
+
+def _parameters(given: argparse.Namespace, i: int) -> dict[str, Any]:
+    return {"max_tokens": given.tokens, "ignore_eos": True, "temperature": i % 2, "seed": i}
+
+
+def _record(installation: Any, request: Any, said: Any, environment: Any) -> str:
+    """Put one generation on the tape, as a gateway does; its session."""
+    from replay.words import uuid
+    from schemas.sink import SessionContext, new_id
+    from tests.tape import Tape, finish
+
+    tape, spoken = Tape("benchmark"), said.sequences[0]
+    tape.add(environment)
+    fields = {"parameters": request.document, "environment_id": environment.environment_id, "endpoint": COMPLETIONS}
+    g = tape.request("g", [], 0, model="m", **fields)
+    tape.started(g, 1, 1, said.prompt_token_ids)
+    count = len(spoken.token_ids)
+    for first in range(0, count, 64):
+        part = slice(first, first + 64)
+        times = [float(i) for i in range(count)][part]
+        tape.tokens(g, 0, times, ["x"] * len(times), position=first, ids=spoken.token_ids[part], logprobs=spoken.logprobs[part])
+    finish(tape, g, 0, [count], count + 10)
+    context = SessionContext(new_id(), "default", "gateway")
+    for stored in tape.events:
+        installation.recorder.record(context, stored.event.payload)
+    return uuid(context.session_id)
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def main() -> None:
+    """Take turns and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--engine", type=json.loads, default={})
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        given.out.write_text(json.dumps(_measure(given, Path(folder))))
+
+
+if __name__ == "__main__":
+    main()
