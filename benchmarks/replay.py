@@ -82,7 +82,7 @@ def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
                 if name == "bare":
                     engine.force_all(forced)
                 else:
-                    summary = Batch(sessions, installation.session_events, installation.recorder, run=f"r{turn}").run(
+                    summary = Batch(sessions, installation.events_of_sessions, installation.recorder, run=f"r{turn}").run(
                         [engine], at_once=given.at_once
                     )
                     assert summary.tokens == tokens, summary

@@ -127,7 +127,7 @@ def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:
         return scored([-1.0] * len(ids))
 
     events, sink = taped([-1.0] * 20).events, Sink()
-    alone = Batch(["a", "b", "c"], lambda _: events, sink, run="r")
+    alone = Batch(["a", "b", "c"], lambda names: dict.fromkeys(names, events), sink, run="r")
     with pytest.raises(EngineUnavailable, match="no engine is left after 1 sessions, 2 wait: ask engine: gone"):
         alone.run([Scorer(dying)])
 
@@ -135,7 +135,8 @@ def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:
     assert (2, 1) == (kinds["replay_started"], kinds["replay_finished"])
     assert "the engine failed" in [payload.reason for _, payload in sink.recorded if isinstance(payload, e.SessionClosed)]
     calls.clear()
-    summary = Batch(["a", "b", "c"], lambda _: events, Sink(), run="r").run([Scorer(dying), Scorer(lambda ids: scored([-1.0] * len(ids)))])
+    engines = [Scorer(dying), Scorer(lambda ids: scored([-1.0] * len(ids)))]
+    summary = Batch(["a", "b", "c"], lambda names: dict.fromkeys(names, events), Sink(), run="r").run(engines)
     assert {"identical": 3} == dict(summary.verdicts)
 
 
@@ -186,6 +187,6 @@ def test_a_session_that_comes_back_finds_an_engine() -> None:
         return scored([-1.0] * len(ids))
 
     events = taped([-1.0] * 20).events
-    summary = Batch(["a", "b"], lambda _: events, Sink(), run="r").run([Scorer(dying), Scorer(well)])
+    summary = Batch(["a", "b"], lambda names: dict.fromkeys(names, events), Sink(), run="r").run([Scorer(dying), Scorer(well)])
 
     assert {"identical": 2} == dict(summary.verdicts)

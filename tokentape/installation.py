@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import getpass
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -159,7 +160,15 @@ class Installation:
         Raises:
             UnknownSession: as `session_id`.
         """
-        events = list(self.reader.session(self.session_id(text)))
+        return self._with_blobs(list(self.reader.session(self.session_id(text))), attachments)
+
+    def events_of_sessions(self, ids: Sequence[str], *, attachments: bool = False) -> dict[str, list[StoredEvent]]:
+        """`session_events` of many whole ids, read together; those that are not known are left out."""
+        names = {uuid.UUID(each).bytes: each for each in ids}
+        found = self.reader.sessions(list(names))
+        return {names[session]: self._with_blobs(events, attachments) for session, events in found.items()}
+
+    def _with_blobs(self, events: list[StoredEvent], attachments: bool) -> list[StoredEvent]:
         try:
             return list(with_blobs(events, lambda: self.blobs, attachments=attachments))
         except Unavailable as error:

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import IO, Any
+from typing import Any
 
 from schemas.enginerun.decisions import admitted, preempted
 
@@ -29,7 +29,10 @@ FRAME_CALLS = 64
 """Calls in one frame at most …"""
 FRAME_NS = 50_000_000
 """… and this is how long one waits for company while the engine works."""
-FRAMES_MAX = 4096
+KEPT_MAX = 256
+"""Outputs of the engine that are kept for a frame at most. Each holds a list, and Python's garbage collector starts when 700 containers
+more are alive than before: what survives ages, until a full collection stops the engine for a good part of a second."""
+FRAMES_MAX = 32_768
 """Frames that wait for the recorder before further ones are let go: minutes of an engine at work."""
 CLOSE_S = 5.0
 """How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
@@ -50,6 +53,7 @@ class Tap:
         self._scored: list[str] = []
         self._calls: list[tuple[Any, ...]] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
+        self._kept = 0
         self._pipe = _Pipe(_Plain(speculative="speculative decoding" in header["unrepeatable"]))
         self._send()
 
@@ -90,8 +94,11 @@ class Tap:
                 self._scored = rows = list(result.req_ids)
         state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
         now_ns = time.monotonic_ns()
-        self._calls.append(("update", now_ns, [part.outputs for part in outputs.values()], rows, scores, state))
-        if now_ns - self._sent_ns > FRAME_NS or len(self._calls) >= FRAME_CALLS or not scheduler.requests:
+        said = [part.outputs for part in outputs.values()]
+        self._kept += sum(map(len, said))
+        self._calls.append(("update", now_ns, said, rows, scores, state))
+        full = len(self._calls) >= FRAME_CALLS or self._kept >= KEPT_MAX
+        if full or now_ns - self._sent_ns > FRAME_NS or not scheduler.requests:
             self._send()
 
     def close(self) -> None:
@@ -100,7 +107,7 @@ class Tap:
         self._pipe.close()
 
     def _send(self) -> None:
-        calls, self._calls = self._calls, []
+        calls, self._calls, self._kept = self._calls, [], 0
         self._sent_ns = time.monotonic_ns()
         if calls and not self._pipe.put(calls):
             self._calls = [("lost", len(calls))]
@@ -176,49 +183,66 @@ class _Plain:
 
 
 class _Pipe:
-    """The recorder's process and the thread that feeds it."""
+    """The recorder's process and the two threads that feed it.
+
+    One makes bytes of calls as soon as they come, the other writes them when the recorder takes them. What waits for a slow
+    recorder is so a few objects and not the engine's own lists, of which thousands would keep the garbage collector at work.
+    """
 
     def __init__(self, plain: _Plain) -> None:
         self.over = False
         self._plain = plain
-        self._frames: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended.
         self._process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
-        self._thread = threading.Thread(target=self._feed, name="tokentape-tap", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=work, name="tokentape-tap", daemon=True) for work in (self._pack, self._write)]
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.close)
 
     def put(self, calls: list[tuple[Any, ...]]) -> bool:
         """Take calls in; False when too many wait already."""
         if not self.over:
-            if self._frames.qsize() >= FRAMES_MAX:
+            if self._calls.qsize() + self._frames.qsize() >= FRAMES_MAX:
                 return False
-            self._frames.put(calls)
+            self._calls.put(calls)
         return True
 
     def close(self) -> None:
         """Hand over what waits; the recorder then ends by itself. Safe to call twice."""
         atexit.unregister(self.close)
-        self._frames.put(None)
-        self._thread.join(CLOSE_S)
+        self._calls.put(None)
+        deadline = time.monotonic() + CLOSE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _feed(self) -> None:
+    def _pack(self) -> None:
+        while (calls := self._calls.get()) is not None:
+            try:
+                frame = marshal.dumps(self._plain.calls(calls))
+            except (ValueError, TypeError, LookupError) as error:
+                self._end(error)
+                break
+            del calls  # while the next ones are waited for nothing of the engine is held
+            self._frames.put(SIZE.pack(len(frame)) + frame)
+        self._frames.put(None)
+
+    def _write(self) -> None:
         out = self._process.stdin
         assert out is not None
         try:
-            while (calls := self._frames.get()) is not None:
-                _write(out, self._plain.calls(calls))
+            while (frame := self._frames.get()) is not None:
+                out.write(frame)
+                out.flush()
             out.close()
             self._process.wait()
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            self.over = True
-            sys.stderr.write(f"tokentape: nothing more of this engine run is recorded: {error or 'its recorder has ended'}\n")
+        except OSError as error:
+            self._end(error)
 
-
-def _write(out: IO[bytes], calls: list[tuple[Any, ...]]) -> None:
-    frame = marshal.dumps(calls)
-    out.write(SIZE.pack(len(frame)) + frame)
-    out.flush()
+    def _end(self, error: Exception) -> None:
+        self.over = True
+        sys.stderr.write(f"tokentape: nothing more of this engine run is recorded: {error or 'its recorder has ended'}\n")
 
 
 def request_document(request: Any) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def _compare_all(
         with _progress(len(chosen), len(chosen) - len(left)) as told:
             batch = Batch(
                 left,
-                lambda session: installation.session_events(session, attachments=True),
+                lambda sessions: installation.events_of_sessions(sessions, attachments=True),
                 installation.recorder,
                 run=name,
                 actor=installation.person(),
