@@ -17,7 +17,7 @@ from ingest.gateway.kept import Response, continued, owner_of
 from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
-from ingest.gateway.placement import Asker, labels
+from ingest.gateway.placement import Asker, labels, tags_named
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
 from ingest.gateway.stream import ODD, Stream, error_of, malformed
 from ingest.gateway.tape import Tape
@@ -176,10 +176,9 @@ class Generation:
 
     def _place(self, request: ClientRequest) -> None:
         """Find the session of a request, before anything is recorded of it."""
-        tags = labels(self.exchange, request.fields, self.tape.clean, 1)["tags"]
         named = self.exchange.header(SESSION_HEADER) is not None
         session = self._earlier.session if self._earlier and not named else self.session
-        self.session = self.parts.placement.place(self.exchange, request, session, self._asker, tags)
+        self.session = self.parts.placement.place(self.exchange, request, session, self._asker, self.tape.clean)
         self.tape.move(self.session)
 
     def _remember(self) -> None:
@@ -200,9 +199,11 @@ class Generation:
         self.tape.submitted(request, facts, extra)
 
     def _open(self, fields: dict[str, Any]) -> None:
+        if self.session.opened:
+            return self.tape.tagged(tags_named(self.exchange, fields, self.tape.clean))
         own = self.session.context.sample_rate
         rate = self.parts.settings.recorder.sample_rate if own is None else own
-        self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
+        return self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
 
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
