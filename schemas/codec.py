@@ -10,7 +10,7 @@ import hmac
 import io
 import time
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fastavro
@@ -65,9 +65,16 @@ def zigzag(value: int) -> bytes:
     return out + _LAST[n]
 
 
-def zigzags(values: Iterable[int]) -> bytes:
-    """The same for many, end to end. Raises as `zigzag` does."""
-    return b"".join([_LAST[value << 1] if 0 <= value < 0x2000 else zigzag(value) for value in values])
+def zigzags(values: Sequence[int]) -> bytes:
+    """The same for one or more, end to end. Raises as `zigzag` does."""
+    if min(values) < 0:
+        return b"".join(map(zigzag, values))
+    return b"".join(
+        [
+            _LAST[n] if (n := value << 1) < 0x4000 else _MORE[n & 0x3FFF] + _LAST[n >> 14] if n < 0x10000000 else zigzag(value)
+            for value in values
+        ]
+    )
 
 
 def _string(value: str) -> bytes:

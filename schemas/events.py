@@ -89,7 +89,7 @@ class Record(BaseModel):
 
     @classmethod
     def known(cls, **values: Any) -> Self:
-        """The record of values that MUST be valid: only texts are cleaned, nothing else is looked at, which is five times as fast.
+        """The record of values that MUST be valid: only texts are cleaned, nothing else is looked at.
 
         For values that this program made itself; what comes from outside goes the usual way.
 

@@ -67,14 +67,17 @@ class Exchange:
         Raises:
             Failure: over the limit, not complete in time, or the client hung up before its end.
         """
+        pieces: list[bytes] = []
+        rest = begun(self._read_into(pieces))  # most bodies are there with their head, and need no clock
         try:
-            async with asyncio.timeout(self._body_timeout_s):
-                return await self._whole_body()
+            if rest is not None:
+                async with asyncio.timeout(self._body_timeout_s):
+                    await rest
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except TimeoutError:
             raise Failure(errors.TOO_SLOW, f"The request was not complete after {self._body_timeout_s:g} s.") from None
 
-    async def _whole_body(self) -> bytes:
-        pieces: list[bytes] = []
+    async def _read_into(self, pieces: list[bytes]) -> None:
         more = True
         while more:
             message = await self._receive()
@@ -86,7 +89,6 @@ class Exchange:
                 pieces.append(message.get("body", b""))
         if self.body_bytes > self._body_bytes_max:
             raise Failure(errors.TOO_LARGE, f"The body is over the limit of {self._body_bytes_max} bytes.")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, for who keeps no more of it and has a limit of its own.
