@@ -1,4 +1,4 @@
-"""What the gateway adds: beside its bare upstream, a pass-through of the same server and client libraries, and LiteLLM's proxy.
+"""What the gateway adds: beside its bare upstream, a pass-through of uvicorn and aiohttp, and LiteLLM's proxy.
 
 Processes over real sockets: a stub that streams like vLLM (64 tokens; ids and logprobs when asked for) and the load on one
 core, what is measured on another. Runs of the targets alternate, so that noise of the machine meets all of them; the
@@ -197,7 +197,7 @@ def gateway(pipe: Connection, upstream: str, folder: str) -> None:
 
 
 def _pass_through(pipe: Connection, upstream: str) -> None:
-    """The least that a proxy of these libraries does: no parsing, no recording, no time-outs."""
+    """The least that a proxy does which is made of a common server and client library: no parsing, no recording, no time-outs."""
     client: list[aiohttp.ClientSession] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

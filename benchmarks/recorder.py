@@ -13,7 +13,17 @@ from ingest.coalesce import Coalescer, delta_of
 from ingest.encoding import Stamp, encode
 from ingest.recorder import Recorder
 from schemas.codec import encode_payload, join
-from schemas.events import ChunkContent, Payload, SequenceFinished, TokenChunk
+from schemas.events import (
+    ChunkContent,
+    GenerationContent,
+    GenerationStarted,
+    Message,
+    Payload,
+    RequestContent,
+    RequestSubmitted,
+    SequenceFinished,
+    TokenChunk,
+)
 from schemas.settings import LogSettings, RecorderSettings
 from schemas.sink import SessionContext, new_id
 from store.log import open_log
@@ -23,6 +33,8 @@ _CALLS = 50_000
 # A busy gateway records about this often; between two calls its thread does other things.
 _PAUSE_S = 20e-6
 _EVENTS = 100_000
+# The same of what takes fastavro ten times as long.
+_SLOW = 10_000
 
 
 def run() -> list[dict[str, Any]]:
@@ -82,6 +94,10 @@ def _throughput() -> list[dict[str, Any]]:
         base = _generic(payload)
         for name, rate in (("record(TokenChunk) to entry", _encoding(payload)), ("tokens() to entry", _coalescing(tokens))):
             rows.append(_row(f"{name}, {tokens} token(s) per event", rate, "events/s", f"fastavro ({base:,.0f} events/s)", rate / base))
+    for payload in (_request(), _started()):
+        base = _rate(lambda: encode_payload(payload.KIND, payload.model_dump()), _SLOW)  # noqa: B023  measured at once
+        rate = _rate(lambda: encode(payload), _SLOW)  # noqa: B023  measured at once
+        rows.append(_row(f"{payload.KIND} to bytes", rate, "events/s", f"fastavro ({base:,.0f} events/s)", rate / base))
     rate = _whole()
     rows.append(_row("record() to durable in the embedded log, whole process", rate, "events/s", "60,000 events/s", rate / 60_000))
     return rows
@@ -90,6 +106,20 @@ def _throughput() -> list[dict[str, Any]]:
 def _chunk(tokens: int) -> Payload:
     content = ChunkContent(token_ids=[35_012] * tokens, text=" word" * tokens, lengths=[5] * tokens, logprobs=[-0.25] * tokens)
     return TokenChunk(generation_id=new_id(), index=0, position=17, offsets_us=[1_234_567] * tokens, content=content)
+
+
+def _request() -> Payload:
+    """A request of two messages, as a gateway's clients send it."""
+    messages = [Message(message_id=new_id(), role=role, body="What does the tape keep? " * 8) for role in ("system", "user")]
+    ids, content = [message.message_id for message in messages], RequestContent(messages=messages, parameters='{"stream":true}')
+    facts: dict[str, Any] = {"model": "tiny", "stream": True, "seed": 1847, "client_address": "127.0.0.1", "priority": "interactive"}
+    return RequestSubmitted(generation_id=new_id(), endpoint="/v1/chat/completions", message_ids=ids, content=content, **facts)
+
+
+def _started() -> Payload:
+    """An answer to a prompt of 48 tokens."""
+    content = GenerationContent(prompt_token_ids=list(range(35_000, 35_048)))
+    return GenerationStarted(generation_id=new_id(), authoritative="gateway", model="tiny", prompt_tokens=48, content=content)
 
 
 def _generic(payload: Payload) -> float:
@@ -138,15 +168,15 @@ def _whole() -> float:
     return _EVENTS / took
 
 
-def _rate(call: Callable[[], object]) -> float:
+def _rate(call: Callable[[], object], times: int = _EVENTS) -> float:
     """Events per second, the best of three runs."""
     best = float("inf")
     for _ in range(3):
         start = time.process_time()
-        for _ in range(_EVENTS):
+        for _ in range(times):
             call()
         best = min(best, time.process_time() - start)
-    return _EVENTS / best
+    return times / best
 
 
 def _row(what: str, value: float, unit: str, beside: str, ratio: float) -> dict[str, Any]:

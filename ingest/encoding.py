@@ -6,7 +6,8 @@ import os
 import struct
 from collections.abc import Sequence
 
-from schemas.codec import encode_payload, payload_dict, uuid7, zigzag
+from schemas.codec import uuid7, zigzag, zigzags
+from schemas.encoder import encode_model
 from schemas.errors import InvalidEvent
 from schemas.events import Float32, Payload, TokenChunk
 from schemas.registry import CURRENT
@@ -76,7 +77,7 @@ def encode(payload: Payload) -> bytes:
         InvalidEvent: a value that the schema does not take.
     """
     if payload.__class__ is not TokenChunk:
-        return encode_payload(payload.KIND, payload_dict(payload))
+        return encode_model(payload)
     assert isinstance(payload, TokenChunk)
     content = payload.content
     head = _chunk_head(payload.generation_id, payload.index, payload.position, payload.channel, payload.offsets_us)
@@ -133,7 +134,7 @@ def _longs(values: Sequence[int]) -> bytes:
         return b"\x00"
     if len(values) == 1:
         return b"\x02" + zigzag(values[0]) + b"\x00"
-    return b"".join((zigzag(len(values)), *map(zigzag, values), b"\x00"))
+    return zigzag(len(values)) + zigzags(values) + b"\x00"
 
 
 def _floats(values: Sequence[float]) -> bytes:

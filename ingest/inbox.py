@@ -45,14 +45,15 @@ class Inbox:
     same moment, and by what tells of losses.
     """
 
-    def __init__(self, *, items_max: int, shed: bool, source: str, start: Callable[[], None]) -> None:
-        """`start` brings the consumer to life; it is called with the first item."""
+    def __init__(self, *, items_max: int, enough: int, shed: bool, source: str, start: Callable[[], None]) -> None:
+        """`start` brings the consumer to life; it is called with the first item. It waits for no more once `enough` items wait."""
         self.queue: deque[Item] = deque()
         self.resting = True
         self.lost = 0
         self._start: Callable[[], None] | None = start
         self._hurry = False
         self._items_max = items_max
+        self._enough = min(enough, items_max // 2)
         self._shed = shed
         self._wake = threading.Event()
         self._room = threading.Condition()
@@ -65,10 +66,11 @@ class Inbox:
     def put(self, session: SessionContext, payload: Any, kind: str) -> None:
         """Queue one payload with the time of now."""
         now = time.time_ns()
-        if len(self.queue) >= self._items_max and not self._find_room(session, kind, now):
+        depth = len(self.queue)
+        if depth >= self._items_max and not self._find_room(session, kind, now):
             return
         self.queue.append((session, payload, now))
-        if self.resting:
+        if self.resting or depth + 1 == self._enough:
             self.wake()
 
     def put_mark(self, mark: object) -> None:
@@ -113,14 +115,14 @@ class Inbox:
         """Whether there is nothing to take and nothing to tell."""
         return not self.queue and not self._losses
 
-    def rest(self, timeout_s: float | None, *, gather_s: float, enough: int) -> None:
-        """Sleep until something is put or the time is over; then let company come, unless `enough` wait or a mark hurries."""
+    def rest(self, timeout_s: float | None, *, gather_s: float) -> None:
+        """Sleep until something is put or the time is over; then let company come, unless enough wait or a mark hurries."""
         self.resting = True
         if self.idle:
             self._wake.wait(timeout_s)
         self.resting = False
         self._wake.clear()
-        if 0 < len(self.queue) < enough and not self._hurry:
+        if 0 < len(self.queue) < self._enough and not self._hurry:
             self._wake.wait(gather_s)
 
     def take(self, limit: int) -> list[Item]:

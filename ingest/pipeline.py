@@ -37,8 +37,9 @@ logger = structlog.get_logger("tokentape.recorder")
 
 # Items encoded at a time: a few milliseconds, after which chunks, marks and the outbox have their turn.
 _TAKE = 256
-# After the first item of a quiet time the thread waits this long for company: one wake-up, one batch.
-_GATHER_S = 0.005
+# After the first item of a quiet time the thread waits this long for company: one wake-up, one batch, one commit. A wake-up
+# costs as much as encoding some ten events, and takes the interpreter from whoever passes tokens on.
+_GATHER_S = 0.02
 # While somebody waits for durability or room, state is looked at this often should a signal be missed.
 _RECHECK_S = 0.05
 # When the recorder is closed, a log that is slow but has not failed is given this long before the rest is left in the spool.
@@ -69,7 +70,7 @@ class Pipeline:
     """
 
     def __init__(self, log: Log, settings: RecorderSettings, *, spool: Path | None, source: str, host: str | None) -> None:
-        self.inbox = Inbox(items_max=settings.queue_max, shed=settings.mode == "shed", source=source, start=self._start)
+        self.inbox = Inbox(items_max=settings.queue_max, enough=_TAKE, shed=settings.mode == "shed", source=source, start=self._start)
         self.taken = 0
         self.sampled_out = 0
         self.sender: Sender | None = None
@@ -176,7 +177,7 @@ class Pipeline:
             self.sender = Sender(self._log, outbox, adopt=self._adopt, progress=self._on_progress, refused=self._on_refused)
             while not (self._closing and self.inbox.idle) and not self._abandoned:
                 if not self._closing:
-                    self.inbox.rest(self._rest_s(), gather_s=_GATHER_S, enough=_TAKE)
+                    self.inbox.rest(self._rest_s(), gather_s=_GATHER_S)
                 with self._surviving():
                     self._round()
             with self._surviving():

@@ -10,13 +10,13 @@ import hmac
 import io
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fastavro
 
 from schemas.errors import InvalidEvent, NewerSchema
-from schemas.events import ENVELOPE, PAYLOADS, SOURCES, Event, Payload, Record
+from schemas.events import ENVELOPE, PAYLOADS, SOURCES, Event, Record
 from schemas.registry import CURRENT, HEADER_BYTES, MAGIC, Schema, SchemaRegistry
 
 ID_SLICE = slice(HEADER_BYTES, HEADER_BYTES + 16)
@@ -63,6 +63,18 @@ def zigzag(value: int) -> bytes:
         out += _MORE[n & 0x3FFF]
         n >>= 14
     return out + _LAST[n]
+
+
+def zigzags(values: Sequence[int]) -> bytes:
+    """The same for one or more, end to end. Raises as `zigzag` does."""
+    if min(values) < 0:
+        return b"".join(map(zigzag, values))
+    return b"".join(
+        [
+            _LAST[n] if (n := value << 1) < 0x4000 else _MORE[n & 0x3FFF] + _LAST[n >> 14] if n < 0x10000000 else zigzag(value)
+            for value in values
+        ]
+    )
 
 
 def _string(value: str) -> bytes:
@@ -282,8 +294,3 @@ def uuid7(milliseconds: int, counter: int, tail: int) -> bytes:
     """
     value = (milliseconds & 0xFFFFFFFFFFFF) << 80 | 0x7 << 76 | (counter & 0xFFF) << 64 | 0x2 << 62 | tail & (1 << 62) - 1
     return value.to_bytes(16, "big")
-
-
-def payload_dict(payload: Payload) -> dict[str, Any]:
-    """A payload as the dict that `encode_payload` takes."""
-    return payload.model_dump()

@@ -6,9 +6,10 @@ field is appended, nullable, with default None; nothing is ever renamed, reused 
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -85,6 +86,42 @@ class Record(BaseModel):
     """A record of the schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
+
+    @classmethod
+    def known(cls, **values: Any) -> Self:
+        """The record of values that MUST be valid: only texts are cleaned, nothing else is looked at.
+
+        For values that this program made itself; what comes from outside goes the usual way.
+
+        Raises:
+            TypeError: a field is missing, or there is none of that name.
+        """
+        for name, value in values.items():
+            if value.__class__ is str and not value.isascii():
+                values[name] = clean_text(value)
+        count, defaults = _shape(cls)
+        fields = {**defaults, **values}
+        if len(fields) != count:
+            raise TypeError(f"{cls.__name__} has the fields {', '.join(cls.model_fields)}, not {', '.join(fields)}")
+        record = cls.__new__(cls)
+        for slot, content in (
+            ("__dict__", fields),
+            ("__pydantic_fields_set__", set(values)),
+            ("__pydantic_extra__", None),
+            ("__pydantic_private__", None),
+        ):
+            _set(record, slot, content)
+        return record
+
+
+_set = object.__setattr__
+
+
+@functools.cache
+def _shape(model: type[Record]) -> tuple[int, dict[str, Any]]:
+    """How many fields a record has, and what stands in those that are not named."""
+    fields = model.model_fields
+    return len(fields), {name: info.default for name, info in fields.items() if not info.is_required()}
 
 
 class Pair(Record):

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from schemas import codec
 from schemas.avro import derive
-from schemas.codec import decode, decode_datum, encode, encode_datum, encode_payload, encode_session, erase, join, leaf_hash, payload_dict
+from schemas.codec import decode, decode_datum, encode, encode_datum, encode_payload, encode_session, erase, join, leaf_hash
+from schemas.encoder import encode_model
 from schemas.errors import InvalidEvent, NewerSchema, UnknownSchema
-from schemas.events import PAYLOADS, ChunkContent, Event, ProducerHeartbeat, TokenChunk
+from schemas.events import PAYLOADS, ChunkContent, Event, ProducerHeartbeat, SequenceStarted, TokenChunk
 from schemas.registry import CURRENT, HEADER_BYTES, Schema, SchemaRegistry
 from store.columns import LOG_COLUMNS, columns
 from store.duck import connect
@@ -89,11 +90,36 @@ def test_decoding_gives_the_event_back(kind: str, data: st.DataObject) -> None:
     plain = io.BytesIO()
     fastavro.schemaless_writer(plain, CURRENT.parsed, event.to_datum())
     session = encode_session(event.session_id, event.salt, event.tenant, event.retention_class, event.actor, event.source)
-    payload = encode_payload(kind, payload_dict(event.payload))
+    payload = encode_payload(kind, event.payload.model_dump())
 
+    assert encode_model(event.payload) == payload
     assert decode(raw, REGISTRY) == event
     assert raw == CURRENT.header + plain.getvalue()
     assert raw == join(event.event_id, session, event.producer_id, event.producer_seq, event.recorded_at, payload)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"generation_id": b"short"}, {"generation_id": "sixteen letters."}, {"index": 1.5}, {"index": 1 << 64}, {"role": 7}, {"index": None}],
+)
+def test_a_wrong_value_has_no_bytes(wrong: dict[str, Any]) -> None:
+    """A record that was made without looking at its values is refused when it is encoded."""
+    payload = SequenceStarted.known(**{"generation_id": bytes(16), "index": 0, **wrong})
+
+    with pytest.raises(InvalidEvent, match=r"sequence_started|64 bits"):
+        encode_model(payload)
+
+
+def test_a_known_record_is_the_record() -> None:
+    """Made without looking it equals the one that was looked at, defaults and cleaned texts included; a wrong name is refused."""
+    values: dict[str, Any] = {"generation_id": bytes(16), "index": 3, "role": "a\ud800b"}
+
+    assert SequenceStarted.known(**values) == SequenceStarted(**values)
+    assert SequenceStarted.known(**values).model_dump() == SequenceStarted(**values).model_dump()
+    with pytest.raises(TypeError, match="SequenceStarted has the fields generation_id, index, role, offset_us, not"):
+        SequenceStarted.known(**values, rôle="x")
+    with pytest.raises(TypeError, match="SequenceStarted has the fields"):
+        SequenceStarted.known(index=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -372,7 +398,7 @@ def test_older_version_is_upcast_and_keeps_its_bytes(duck: duckdb.DuckDBPyConnec
     raws = [encode_datum(sample(kind, full=True).to_datum(), schema) for kind in ("session_opened", "sequence_finished", "token_chunk")]
     _insert(duck, tmp_path, raws, schema)
 
-    assert [payload_dict(decode(raw, registry).payload).get("purpose", "-") for raw in raws] == [None, "-", "-"]
+    assert [decode(raw, registry).payload.model_dump().get("purpose", "-") for raw in raws] == [None, "-", "-"]
     for rows in _rows(duck, tmp_path).values():
         assert [framed(row.datum, row.fingerprint, registry) for row in rows_to_datums(rows)] == raws
         assert [stored.event for stored in stored_events(rows)] == [decode(raw, registry) for raw in raws]

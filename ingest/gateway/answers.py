@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Choice:
     channel: str = "content"
     finished: bool = False
     tools: dict[int, Tool] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)  # the pieces of its text
+    said: io.StringIO = field(default_factory=io.StringIO)  # its text; pieces would take ten times the memory
 
 
 class Piece(NamedTuple):

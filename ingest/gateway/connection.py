@@ -37,12 +37,16 @@ class Connection(HttpToolsProtocol):
         self._stop_waiting()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        """Something came; only a head that is not complete with it needs a clock."""
+        super().data_received(data)
+        if self._begun and self._timer is None:
+            self._wait()
+
     def on_message_begin(self) -> None:
         """The first byte of a head."""
         super().on_message_begin()
         self._begun = True
-        if self._timer is None:
-            self._wait()
 
     def on_headers_complete(self) -> None:
         """The head is there."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, MutableMapping
 from typing import Any
 
 from ingest.gateway import errors
@@ -67,14 +67,17 @@ class Exchange:
         Raises:
             Failure: over the limit, not complete in time, or the client hung up before its end.
         """
+        pieces: list[bytes] = []
+        rest = begun(self._read_into(pieces))  # most bodies are there with their head, and need no clock
         try:
-            async with asyncio.timeout(self._body_timeout_s):
-                return await self._whole_body()
+            if rest is not None:
+                async with asyncio.timeout(self._body_timeout_s):
+                    await rest
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
         except TimeoutError:
             raise Failure(errors.TOO_SLOW, f"The request was not complete after {self._body_timeout_s:g} s.") from None
 
-    async def _whole_body(self) -> bytes:
-        pieces: list[bytes] = []
+    async def _read_into(self, pieces: list[bytes]) -> None:
         more = True
         while more:
             message = await self._receive()
@@ -86,7 +89,6 @@ class Exchange:
                 pieces.append(message.get("body", b""))
         if self.body_bytes > self._body_bytes_max:
             raise Failure(errors.TOO_LARGE, f"The body is over the limit of {self._body_bytes_max} bytes.")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The request's body as it comes, for who keeps no more of it and has a limit of its own.
@@ -132,6 +134,10 @@ class Exchange:
             await self._start(*self._answer)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    def write_now(self, data: bytes) -> Awaitable[None] | None:
+        """Send a piece of the body at once, from whatever callback; what to wait for where the client does not read, else None."""
+        return begun(self.write(data))
+
     async def end(self, data: bytes = b"") -> None:
         """Send the last piece."""
         self.settled = True
@@ -170,6 +176,31 @@ class Exchange:
         self.settled = True
         if self._watcher is not None:
             self._watcher.cancel()
+
+
+def begun(coroutine: Coroutine[Any, Any, None]) -> Awaitable[None] | None:
+    """Run a coroutine to where it first has to wait; the rest of it, None if nothing is left."""
+    try:
+        waits_for = coroutine.send(None)
+    except StopIteration:
+        return None
+    return _Rest(coroutine, waits_for)
+
+
+class _Rest:
+    """The rest of a coroutine that has begun already; await it once."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: Any) -> None:
+        self._coroutine = coroutine
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._waits_for
+        except BaseException:
+            self._coroutine.close()
+            raise
+        yield from self._coroutine.__await__()
 
 
 class Deadline:

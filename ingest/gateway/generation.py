@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+import contextlib
 from typing import Any
 
-import aiohttp
 import structlog
 
 from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint, Sending
-from ingest.gateway.endpoints.chat import ChatAnswer
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Deadline, Exchange, Headers
 from ingest.gateway.headers import answer_headers, request_facts, upstream_headers
@@ -20,11 +17,12 @@ from ingest.gateway.kept import Response, continued, owner_of
 from ingest.gateway.keys import Caller
 from ingest.gateway.parts import Parts
 from ingest.gateway.passage import Passage
-from ingest.gateway.placement import Asker, labels
+from ingest.gateway.placement import Asker, labels, tags_named
 from ingest.gateway.sessions import GENERATION_HEADER, SESSION_HEADER, Session
-from ingest.gateway.sse import Block, EventParser, EventTooLong
+from ingest.gateway.stream import ODD, Stream, error_of, malformed
 from ingest.gateway.tape import Tape
-from ingest.gateway.upstream import Upstream, failure_of
+from ingest.gateway.upstream import Upstream
+from ingest.gateway.wire import Reply
 from ingest.vllm.names import REQUEST_HEADER, request_name
 from schemas.errors import TokentapeError, UsageError
 from schemas.requests import ClientRequest, load
@@ -34,9 +32,6 @@ log = structlog.get_logger(__name__)
 
 DRAIN_S = 1.0
 """How long the end of an upstream's answer is waited for after its [DONE], so that its connection can be used again."""
-
-_ODD = (TypeError, AttributeError, LookupError, ValueError)
-"""What reading an answer raises that is valid JSON and yet no answer."""
 
 
 class Generation:
@@ -129,8 +124,7 @@ class Generation:
                     self.passage.attempt += 1
                     await self._forward(request, extra, kind)
             return True
-        except (aiohttp.ClientError, OSError, Failure) as error:
-            failure = error if isinstance(error, Failure) else failure_of(error)
+        except Failure as failure:
             await self.passage.elsewhere(failure, self.tape)
             return False
 
@@ -182,10 +176,9 @@ class Generation:
 
     def _place(self, request: ClientRequest) -> None:
         """Find the session of a request, before anything is recorded of it."""
-        tags = labels(self.exchange, request.fields, self.tape.clean, 1)["tags"]
         named = self.exchange.header(SESSION_HEADER) is not None
         session = self._earlier.session if self._earlier and not named else self.session
-        self.session = self.parts.placement.place(self.exchange, request, session, self._asker, tags)
+        self.session = self.parts.placement.place(self.exchange, request, session, self._asker, self.tape.clean)
         self.tape.move(self.session)
 
     def _remember(self) -> None:
@@ -206,9 +199,11 @@ class Generation:
         self.tape.submitted(request, facts, extra)
 
     def _open(self, fields: dict[str, Any]) -> None:
+        if self.session.opened:
+            return self.tape.tagged(tags_named(self.exchange, fields, self.tape.clean))
         own = self.session.context.sample_rate
         rate = self.parts.settings.recorder.sample_rate if own is None else own
-        self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
+        return self.tape.opened(labels(self.exchange, fields, self.tape.clean, rate))
 
     def _facts(self, body: bytes) -> dict[str, Any]:
         return request_facts(self.exchange, self.tape.clean) | {
@@ -224,26 +219,28 @@ class Generation:
         overdue = asyncio.get_running_loop().call_later(self.settings.total_timeout_s, self._overdue)
         self.tape.forwarded(self.passage.attempt)
         sending = self._sending(request, extra, kind)
-        url = self.upstream.url_of(sending.path, sending.query)
         headers = self._outgoing_headers(sending, kind)
+        reply = None
         try:
-            async with self.upstream.client.post(url, data=sending.body, headers=headers, allow_redirects=False) as response:
-                self.tape.answered(response.status)
-                self.passage.answered(response.status)
-                answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
-                if response.status >= 300:
-                    return await self._refused(response, answer, may_retry="stream_options" in extra)
-                streams = response.content_type == "text/event-stream"
-                if answer.content_type is not None and streams != request.stream:
-                    raise _malformed(f"{response.content_type} where {'a stream' if request.stream else 'none'} was asked for")
-                if streams:
-                    await self._stream(response, answer, deadline)
-                else:
-                    await self._whole(response, answer)
-                return False
+            reply = await self.upstream.wire.post(self.upstream.target_of(sending.path, sending.query), headers, sending.body)
+            self.tape.answered(reply.status)
+            self.passage.answered(reply.status)
+            answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
+            if reply.status >= 300:
+                return await self._refused(reply, answer, may_retry="stream_options" in extra)
+            streams = reply.content_type == "text/event-stream"
+            if answer.content_type is not None and streams != request.stream:
+                raise malformed(f"{reply.content_type} where {'a stream' if request.stream else 'none'} was asked for")
+            if streams:
+                await self._stream(reply, answer, deadline)
+            else:
+                await self._whole(reply, answer)
+            return False
         finally:
             overdue.cancel()
             deadline.stop()
+            if reply is not None:
+                reply.close()
 
     def _sending(self, request: ClientRequest, extra: dict[str, Any], kind: str) -> Sending:
         try:
@@ -269,13 +266,13 @@ class Generation:
         seconds = self.settings.total_timeout_s
         self.exchange.abort(Failure(errors.TIMEOUT, f"The answer was not complete after {seconds:g} s."))
 
-    async def _refused(self, response: aiohttp.ClientResponse, answer: Answer, *, may_retry: bool) -> bool:
+    async def _refused(self, reply: Reply, answer: Answer, *, may_retry: bool) -> bool:
         """Pass an error answer on, in its own words if they are JSON; True if it was an addition that was refused."""
-        body = await response.read()
-        if may_retry and response.status in (400, 422) and b"stream_options" in body:
+        body = await reply.read()
+        if may_retry and reply.status in (400, 422) and b"stream_options" in body:
             return True
-        failure = _error_of(body, response.status)
-        if self.passage.spare(response.status):
+        failure = error_of(body, reply.status)
+        if self.passage.spare(reply.status):
             raise failure
         self.tape.failed(failure)
         await self._durable()
@@ -283,110 +280,36 @@ class Generation:
         if failure.fault is errors.MALFORMED or answer.content_type is not None or reworded:
             await self.exchange.fail(failure, self._own_headers())
         else:
-            await self.exchange.respond(response.status, body, self._headers(response, answer))
+            await self.exchange.respond(reply.status, body, self._headers(reply, answer))
         return False
 
-    async def _whole(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
-        body = await response.read()
+    async def _whole(self, reply: Reply, answer: Answer) -> None:
+        body = await reply.read()
         try:
             document = load(body)
             completion = answer.read_whole(document)
             self.tape.whole(completion, self.tape.now_us())
             body = answer.write_whole(document, completion, body)
-        except _ODD as error:
-            raise _malformed(f"{response.content_type}: {error}") from error
+        except ODD as error:
+            raise malformed(f"{reply.content_type}: {error}") from error
         await self._finished()
-        await self.exchange.respond(response.status, body, self._headers(response, answer))
+        await self.exchange.respond(reply.status, body, self._headers(reply, answer))
 
-    async def _stream(self, response: aiohttp.ClientResponse, answer: Answer, deadline: Deadline) -> None:
-        self.exchange.answer(response.status, self._headers(response, answer))
-        parser = EventParser()
-        async for piece in _pieces(response):
-            if await self._pass_on(partial(self._parts, parser, piece, answer), answer, deadline):
-                return await self._drain(response)
-        rest = parser.close()
-        if rest and await self._pass_on(lambda _: iter([rest]), answer, deadline):
-            return None
-        if not self.tape.complete and not self.tape.ended:
+    async def _stream(self, reply: Reply, answer: Answer, deadline: Deadline) -> None:
+        self.exchange.answer(reply.status, self._headers(reply, answer))
+        between_s = self.settings.between_tokens_timeout_s
+        stream = Stream(self.exchange, self.tape, answer, deadline, between_s=between_s, hurry=self.strict)
+        while stream.end is None and await reply.pump(stream.take):
+            await stream.caught_up()
+        if stream.end is None and stream.close():
+            await stream.caught_up()
+        deadline.pause()
+        if stream.end is None and not self.tape.complete and not self.tape.ended:
             raise Failure(errors.DISCONNECTED, "The upstream ended its answer in the middle.")
         await self._finished()
-        return await self.exchange.end(answer.end(b""))
-
-    def _parts(self, parser: EventParser, piece: bytes, answer: Answer, offset_us: int) -> Iterator[Block | bytes]:
-        """A piece as blocks and, where tokens come in a run, the bytes of it for the client: that is recorded already.
-
-        Each part MUST be recorded before the next is asked for.
-
-        Raises:
-            Failure: an event that never ends.
-        """
-        if not self.tape.started and (first := piece.find(b"\n\n") + 2) > 1:  # it opens the sequence of which a run is
-            yield from _feed(parser, piece[:first])
-            piece = piece[first:]
-        if isinstance(answer, ChatAnswer) and self.tape.runs and parser.between_events and (read := answer.runs.read(piece)):
-            run, shown, piece = read
-            self.tape.run(run, offset_us)
-            yield shown
-        yield from _feed(parser, piece)
-
-    async def _pass_on(self, parts: Callable[[int], Iterator[Block | bytes]], answer: Answer, deadline: Deadline) -> bool:
-        """Record and send what came in one piece; True if it was the end."""
-        offset_us = self.tape.now_us()
-        out: list[bytes] = []
-        failure = end = None
-        progress = False
-        try:
-            for part in parts(offset_us):
-                if isinstance(part, bytes):
-                    out.append(part)
-                    progress = True
-                elif part.data is None:
-                    out.append(part.raw)
-                elif answer.ends(part):
-                    end = part
-                    break
-                else:
-                    out.append(self._event(part, answer, offset_us))
-                    progress = True
-        except Failure as malformed:
-            failure = malformed
-        deadline.pause()
-        sent = b"".join(out)
-        if sent and (failure or self.strict or not end):
-            await self.exchange.write(sent)
-            sent = b""
-        if failure:
-            raise failure
-        if end:
-            await self._finished()
-            await self.exchange.end(sent + answer.end(end.raw))
-        elif progress:
-            deadline.move(self.settings.between_tokens_timeout_s)
-        else:
-            deadline.resume()
-        return end is not None
-
-    def _event(self, block: Block, answer: Answer, offset_us: int) -> bytes:
-        """Record one event of the stream; the bytes to send for it.
-
-        Raises:
-            Failure: it is not a chunk.
-        """
-        assert block.data is not None
-        try:
-            event = load(block.data)
-            if "error" in event and not event.get("choices"):
-                failure = _failure_in(event, 200)
-                if answer.content_type is not None:
-                    raise failure
-                self.tape.failed(failure)
-                return answer.end(block.raw)
-            chunk = answer.read(event)
-            if chunk is not None:
-                self.tape.chunk(chunk, offset_us)
-            return answer.write(event, chunk, block.raw)
-        except _ODD as error:
-            raise _malformed(f"{error}: {block.data[:200]!r}") from error
+        await self.exchange.end(stream.unsent + answer.end(stream.end.raw if stream.end else b""))
+        if not reply.complete:
+            await self._drain(reply)
 
     async def _finished(self) -> None:
         """The answer is complete: recorded, and in strict mode durable, before the client sees its end."""
@@ -399,13 +322,11 @@ class Generation:
             self.upstream.saw_fingerprint(self.tape.fingerprint)
         await self._durable()
 
-    async def _drain(self, response: aiohttp.ClientResponse) -> None:
+    async def _drain(self, reply: Reply) -> None:
         """Take in what follows [DONE], which is nothing; a connection that is not read to its end is closed."""
-        try:
+        with contextlib.suppress(TimeoutError, Failure):
             async with asyncio.timeout(DRAIN_S):
-                await response.read()
-        except (TimeoutError, aiohttp.ClientError, OSError):
-            response.close()
+                await reply.read()
 
     async def _durable(self) -> None:
         """In strict mode wait until all that was recorded is durable.
@@ -437,46 +358,8 @@ class Generation:
     def _own_headers(self) -> Headers:
         return [(SESSION_HEADER.encode(), self.session.name.encode()), (GENERATION_HEADER.encode(), self.tape.name.encode())]
 
-    def _headers(self, response: aiohttp.ClientResponse, answer: Answer) -> Headers:
-        headers = answer_headers(response.raw_headers)
+    def _headers(self, reply: Reply, answer: Answer) -> Headers:
+        headers = answer_headers(reply.headers)
         if answer.content_type is not None:
             headers = [(name, value) for name, value in headers if name != b"content-type"] + [(b"content-type", answer.content_type)]
         return headers + self._own_headers()
-
-
-async def _pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body as it arrives."""
-    while piece := await response.content.readany():
-        yield piece
-
-
-def _feed(parser: EventParser, piece: bytes) -> list[Block]:
-    try:
-        return parser.feed(piece)
-    except EventTooLong as error:
-        raise _malformed(str(error)) from error
-
-
-def _malformed(detail: str) -> Failure:
-    return Failure(errors.MALFORMED, "The upstream sent something that is not an answer.", detail=detail)
-
-
-def _error_of(body: bytes, status: int) -> Failure:
-    """The failure that an error answer is: in its own words if it has any, malformed if it is no JSON object."""
-    try:
-        answer = load(body)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        shown = body[:200].decode(errors="replace")
-        message = f"The upstream answered with status {status} and no JSON."
-        return Failure(errors.MALFORMED, message, status=status if status >= 400 else 502, detail=f"status {status}: {shown}")
-    return _failure_in(answer, status)
-
-
-def _failure_in(answer: dict[str, Any], status: int) -> Failure:
-    error = answer.get("error", answer)
-    message = error.get("message") if isinstance(error, dict) else error
-    code = error.get("code") if isinstance(error, dict) else None
-    known = status if status >= 400 else code if isinstance(code, int) and 400 <= code < 600 else 502
-    return Failure(errors.UPSTREAM_ERROR, message if isinstance(message, str) else "The upstream reported an error.", status=known)

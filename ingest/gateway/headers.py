@@ -77,7 +77,6 @@ def session_facts(exchange: Exchange, clean: Clean, sample_rate: float) -> dict[
     """Fields of `session_opened`."""
     facts: dict[str, Any] = {name: _short(clean(exchange.header(f"x-tokentape-{name}"))) for name in ("user", "workflow", "purpose")}
     facts["client"] = _short(clean(exchange.header("user-agent")))
-    facts["tags"] = tags_of(exchange, clean)
     facts["recorder_version"] = recorder_version()
     facts["sample_rate"] = sample_rate if sample_rate < 1 else None
     return facts

@@ -9,7 +9,7 @@ from typing import Any
 
 from ingest.gateway.conversations import Conversations
 from ingest.gateway.exchange import Exchange
-from ingest.gateway.headers import HEADER_CHARACTERS_MAX, Clean, session_facts
+from ingest.gateway.headers import HEADER_CHARACTERS_MAX, Clean, session_facts, tags_of
 from ingest.gateway.sessions import SESSION_HEADER, Session
 from schemas.requests import ClientRequest, text_of
 from schemas.settings import RecorderSettings
@@ -40,12 +40,12 @@ class Placement:
         self._settings = settings
         self._conversations = Conversations(key)
 
-    def place(self, exchange: Exchange, request: ClientRequest, session: Session, asker: Asker, tags: Sequence[str]) -> Session:
+    def place(self, exchange: Exchange, request: ClientRequest, session: Session, asker: Asker, clean: Clean) -> Session:
         """The session of a request, which is `session` if it named one; a new one is told its rate."""
         if not exchange.header(SESSION_HEADER):
             session = self._conversations.find(asker.name, request) or session
         if not session.opened and session.context.sample_rate is None:
-            rate = self._rate(request.model or "", tags, asker)
+            rate = self._rate(request.model or "", tags_named(exchange, request.fields, clean) if self._settings.sampling else (), asker)
             session.context = replace(session.context, sample_rate=rate)
         return session
 
@@ -78,8 +78,15 @@ def labels(exchange: Exchange, fields: dict[str, Any], clean: Clean, sample_rate
     )
     for name in LABELS:
         facts[name] = facts[name] or (clean(found[name]) or "")[:HEADER_CHARACTERS_MAX] or None
-    facts["tags"] = list(dict.fromkeys([*facts["tags"], *_tags(metadata.get("tags"), clean)]))
+    facts["tags"] = tags_named(exchange, fields, clean)
     return facts
+
+
+def tags_named(exchange: Exchange, fields: dict[str, Any], clean: Clean) -> list[str]:
+    """The tags that a request names in its header and in its `metadata`, each once."""
+    metadata = fields.get("metadata")
+    named = metadata.get("tags") if isinstance(metadata, dict) else None
+    return list(dict.fromkeys([*tags_of(exchange, clean), *_tags(named, clean)]))
 
 
 def _tags(value: Any, clean: Clean) -> list[str]:

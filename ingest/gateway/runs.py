@@ -20,6 +20,11 @@ _SHAPE = re.compile(
     rb',"finish_reason":null,"token_ids":(\[(\d+)\])\}\]\}\n\n' % (_STRING, _STRING)
 )
 
+_HIDDEN = b'null,"finish_reason":null,"token_ids":null}]}\n\n'
+"""What stands behind the head of an event of which a client sees neither logprobs nor ids."""
+
+_GROUPS = re.Match.groups
+
 
 class Run(NamedTuple):
     """Consecutive tokens of sequence 0, all content: the columns have one entry per token."""
@@ -38,26 +43,26 @@ class RunReader:
 
     def read(self, data: bytes) -> tuple[Run, bytes, bytes] | None:
         """The run with which the data begins, the bytes of it for the client, and the rest of the data; None if with none."""
-        found, end = [], 0
-        while match := _SHAPE.match(data, end):
-            found.append(match.groups())
-            end = match.end()
+        found: list[re.Match[bytes]] = list(iter(_SHAPE.scanner(data).match, None))  # type: ignore[attr-defined]  # typeshed lacks it
         if not found:
             return None
-        heads, texts, scores, logprobs, ids, numbers = zip(*found, strict=True)
+        end = found[-1].end()
+        heads, texts, scores, logprobs, ids, numbers = zip(*map(_GROUPS, found), strict=True)
         try:
             str(data[:end], "utf-8")
             columns = orjson.loads(b"[[%b],[%b],[%b]]" % (b",".join(numbers), b",".join(texts), b",".join(logprobs)))
         except ValueError:
             return None
         run = Run(*map(tuple, columns))
-        if not all(value.__class__ is float for value in run.logprobs):
+        if set(map(type, run.logprobs)) != {float}:
             return None
         return run, self._shown(data[:end], heads, scores, ids), data[end:]
 
     def _shown(self, raw: bytes, heads: tuple[bytes, ...], scores: tuple[bytes, ...], ids: tuple[bytes, ...]) -> bytes:
         if not (self._hide_ids or self._hide_logprobs):
             return raw
+        if self._hide_ids and self._hide_logprobs:
+            return _HIDDEN.join((*heads, b""))
         nulls = (b"null",) * len(heads)
         columns = zip(heads, nulls if self._hide_logprobs else scores, nulls if self._hide_ids else ids, strict=True)
         return b"".join([b'%b%b,"finish_reason":null,"token_ids":%b}]}\n\n' % column for column in columns])

@@ -35,16 +35,23 @@ class Session:
     tags: set[str] = field(default_factory=set)
     history: History = field(default_factory=History)
     _messages: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    _name: str = ""
+    _mac: hmac.HMAC | None = None  # keyed once; unlike `hmac.digest` it does not let other threads run before short texts
 
     @property
     def name(self) -> str:
         """The session id as people write it."""
-        return str(uuid.UUID(bytes=self.context.session_id))
+        self._name = self._name or str(uuid.UUID(bytes=self.context.session_id))
+        return self._name
 
     def digest(self, body: bytes) -> bytes:
         """HMAC-SHA256 of a body under the session's salt."""
-        assert self.context.salt is not None
-        return hmac.digest(self.context.salt, body, "sha256")
+        if self._mac is None:
+            assert self.context.salt is not None
+            self._mac = hmac.new(self.context.salt, digestmod="sha256")
+        mac = self._mac.copy()
+        mac.update(body)
+        return mac.digest()
 
     def message_id(self, canonical: bytes) -> bytes:
         """The keyed digest of a message's canonical JSON, 16 bytes: the same text has another id in another session."""

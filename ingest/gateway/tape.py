@@ -10,6 +10,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from ingest.attachments import Deferred
@@ -112,7 +113,7 @@ class Tape:
         self._results = 0  # of an answer that has no sequences
         self._first_token_us: int | None = None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The generation id as people write it."""
         return str(uuid.UUID(bytes=self.generation_id))
@@ -132,12 +133,16 @@ class Tape:
 
     def opened(self, facts: dict[str, Any]) -> None:
         """The session gets its first event, or, if it has one, the tags that are new; `facts` are fields of `session_opened`."""
-        new = [tag for tag in facts["tags"] if tag not in self.session.tags]
-        self.session.tags.update(new)
-        if not self.session.opened:
-            self.session.opened = True
-            self._record(SessionOpened(**facts))
-        elif new:
+        if self.session.opened:
+            return self.tagged(facts["tags"])
+        self.session.opened = True
+        self.session.tags.update(facts["tags"])
+        return self._record(SessionOpened(**facts))
+
+    def tagged(self, tags: Sequence[str]) -> None:
+        """A request of a session that has its first event names these tags: those that are new are recorded."""
+        if new := [tag for tag in tags if tag not in self.session.tags]:
+            self.session.tags.update(new)
             self._record(SessionAnnotated(tags_added=new))
 
     @property
@@ -145,7 +150,7 @@ class Tape:
         """What each sequence said so far, none that said nothing."""
         tools = [[choice.tools[at] for at in sorted(choice.tools)] for choice in self._choices.values()]
         calls = [tuple((call.name or "", "".join(call.arguments)) for call in called) for called in tools]
-        said = [Said("".join(choice.said), called) for choice, called in zip(self._choices.values(), calls, strict=True)]
+        said = [Said(choice.said.getvalue(), called) for choice, called in zip(self._choices.values(), calls, strict=True)]
         return [one for one in said if one.text or one.calls]
 
     def environment(self, event: EnvironmentCaptured | None) -> None:
@@ -168,7 +173,7 @@ class Tape:
         before = self.session.history.continued(self.generation_id, ids)
         self._keep_prompt = not taken  # the prompt's tokens would spell out what was taken from its text
         self._record(
-            RequestSubmitted(
+            RequestSubmitted.known(
                 generation_id=self.generation_id,
                 endpoint=self._endpoint,
                 model=self._redactor.clean(request.model),
@@ -181,7 +186,7 @@ class Tape:
                 tools=request.tools,
                 injected=sorted(extra),
                 redactions=_counts(taken),
-                content=RequestContent(messages=new, parameters=parameters),
+                content=RequestContent.known(messages=new, parameters=parameters),
                 history_generation=before.generation_id if before else None,
                 history_messages=before.messages if before else None,
                 **facts,
@@ -258,7 +263,7 @@ class Tape:
             self._first_token_us = offset_us
             self._numbered = True
         choice.channel = "content"
-        choice.said += run.texts
+        choice.said.write("".join(run.texts))
         choice.position = self._recorder.run(
             self._context, self.generation_id, 0, choice.position, offset_us, run.token_ids, run.texts, run.logprobs
         )
@@ -302,7 +307,7 @@ class Tape:
         self.ended = True
         details = self._usage.get("prompt_tokens_details")
         self._record(
-            GenerationFinished(
+            GenerationFinished.known(
                 generation_id=self.generation_id,
                 sequences=len(self._choices) or self._results,
                 tokens_recorded=self._position,
@@ -362,14 +367,14 @@ class Tape:
         body, taken = self._redactor.document(message, field, at)
         canonical = dump(message, sort_keys=True) if not taken else body.encode()
         role = text_of(message.get("role")) if isinstance(message, dict) else None
-        return Message(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
+        return Message.known(message_id=self.session.message_id(canonical), role=role or "", body=body), taken
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
         self.started = True
         ids = answer.get("prompt_token_ids")
         self._prompt_tokens = len(ids) if ids else 0
         self._record(
-            GenerationStarted(
+            GenerationStarted.known(
                 generation_id=self.generation_id,
                 authoritative="gateway",
                 attempt=self._attempt,
@@ -416,7 +421,7 @@ class Tape:
     def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
         choice.channel = channel
         if channel == "content":
-            choice.said.append(text)
+            choice.said.write(text)
         choice.position = self._recorder.tokens(
             self._context,
             self.generation_id,
@@ -436,7 +441,7 @@ class Tape:
         self._tool_calls(choice, offset_us)
         stop = entry.get("stop_reason")
         self._record(
-            SequenceFinished(
+            SequenceFinished.known(
                 generation_id=self.generation_id,
                 index=choice.index,
                 tokens=choice.position,

@@ -15,6 +15,7 @@ from ingest.gateway import errors
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange, Headers
 from ingest.gateway.headers import ANTHROPIC_VERSION, credential_header
+from ingest.gateway.wire import KEEPALIVE_S, Wire
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
@@ -27,12 +28,6 @@ ENVIRONMENT_AGE_MAX_S = 3600.0
 
 FIRST_CAPTURE_WAIT_S = 10.0
 """How long the first request waits for the environment; without it the request goes on and names none."""
-
-KEEPALIVE_S = 3.0
-"""An idle connection is dropped before vLLM's server does (5 s), or a request could be sent into a closing one."""
-
-READ_BUFFER_BYTES = 1 << 18
-"""What may lie unread of one answer before the upstream has to wait."""
 
 
 class Upstream:
@@ -48,6 +43,9 @@ class Upstream:
         self.fingerprint: str | None = None
         self.refused: set[str] = set()  # additions that this upstream does not take
         self._captured_at = 0.0
+        self.wire = Wire(self.url, settings.connect_timeout_s)
+        """Requests that are recorded go this way."""
+        self._prefix = URL(self.url).raw_path.rstrip("/")
         self._client: aiohttp.ClientSession | None = None
         self._capture: asyncio.Task[None] | None = None
         self._detection = asyncio.Lock()
@@ -60,7 +58,6 @@ class Upstream:
             connector=connector,
             timeout=timeout,
             auto_decompress=True,
-            read_bufsize=READ_BUFFER_BYTES,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
         )
@@ -70,12 +67,13 @@ class Upstream:
         if self._capture:
             self._capture.cancel()
             await asyncio.gather(self._capture, return_exceptions=True)
+        self.wire.close()
         if self._client:
             await self._client.close()
 
     @property
     def client(self) -> aiohttp.ClientSession:
-        """The HTTP client."""
+        """The HTTP client for questions of the gateway's own."""
         assert self._client is not None, "the upstream is not open"
         return self._client
 
@@ -92,6 +90,10 @@ class Upstream:
     def url_of(self, path: str, query: bytes) -> URL:
         """The address of an endpoint, with the client's query as it came."""
         return URL(self.url + path + (f"?{query.decode('latin-1')}" if query else ""), encoded=True)
+
+    def target_of(self, path: str, query: bytes) -> str:
+        """The same as a request over `wire` names it."""
+        return self._prefix + path + (f"?{query.decode('latin-1')}" if query else "")
 
     async def ready(self, authorization: str | None) -> str:
         """The kind of the upstream; the environment is known too if it can be had soon.

@@ -8,12 +8,12 @@ without `include_usage` the fingerprint stands on the chunk that finishes a sequ
 
 from __future__ import annotations
 
-import secrets
 from typing import Any
 
 import orjson
 
 from schemas.requests import ClientRequest, dump
+from schemas.sink import random16
 
 SEED_BITS = 31
 """Every engine takes a positive 32-bit integer."""
@@ -45,7 +45,7 @@ def _additions(request: ClientRequest, kind: str, logprobs: dict[str, Any]) -> d
         if not fields.get("use_beam_search"):
             extra |= logprobs
             if fields.get("seed") is None and request.temperature != 0.0:
-                extra["seed"] = secrets.randbits(SEED_BITS)  # at temperature 0 nothing is drawn
+                extra["seed"] = int.from_bytes(random16()[:4], "big") >> 32 - SEED_BITS  # at temperature 0 nothing is drawn
     options = fields.get("stream_options")
     if request.stream and not request.usage_asked and (options is None or isinstance(options, dict)):
         extra["stream_options"] = {**(options or {}), "include_usage": True}

@@ -53,4 +53,4 @@ def double_of(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return None if math.isnan(number) else number
+    return None if math.isnan(number) else number + 0.0  # as an event has it: no -0.0
