@@ -21,6 +21,7 @@ from lifecycle.policies import ALL, Policies, age_of
 from lifecycle.register import POLICIES, Register
 from lifecycle.rewriting import Change, Done, Rewriting, rewriting
 from lifecycle.tiering import WAIT_S, Tiering
+from schemas import clock
 from schemas.events import RetentionApplied
 from schemas.sink import platform_session
 from store.catalog import Segment
@@ -86,7 +87,7 @@ class Retention:
 
     tiering: Tiering
     collect: Callable[[], dict[str, Any]] | None = None
-    now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
+    now: Callable[[], dt.datetime] = clock.now
 
     def preview(self) -> list[Due]:
         """What is due, segment by segment, and what of it is held back; nothing is changed.

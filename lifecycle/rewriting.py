@@ -27,6 +27,7 @@ import structlog
 from lifecycle.register import HOLD_PLACED, Hold, Register
 from lifecycle.selectors import Matching
 from lifecycle.tiering import OWNER, REWRITTEN, Stored, Tiering, segment_to_json, segments_of
+from schemas import clock
 from schemas.errors import ConflictError, CorruptStore, StoreUnavailable, UsageError
 from store import duck
 from store.catalog import Segment
@@ -158,7 +159,7 @@ class Rewriting:
         if not stale:
             return 0, 0, 0
         self.register.refresh()
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=orphan_s)
+        limit = clock.now() - dt.timedelta(seconds=orphan_s)
         keys = versions = size = 0
         for key in stale:
             info = objects.head(key)
@@ -300,7 +301,7 @@ class Rewriting:
             lock = self.tiering.objects.lock_of(segment.key)
         except KeyError:
             return None  # reading it will say that it is not there
-        return lock.until if lock.mode == "compliance" and lock.until is not None and lock.until > dt.datetime.now(dt.UTC) else None
+        return lock.until if lock.mode == "compliance" and lock.until is not None and lock.until > clock.now() else None
 
     # Holds of the object store
 

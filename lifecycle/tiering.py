@@ -27,6 +27,7 @@ from typing import Any
 import structlog
 
 from lifecycle.policies import Policies
+from schemas import clock
 from schemas.errors import AlreadyExists, ConflictError, CorruptStore
 from schemas.events import SegmentSealed
 from schemas.registry import Schema, SchemaRegistry
@@ -149,7 +150,7 @@ class Tiering:
 
     def _closed(self, all_days: bool) -> list[Shard]:
         """The shards to tier by day. Days never run backwards along a partition, so they are the beginning of each."""
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(days=Policies.of(self.settings).hot_days(self.settings.jobs.tier_after_days))
+        limit = clock.now() - dt.timedelta(days=Policies.of(self.settings).hot_days(self.settings.jobs.tier_after_days))
         shards = self.catalog.snapshot().shards
         closed = [shard for shard in shards if all_days or shard.day < limit.strftime("%Y-%m-%d")]
         return sorted(closed, key=lambda shard: (shard.day, shard.name))
@@ -241,7 +242,7 @@ class Tiering:
         cold = self.settings.cold
         if cold.lock == "none":
             return NO_LOCK
-        return Lock(cold.lock, dt.datetime.now(dt.UTC) + dt.timedelta(days=cold.lock_days))
+        return Lock(cold.lock, clock.now() + dt.timedelta(days=cold.lock_days))
 
     def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], names: Sequence[str]) -> Entry:
         """Check that the segments hold what the log held, and enter them."""
