@@ -116,10 +116,10 @@ class Retention:
             version = self._enter_policies(register)
             with rewriting(self.tiering, register) as run:
                 swept = run.sweep()
-                due = list(self._due(run))
+                due, seen = list(self._due(run)), frozenset(run.register.holds)
                 held, locked = sum(item.held for item in due), sum(item.events + item.contents for item in due if item.locked_until)
                 for group in _groups(due):
-                    run.apply(partial(self._change, run, group, version), done)
+                    run.apply(partial(self._change, run, group, version, seen), done)
                 run.sweep()
                 run.follow_holds(self.tiering.catalog.snapshot().segments)
         collected = self.collect() if self.collect is not None else {}
@@ -151,14 +151,17 @@ class Retention:
         events, contents, in_hold, kept = run.counts([segment], conditions)
         return Due(segment, verdict.names, drop, strip, events, contents, in_hold, kept)
 
-    def _change(self, run: Rewriting, group: list[Due], version: int) -> Change | None:
-        """What to do with a group by the holds of now, some of which may be newer than the plan."""
+    def _change(self, run: Rewriting, group: list[Due], version: int, seen: frozenset[str]) -> Change | None:
+        """What to do with a group by the holds of now; the plan was made when those in `seen` stood, and holds if they still do."""
         policies = Policies.of(self.tiering.settings)
         live = {segment.key for segment in self.tiering.catalog.snapshot().segments}
+        same = frozenset(run.register.holds) == seen
         fresh = [
             due
             for item in group
-            if item.anything and item.segment.key in live and (due := self._due_in(run, policies, item.segment)) is not None
+            if item.anything
+            and item.segment.key in live
+            and (due := item if same else self._due_in(run, policies, item.segment)) is not None
         ]
         whole = [due for due in fresh if due.whole]
         facts = {"policies": version, "names": sorted({name for due in fresh for name in due.names})}

@@ -26,7 +26,12 @@ def now_us() -> int:
 
 def now() -> dt.datetime:
     """The same as a time in UTC."""
-    return dt.datetime.fromtimestamp(_source() / 1e6, dt.UTC)
+    return at(_source())
+
+
+def at(moment_us: int) -> dt.datetime:
+    """A moment in microseconds since the epoch as a time in UTC, to the microsecond."""
+    return dt.datetime.fromtimestamp(moment_us // 1_000_000, dt.UTC).replace(microsecond=moment_us % 1_000_000)
 
 
 @contextmanager
