@@ -122,10 +122,11 @@ class Retention:
                     run.apply(partial(self._change, run, group, version, seen), done)
                 run.sweep()
                 run.follow_holds(self.tiering.catalog.snapshot().segments)
-        collected = self.collect() if self.collect is not None else {}
+        blobs = self.collect()["collected"] if self.collect is not None else 0
         entry = self._enter(done, held, version)
         summary = {"events": done.events, "contents": done.stripped, "segments": done.segments, "bytes": done.bytes_gone}
-        return {**summary, "versions": done.versions_gone, "held": held, "locked": locked, "swept": swept[0], "entry": entry, **collected}
+        summary |= {"versions": done.versions_gone, "held": held, "locked": locked, "swept": swept[0], "blobs": blobs}
+        return {**summary, "entry": entry}
 
     def _due(self, run: Rewriting) -> Iterator[Due]:
         policies = Policies.of(self.tiering.settings)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import structlog
 
 from lifecycle.policies import Policies
@@ -193,9 +194,10 @@ class Tiering:
         scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="tier-", dir=scratch))
         try:
-            stored = [self._store(key, draft, names) for key, draft in self._keyed(self._write(shards, folder))]
+            drafts, marks = self._write(shards, folder)
+            stored = [self._store(key, draft, names) for key, draft in self._keyed(drafts)]
             crash_point("tier.put")
-            entry = self._commit(shards, stored, names, size)
+            entry = self._commit(shards, stored, marks, size)
             segments = segments_of(entry)
             self.catalog.swap(retire=names, segments=segments, owner=OWNER)
             crash_point("tier.swapped")
@@ -211,10 +213,11 @@ class Tiering:
         if not self.catalog.claim(names, OWNER, CLAIM_S):
             raise ConflictError("the shards are being merged", operation="tier", place=names[0], hint="try again when that is done")
 
-    def _write(self, shards: Sequence[Shard], folder: Path) -> list[Draft]:
+    def _write(self, shards: Sequence[Shard], folder: Path) -> tuple[list[Draft], list[Any]]:
+        """The segments as local files, and the marks of their producers."""
         filled = [shard for shard in shards if shard.rows]
         if not filled:
-            return []
+            return [], []
         expected = sum(shard.rows for shard in filled)
         sql, staged = self.settings.sql, folder / "staged.duckdb"
         memory = f"{sql.memory_mb}MB"
@@ -227,9 +230,10 @@ class Tiering:
             if (rows := sum(part.rows for part in parts)) != expected:
                 raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
             drafts = [write_part(connection, relation, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+            marks = _marks(connection, relation)
         crash_point("tier.written")
         staged.unlink(missing_ok=True)
-        return drafts
+        return drafts, marks
 
     def _keyed(self, drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft]]:
         numbers: dict[tuple[str, str, str], int] = defaultdict(int)
@@ -265,7 +269,7 @@ class Tiering:
             return NO_LOCK
         return Lock(cold.lock, clock.now() + dt.timedelta(days=cold.lock_days))
 
-    def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], names: Sequence[str], size: int) -> Entry:
+    def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], marks: Sequence[Any], size: int) -> Entry:
         """Check that the segments hold what the log held, and enter them."""
         keys = [item.key for item in stored]
         coverage = cover(self.catalog, shards, keys, [item.content for item in stored])
@@ -278,8 +282,9 @@ class Tiering:
             "segments": [segment_to_json(item, schemas) for item in stored],
             "coverage_key": manifest["key"],
             "coverage": [coverage_to_json(item) for item in coverage],
+            "marks": marks,
         }
-        entry = self._enter(body, names, size)
+        entry = self._enter(body, [shard.name for shard in shards], size)
         crash_point("tier.committed")
         return entry
 
@@ -376,6 +381,13 @@ class Tiering:
             hint = "run `tokentape rebuild`: it makes the shards anew behind what is cold"
             raise ConflictError(f"shard {mixed[0]} is cold in part", operation="tier", place=entry.key, hint=hint)
         return covered
+
+
+def _marks(connection: duckdb.DuckDBPyConnection, relation: str) -> list[Any]:
+    """Log, partition, producer (hex), its highest number, and when the log had it (µs): by them an event that comes again is
+    known when its row has long gone."""
+    columns = 'log_id, "partition", lower(hex(producer_id)), max(producer_seq), epoch_us(max(appended_at))'
+    return [list(row) for row in connection.execute(f"SELECT {columns} FROM {relation} GROUP BY ALL ORDER BY ALL").fetchall()]
 
 
 def _runs(pid: int) -> bool:

@@ -296,6 +296,17 @@ class Catalog(CatalogFile):
             raise UsageError(fault, operation="show quarantine", hint="`tokentape quarantine list` shows what is")
         return bytes(row[0])
 
+    def erase_quarantined(self, needles: Sequence[bytes]) -> int:
+        """Overwrite the bytes of quarantined records in which one of some byte strings stands; how many. Their digests stay."""
+        with self._writing("erase quarantined records") as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            condition = "length(raw) > 0 AND instr(raw, ?) > 0"
+            count = sum(connection.execute(f"UPDATE quarantine SET raw = x'' WHERE {condition}", (needle,)).rowcount for needle in needles)
+        if count:
+            with self._lock, self._mapped("erase quarantined records"):
+                self._connected().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return count
+
     def duplicates(self, log_id: str, partition: int, offset_first: int, offset_next: int) -> list[Duplicate]:
         """Records that were dropped as sent twice, in offset order."""
         with self._reading("duplicates") as connection:

@@ -36,10 +36,15 @@ _URL_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """What the cold tier holds: ranges of offsets with running digests, and the keys of its segments."""
+    """What the cold tier holds: ranges of offsets with running digests, the keys of its segments, and what its producers sent.
+
+    `marks` has log, partition, producer (hex), highest number and its append time (µs): rows may have gone since, and entries
+    of earlier versions have none, so the segments that are left are asked as well.
+    """
 
     ranges: tuple[Range, ...] = ()
     keys: tuple[str, ...] = ()
+    marks: tuple[tuple[str, int, str, int, int], ...] = ()
 
 
 def rebuild(
@@ -90,7 +95,8 @@ def read_cold(settings: Settings, objects: ObjectStore) -> Cold:
     ranges = [coverage_from_json(item).span for entry in entries for item in entry.body.get("coverage", ())]
     gone = {key for entry in entries for key in entry.body.get("erased", ())}
     keys = [item["key"] for entry in entries for item in entry.body["segments"]]
-    return Cold(tuple(ranges), tuple(key for key in keys if key not in gone))
+    marks = [tuple(mark) for entry in entries for mark in entry.body.get("marks", ())]
+    return Cold(tuple(ranges), tuple(key for key in keys if key not in gone), tuple(marks))
 
 
 @contextlib.contextmanager
@@ -131,7 +137,8 @@ def _seed(folder: Path, catalog: Catalog, log_id: str, objects: ObjectStore, col
     anew.shards_folder.mkdir(parents=True, exist_ok=True)
     starts = _starts(cold.ranges, log_id)
     if starts:
-        anew.restore(_known(catalog, log_id, starts, _marks(objects, cold.keys, log_id)))
+        entered = [(partition, bytes.fromhex(producer), *rest) for log, partition, producer, *rest in cold.marks if log == log_id]
+        anew.restore(_known(catalog, log_id, starts, [*entered, *_marks(objects, cold.keys, log_id)]))
     anew.close()
     return starts
 

@@ -395,7 +395,7 @@ class World:
     @contextlib.contextmanager
     def driven(self) -> Iterator[None]:
         """Everything of this process goes by the world's clock, dice and steps, and in one thread."""
-        random_bytes = self.dice.rng.randbytes
+        random_bytes = random.Random(-self.seed).randbytes  # apart from the dice: how many of them are drawn says nothing
         with contextlib.ExitStack() as stack:
             stack.enter_context(clock.driven_by(self.now_us))
             stack.enter_context(watched(self.step))
