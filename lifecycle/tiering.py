@@ -249,7 +249,7 @@ class Tiering:
         part = draft.part
         self.objects.create_from_file(key, draft.path, lock=self.segment_lock(part.tenant, part.retention_class, part.day))
         crash_point("tier.put_one")
-        draft.path.unlink()
+        draft.path.unlink(missing_ok=True)  # who took this run for dead has cleared its scratch folder
         self._claim(names)
         content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
         if content.rows != draft.part.rows:

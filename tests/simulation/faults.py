@@ -211,10 +211,12 @@ class FaultyStore:
     def _create(self, key: str, data: bytes, do: Callable[[], None]) -> None:
         def create() -> None:
             known = self.real.head(key) is not None
-            do()
-            self._times.setdefault(key, clock.now_us())
-            if not known:
-                self.created(key, data)
+            try:
+                do()
+            finally:  # who is killed in the middle has written it all the same
+                if not known and self.real.head(key) is not None:
+                    self._times[key] = clock.now_us()
+                    self.created(key, data)
 
         self._write(key, create)
 
