@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime as dt
 import json
+import logging
 import os
 import random
 import subprocess
@@ -25,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import structlog
 from pydantic import SecretStr
 
 from lifecycle.holds import Holds
@@ -262,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--days", type=int, default=365)
     given = parser.parse_args(argv)
     os.chdir(ROOT)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="custody-") as folder, contextlib.ExitStack() as stack:

@@ -55,8 +55,10 @@ class Truth:
     gone: set[bytes] = field(default_factory=set)
     stripped: set[bytes] = field(default_factory=set)
     holds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    asked: dict[str, str] = field(default_factory=dict)
+    """Sessions by the erasure that was requested for them."""
     forgotten: set[str] = field(default_factory=set)
-    """Sessions whose erasure was approved, or is about to be."""
+    """Sessions whose erasure was approved: the entry says so."""
     violations: list[str] = field(default_factory=list)
     latest_us: int = 0
     """The latest that any process saw on its clock."""
@@ -96,6 +98,8 @@ class Truth:
             self.holds[body["hold_id"]] = body["selector"]
         elif entry["type"] == "hold_released":
             self.holds.pop(body["hold_id"])
+        elif entry["type"] == "erasure_approved":
+            self.forgotten.add(self.asked[body["erasure_id"]])
         elif entry["type"] == "rewritten":
             self._rewritten(entry["sequence"], body)
 
@@ -177,7 +181,8 @@ class Truth:
                 self._wrong(f"{self.facts[event_id].kind} at {self.facts[event_id].offset} is not what was sent")
 
     def check_end(self, rows: dict[bytes, list[tuple[bytes, bool]]], at_us: int) -> None:
-        """What must hold once everything has run to its end at this moment."""
+        """What must hold once everything has run to its end at this moment. A session of which a hold keeps a part is not erased."""
+        kept = {fact.session for event_id, fact in self.facts.items() if event_id in rows and self.is_held(fact)}
         for event_id, fact in self.facts.items():
             where = f"{fact.kind} in {fact.session[:8]} (day {fact.day})"
             if fact.acknowledged and fact.offset is None:
@@ -189,7 +194,7 @@ class Truth:
             if self.is_due(fact, at_us):
                 self._wrong(f"{where} is kept beyond its maximum")
             salted = rows[event_id][0][1]
-            if salted and (fact.session in self.forgotten or self.is_due(fact, at_us, content=True)):
+            if salted and (fact.session in self.forgotten - kept or self.is_due(fact, at_us, content=True)):
                 self._wrong(f"{where} still has its content")
             if not salted and event_id not in self.stripped and decode_datum(fact.raw, self.registry)[0]["salt"] is not None:
                 self._wrong(f"{where} has lost its content")

@@ -290,7 +290,7 @@ class World:
         with contextlib.closing(open_control(self.settings)) as control:
             erasures = erasures_of(parts, control)
             erasure = erasures.request((session,), None, by="one", reason="asked to be forgotten")
-            self.truth.forgotten.add(session)
+            self.truth.asked[erasure] = session
             erasures.approve(erasure, by="two")
 
     # Producers
