@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -35,7 +38,9 @@ def main() -> int:
         print(*outcome.violations or ("no violation",), sep="\n")
         return int(bool(outcome.violations))
     began = time.monotonic()
-    outcomes = list(_shown(_all(range(given.first, given.first + given.seeds), given.workers), given.seeds))
+    outcomes: list[Outcome] = []
+    with contextlib.suppress(KeyboardInterrupt):  # then the table is of the seeds so far
+        outcomes.extend(_shown(_all(range(given.first, given.first + given.seeds), given.workers), given.seeds))
     print(table(outcomes, time.monotonic() - began))
     return int(any(outcome.violations for outcome in outcomes))
 
@@ -53,10 +58,13 @@ def table(outcomes: list[Outcome], took_s: float) -> str:
 
 
 def _all(seeds: Iterable[int], workers: int) -> Iterator[Outcome]:
-    with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=_quiet)
+    try:
         waiting = iter(seeds)
         while part := list(islice(waiting, _TOGETHER * workers)):
             yield from pool.map(_without_trace, part)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _without_trace(seed: int) -> Outcome:
@@ -77,6 +85,8 @@ def _shown(outcomes: Iterable[Outcome], count: int) -> Iterator[Outcome]:
 def _quiet() -> None:
     """What goes wrong in a simulation is meant to: the program need not say so."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that leads decides what an interrupt means
 
 
 if __name__ == "__main__":
