@@ -1,13 +1,11 @@
-"""Retention over many cold events of which 1 % of the sessions are held, and the erasure of one session among them.
+"""The erasure of one session among many cold events; and those events, for `benchmarks.retention`.
 
-`BENCH_CUSTODY_EVENTS` scales it. Segments of `DAYS` days and two tenants are made by tiering one day's events under several days.
+`BENCH_CUSTODY_EVENTS` scales it. Segments of `DAYS` days are made by tiering a share of the events under each day.
 """
 
 from __future__ import annotations
 
-import datetime as dt
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lifecycle.erasure import Erasures
-from lifecycle.holds import Holds
-from lifecycle.retention import Retention
-from lifecycle.selectors import Selector
-from schemas.settings import ColdSettings, RetentionPolicy, RetentionSettings, Settings
+from schemas.settings import ColdSettings, Settings
 from store.control import open_control
 from store.indexer import Indexer
 from tests.eventgen import many
@@ -34,16 +29,12 @@ _BATCH = 10_000
 
 
 def run() -> list[dict[str, Any]]:
-    """Rows: rates, seconds, bytes and memory."""
-    policy = RetentionPolicy(name="all", max_days=30)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(data=Path(folder), cold=ColdSettings(lock="none"), retention=RetentionSettings(policies=[policy]))
-        with tiered(settings) as rig:
-            sessions = list(_fill(rig))
-            return [*_erase(rig, sessions[-1]), *_retain(rig, sessions)]
+    """Rows: seconds and bytes."""
+    with tempfile.TemporaryDirectory() as folder, tiered(Settings(data=Path(folder), cold=ColdSettings(lock="none"))) as rig:
+        return _erase(rig, list(fill(rig))[-1])
 
 
-def _fill(rig: Tiered) -> Iterator[str]:
+def fill(rig: Tiered) -> Iterator[str]:
     """Tier a day's share of the events at a time; the sessions, hex."""
     for day in range(1, DAYS + 1):
         seen: dict[str, None] = {}
@@ -66,7 +57,7 @@ def _erase(rig: Tiered, session: str) -> list[dict[str, Any]]:
     control = open_control(rig.settings)
     erasures = Erasures(rig.tiering(), rig.log, control)
     asked = erasures.request((session,), None, by="ada", reason="asked")
-    with _timed() as took:
+    with timed() as took:
         done = erasures.approve(asked, by="bob")
     control.close()
     live = len(rig.catalog.snapshot().segments)
@@ -83,28 +74,9 @@ def _erase(rig: Tiered, session: str) -> list[dict[str, Any]]:
     ]
 
 
-def _retain(rig: Tiered, sessions: list[str]) -> list[dict[str, Any]]:
-    control = open_control(rig.settings)
-    Holds(rig.tiering(), control).place(Selector(sessions=tuple(sessions[::100])), by="ada", reason="matter")
-    control.close()
-    before, rows = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rig.table("kind = 'session_opened'").num_rows
-    with _timed() as took:
-        done = Retention(rig.tiering(), now=lambda: dt.datetime(2026, 11, 20, tzinfo=dt.UTC)).apply()
-    live = {segment.key for segment in rig.catalog.snapshot().segments}
-    left = dict(rig.objects.remains("events/"))
-    if set(left) != live or any(count != 1 for count in left.values()):
-        raise RuntimeError("objects are left that no live segment is")
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    return [
-        {"what": f"retention over {EVENTS:,} events, {rows:,} sessions, 1 % held", "value": took[0], "unit": "s"},
-        {"what": "events gone", "value": done["events"], "unit": "", "beside": "held", "beside_value": done["held"]},
-        {"what": "bytes gone, listed", "value": done["bytes"], "unit": "B"},
-        {"what": "memory beyond what tiering used", "value": grown, "unit": "MB", "reach": "flat"},
-    ]
-
-
 @contextmanager
-def _timed() -> Iterator[list[float]]:
+def timed() -> Iterator[list[float]]:
+    """Seconds that the block took."""
     took: list[float] = []
     began = time.monotonic()
     yield took

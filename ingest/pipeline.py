@@ -26,7 +26,7 @@ from ingest.encoding import Stamp, encode
 from ingest.inbox import Inbox
 from ingest.outbox import SEND_BYTES_MAX, MemoryOutbox, Outbox
 from ingest.sender import Sender
-from schemas.codec import now_us
+from schemas import clock
 from schemas.errors import InvalidEvent, LogUnavailable, StorageFull, Unavailable
 from schemas.events import PLATFORM_TENANT, SAMPLED_OUT, Count, Payload, ProducerHeartbeat, RecordsLost, SequencePosition, TokenChunk
 from schemas.settings import RecorderSettings
@@ -175,6 +175,7 @@ class Pipeline:
                 return
             self._outbox = outbox
             self.sender = Sender(self._log, outbox, adopt=self._adopt, progress=self._on_progress, refused=self._on_refused)
+            self.sender.start()
             while not (self._closing and self.inbox.idle) and not self._abandoned:
                 if not self._closing:
                     self.inbox.rest(self._rest_s(), gather_s=_GATHER_S)
@@ -283,8 +284,8 @@ class Pipeline:
         """Put the count of what sampling left out since the last time on the tape."""
         if self._skipped:
             kinds = [Count(key=kind, count=count) for kind, count in sorted(self._skipped.items())]
-            span = {"first_recorded_at": self._skipped_since, "last_recorded_at": now_us()}
-            self._add(self._skips, RecordsLost(reason=SAMPLED_OUT, count=self._skipped.total(), kinds=kinds, **span), now_us())
+            span = {"first_recorded_at": self._skipped_since, "last_recorded_at": clock.now_us()}
+            self._add(self._skips, RecordsLost(reason=SAMPLED_OUT, count=self._skipped.total(), kinds=kinds, **span), clock.now_us())
             self._skipped, self._skipped_since = Counter(), 0
 
     def _take_mark(self, mark: Mark) -> None:
@@ -332,7 +333,7 @@ class Pipeline:
         payload = ProducerHeartbeat(positions=positions, closed=closed, host=self._host, pid=os.getpid())
         for partition, seq in seqs.items():
             if closed or self._told.get(partition) != seq:
-                self._add(self._pulse(partition), payload, now_us())
+                self._add(self._pulse(partition), payload, clock.now_us())
         self._told = dict(self._stamp.seqs)
         self._beat_due = math.inf
 
@@ -413,7 +414,7 @@ class Pipeline:
             self.inbox.wake()
 
     def _on_refused(self, entry: Entry, problem: InvalidEvent) -> None:
-        self.inbox.lose(platform_session(self._source, "recorder"), "unknown", f"refused_by_log: {problem.fault}", now_us())
+        self.inbox.lose(platform_session(self._source, "recorder"), "unknown", f"refused_by_log: {problem.fault}", clock.now_us())
 
 
 def sampled(session_id: bytes, rate: float, tenant: str = "") -> bool:

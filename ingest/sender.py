@@ -12,6 +12,7 @@ import structlog
 
 from ingest.outbox import Outbox
 from schemas.errors import InvalidEvent, TokentapeError
+from store.crashpoints import crash_point
 from store.log.base import Entry, Log
 
 logger = structlog.get_logger("tokentape.recorder")
@@ -53,7 +54,11 @@ class Sender:
         self._failure: str | None = None
         self._backoff_s = _BACKOFF_S
         self._sending_since = 0.0
+        self._adopted_at = -_ADOPT_S
         self._thread = threading.Thread(target=self._run, name="tokentape-sender", daemon=True)
+
+    def start(self) -> None:
+        """Send in a thread from now on."""
         self._thread.start()
 
     @property
@@ -86,14 +91,17 @@ class Sender:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        adopted_at = -_ADOPT_S
         while not self._stop.is_set():
-            if time.monotonic() - adopted_at >= _ADOPT_S:
-                self._find_orphans()
-                adopted_at = time.monotonic()
             self._work.clear()
-            if not self._send(self._next()):
+            if not self.step():
                 self._work.wait(_ADOPT_S)
+
+    def step(self) -> bool:
+        """Look for orphaned outboxes if it is time, and send one batch; False when there was none."""
+        if time.monotonic() - self._adopted_at >= _ADOPT_S:
+            self._find_orphans()
+            self._adopted_at = time.monotonic()
+        return self._send(self._next())
 
     def _find_orphans(self) -> None:
         with self._reporting("adopt spools"):
@@ -112,7 +120,9 @@ class Sender:
             entries = outbox.peek()
             if entries:
                 self._append(entries)
+                crash_point("sender.sent")
                 outbox.acknowledge()
+                crash_point("sender.acknowledged")
                 self._count(outbox, len(entries))
                 self._progress()
         return entries is None or bool(entries) or outbox is not self._own

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
 
+from schemas import clock
 from schemas.errors import ConflictError
 from schemas.settings import Settings
 from store.blobs import BLOBS, USES, use_prefix
@@ -25,10 +26,6 @@ from store.reader import EventReader
 log = structlog.get_logger()
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
 @dataclass
 class UnreferencedBlobs:
     """Collects them. Idempotent; may be killed at any moment but between a deletion and the look for marks."""
@@ -36,7 +33,7 @@ class UnreferencedBlobs:
     settings: Settings
     catalog: Catalog
     objects: ObjectStore
-    now: Callable[[], datetime] = _now
+    now: Callable[[], datetime] = clock.now
 
     def run(self, *, dry_run: bool = False) -> dict[str, Any]:
         """Collect what can be; a summary of it. `waits_for` says why nothing was, where something stands in the way."""

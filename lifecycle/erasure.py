@@ -2,7 +2,8 @@
 
 Two custodians are needed: one requests, another approves. Hot rows go to the cold tier first; there the segments that
 hold the sessions, and only those, are rewritten without their content (`lifecycle.rewriting`), and the old objects go with
-all their versions. What cannot be rewritten is pending until it is over: records in the log until its retention has
+all their versions. Derived snapshots are forgotten, and records in quarantine that
+hold a session's id lose their bytes. What cannot be rewritten is pending until it is over: records in the log until its retention has
 passed them, spooled ones until they are sent, blobs until they are collected. A job follows up and enters when all is
 done. The signed entry is the certificate.
 """
@@ -45,12 +46,16 @@ WHY = "erasure"
 
 @dataclass(frozen=True)
 class Erasures:
-    """The erasures of an installation. `collect` removes blobs that nothing refers to any more."""
+    """The erasures of an installation.
+
+    `collect` removes blobs that nothing refers to any more; `forget` removes what is derived from a session (16 bytes).
+    """
 
     tiering: Tiering
     log: Log
     control: ControlLog
     collect: Callable[[], object] | None = None
+    forget: Callable[[bytes], None] | None = None
 
     def request(self, sessions: tuple[str, ...], actor: str | None, *, by: str, reason: str) -> str:
         """Ask for the erasure of sessions (hex), or of every session with an event of an actor; its id.
@@ -158,6 +163,11 @@ class Erasures:
                         run.apply(partial(self._change, run, selector, segment, facts), done)
                 run.sweep(orphan_s=0)
                 delete_retired(self.tiering.catalog)
+            sessions = [bytes.fromhex(session) for session in subject["sessions"]]
+            subject["quarantined"] = subject.get("quarantined", 0) + self.tiering.catalog.erase_quarantined(sessions)
+            if self.forget is not None and done.stripped:
+                for session in sessions:
+                    self.forget(session)
             pending = self._pending(subject)
         return self._enter(erasure, subject, done, pending)
 
@@ -265,7 +275,9 @@ class Erasures:
             "rewritten": done.entries,
             "hot": "no row: all were moved to the cold tier, and the files they came from are removed",
             "cold": "content and salt are gone, commitments stand in their place; no old version is listed",
-            "not_searched": "records in quarantine, which no schema explains",
+            "derived": "snapshots are forgotten, and made anew of what is left",
+            "quarantined": subject["quarantined"],
+            "not_searched": self._not_searched(),
             "pending": pending,
         }
         if before is not None and not done.entries and pending and earlier["pending"] == pending:
@@ -276,6 +288,11 @@ class Erasures:
             self.control.append(KIND, erasure.erasure_id, None)
         log.info("erasure.applied", erasure=erasure.erasure_id, events=done.stripped, pending=len(pending), ledger_entry=entry.sequence)
         return {**body, "ledger_entry": entry.sequence, "bytes_read": done.bytes_read, "bytes_written": done.bytes_written}
+
+    def _not_searched(self) -> list[str]:
+        """Folders with files that could not be read when something was repaired, where there are any; nobody but people can look there."""
+        data = self.tiering.settings.data
+        return [str(path) for path in (data / "hot" / "aside", data / "spool" / ".damaged") if path.is_dir() and any(path.iterdir())]
 
     def _record(self, erasure: Erasure, entry: Entry, subject: dict[str, Any]) -> None:
         if self.tiering.sink is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
+from schemas import clock
 from schemas.settings import Settings
 from store.catalog import Catalog
 from store.log.base import Log
@@ -20,7 +19,7 @@ def trim(settings: Settings, log: Log, catalog: Catalog) -> int:
     """
     if not isinstance(log, EmbeddedLog):
         return 0
-    limit = time.time_ns() // 1000 - int(settings.log.retention_days * _DAY_US)
+    limit = clock.now_us() - int(settings.log.retention_days * _DAY_US)
     count = 0
     for partition, end in cold_to(log, catalog).items():
         first, _ = log.bounds(partition)

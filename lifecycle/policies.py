@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from schemas import clock
 from schemas.events import PLATFORM_TENANT
 from schemas.settings import RetentionPolicy, Settings
 from store.ledger.entry import canonical
@@ -92,7 +93,7 @@ class Policies:
             return None
         mode = max(modes, key=_STRENGTH.index)
         until = end_of(day) + dt.timedelta(days=max(policy.min_days for policy in found))
-        return Lock(mode, until) if mode != "none" and until > dt.datetime.now(dt.UTC) else Lock("none")
+        return Lock(mode, until) if mode != "none" and until > clock.now() else Lock("none")
 
     def verdict(self, tenant: str, retention_class: str, age_days: float, tagged: Tagged) -> Verdict | None:
         """What is due in a segment of this age; None for nothing."""

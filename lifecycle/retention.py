@@ -21,6 +21,7 @@ from lifecycle.policies import ALL, Policies, age_of
 from lifecycle.register import POLICIES, Register
 from lifecycle.rewriting import Change, Done, Rewriting, rewriting
 from lifecycle.tiering import WAIT_S, Tiering
+from schemas import clock
 from schemas.events import RetentionApplied
 from schemas.sink import platform_session
 from store.catalog import Segment
@@ -86,7 +87,7 @@ class Retention:
 
     tiering: Tiering
     collect: Callable[[], dict[str, Any]] | None = None
-    now: Callable[[], dt.datetime] = lambda: dt.datetime.now(dt.UTC)
+    now: Callable[[], dt.datetime] = clock.now
 
     def preview(self) -> list[Due]:
         """What is due, segment by segment, and what of it is held back; nothing is changed.
@@ -115,16 +116,17 @@ class Retention:
             version = self._enter_policies(register)
             with rewriting(self.tiering, register) as run:
                 swept = run.sweep()
-                due = list(self._due(run))
+                due, seen = list(self._due(run)), frozenset(run.register.holds)
                 held, locked = sum(item.held for item in due), sum(item.events + item.contents for item in due if item.locked_until)
                 for group in _groups(due):
-                    run.apply(partial(self._change, run, group, version), done)
+                    run.apply(partial(self._change, run, group, version, seen), done)
                 run.sweep()
                 run.follow_holds(self.tiering.catalog.snapshot().segments)
-        collected = self.collect() if self.collect is not None else {}
+        blobs = self.collect()["collected"] if self.collect is not None else 0
         entry = self._enter(done, held, version)
         summary = {"events": done.events, "contents": done.stripped, "segments": done.segments, "bytes": done.bytes_gone}
-        return {**summary, "versions": done.versions_gone, "held": held, "locked": locked, "swept": swept[0], "entry": entry, **collected}
+        summary |= {"versions": done.versions_gone, "held": held, "locked": locked, "swept": swept[0], "blobs": blobs}
+        return {**summary, "entry": entry}
 
     def _due(self, run: Rewriting) -> Iterator[Due]:
         policies = Policies.of(self.tiering.settings)
@@ -150,14 +152,17 @@ class Retention:
         events, contents, in_hold, kept = run.counts([segment], conditions)
         return Due(segment, verdict.names, drop, strip, events, contents, in_hold, kept)
 
-    def _change(self, run: Rewriting, group: list[Due], version: int) -> Change | None:
-        """What to do with a group by the holds of now, some of which may be newer than the plan."""
+    def _change(self, run: Rewriting, group: list[Due], version: int, seen: frozenset[str]) -> Change | None:
+        """What to do with a group by the holds of now; the plan was made when those in `seen` stood, and holds if they still do."""
         policies = Policies.of(self.tiering.settings)
         live = {segment.key for segment in self.tiering.catalog.snapshot().segments}
+        same = frozenset(run.register.holds) == seen
         fresh = [
             due
             for item in group
-            if item.anything and item.segment.key in live and (due := self._due_in(run, policies, item.segment)) is not None
+            if item.anything
+            and item.segment.key in live
+            and (due := item if same else self._due_in(run, policies, item.segment)) is not None
         ]
         whole = [due for due in fresh if due.whole]
         facts = {"policies": version, "names": sorted({name for due in fresh for name in due.names})}

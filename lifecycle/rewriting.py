@@ -26,7 +26,8 @@ import structlog
 
 from lifecycle.register import HOLD_PLACED, Hold, Register
 from lifecycle.selectors import Matching
-from lifecycle.tiering import OWNER, REWRITTEN, Stored, Tiering, segment_to_json, segments_of
+from lifecycle.tiering import OWNER, RACES_MAX, REWRITTEN, Stored, Tiering, segment_to_json, segments_of
+from schemas import clock
 from schemas.errors import ConflictError, CorruptStore, StoreUnavailable, UsageError
 from store import duck
 from store.catalog import Segment
@@ -46,9 +47,6 @@ CRASH_POINTS = ("written", "put", "before_commit", "committed", "swapped", "purg
 
 ORPHAN_S = 3600.0
 """An object that no entry names is left alone for so long: somebody may be about to enter it."""
-
-_RACES_MAX = 100
-"""Entries of others that may come between before a rewrite gives up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +115,7 @@ class Rewriting:
     register: Register
     connection: duckdb.DuckDBPyConnection
     folder: Path
+    _followed: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
     @cached_property
     def matching(self) -> Matching:
@@ -131,7 +130,7 @@ class Rewriting:
             ConflictError: another process rewrites as well.
             StoreUnavailable, StorageFull: the next run completes what this one began.
         """
-        for _ in range(_RACES_MAX):
+        for _ in range(RACES_MAX):
             self.register.refresh()
             change = plan()
             if change is None:
@@ -158,7 +157,7 @@ class Rewriting:
         if not stale:
             return 0, 0, 0
         self.register.refresh()
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=orphan_s)
+        limit = clock.now() - dt.timedelta(seconds=orphan_s)
         keys = versions = size = 0
         for key in stale:
             info = objects.head(key)
@@ -172,10 +171,7 @@ class Rewriting:
     def _make(self, change: Change) -> _Made:
         """Write the new segment, put it and read it back."""
         connection, first = self.connection, change.segments[0]
-        paths = [self._fetch(segment, self.folder / f"{number}.old") for number, segment in enumerate(change.segments)]
-        kept = f"({events_sql([], [str(path) for path in paths])})"
-        if change.drop:
-            kept = f"(SELECT * FROM {kept} WHERE NOT coalesce({change.drop}, false))"
+        kept = self._kept(change)
         stripped = 0
         if change.strip:
             where = f"salt IS NOT NULL AND coalesce({change.strip}, false)"
@@ -192,12 +188,23 @@ class Rewriting:
             return _Made(None, stripped=stripped)
         root = self._root(relation)
         draft = write_part(connection, relation, parts[0], self.folder / "new.parquet")
-        for path in paths:
-            path.unlink()
         crash_point("rewrite.written")
         if len(change.segments) == 1 and rows == change.rows and root != first.root:
             raise CorruptStore("without content the leaves are not the same", operation="rewrite", place=first.key)
         return _Made(self._store(draft, root), stripped=stripped)
+
+    def _kept(self, change: Change) -> str:
+        """The rows that stay, as a table of the run's own file: what is made of them reads them again, and the old segments are large."""
+        paths = [self._fetch(segment, self.folder / f"{number}.old") for number, segment in enumerate(change.segments)]
+        old = events_sql([], [str(path) for path in paths])
+        where = f" WHERE NOT coalesce({change.drop}, false)" if change.drop else ""
+        try:
+            self.connection.execute(f"CREATE OR REPLACE TABLE kept_rows AS SELECT * FROM ({old}){where}")
+        except duckdb.Error as error:
+            raise duck.mapped(error, operation="rewrite", place=change.segments[0].key) from error
+        for path in paths:
+            path.unlink()
+        return "kept_rows"
 
     def _fetch(self, segment: Segment, path: Path) -> Path:
         """A segment as a local file, its bytes held against the catalog's."""
@@ -247,7 +254,8 @@ class Rewriting:
             **change.facts,
         }
         crash_point("rewrite.before_commit")
-        for _ in range(_RACES_MAX):
+        for _ in range(RACES_MAX):
+            self.tiering.check_alone()
             try:
                 entry = self.tiering.ledger.append(REWRITTEN, body, expected=self.register.size)
             except ConflictError:
@@ -302,7 +310,7 @@ class Rewriting:
             lock = self.tiering.objects.lock_of(segment.key)
         except KeyError:
             return None  # reading it will say that it is not there
-        return lock.until if lock.mode == "compliance" and lock.until is not None and lock.until > dt.datetime.now(dt.UTC) else None
+        return lock.until if lock.mode == "compliance" and lock.until is not None and lock.until > clock.now() else None
 
     # Holds of the object store
 
@@ -318,10 +326,12 @@ class Rewriting:
         return held
 
     def follow_holds(self, segments: Sequence[Segment]) -> None:
-        """`hold_objects` for segments that are new; a bucket that keeps no holds does not stop anything."""
+        """`hold_objects` for segments that are new to these holds; a bucket that keeps no holds does not stop anything."""
+        holds = frozenset(self.register.holds)
         wanted = [segment for segment in segments if any(hold.selector.may_touch(segment) for hold in self.register.holds.values())]
         try:
-            self.hold_objects(wanted)
+            self.hold_objects([segment for segment in wanted if (segment.key, holds) not in self._followed])
+            self._followed |= {(segment.key, holds) for segment in wanted}
         except UsageError as error:
             log.warning("rewrite.no_object_holds", error=str(error))
 

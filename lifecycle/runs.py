@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import sqlite3
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from schemas import clock
 from schemas.errors import ConflictError, CorruptStore, StorageFull, StoreUnavailable, TokentapeError
 
 LEASE_S = 120.0
@@ -77,7 +77,7 @@ class RunLedger:
         Raises:
             ConflictError: somebody else has this tick, or the job is running.
         """
-        now, run_id = time.time(), uuid.uuid4().hex
+        now, run_id = clock.now_us() / 1e6, uuid.uuid4().hex
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
@@ -99,14 +99,14 @@ class RunLedger:
     def renew(self, run_id: str) -> None:
         """Say that a run is alive."""
         with self._connection() as connection:
-            connection.execute("UPDATE runs SET lease_until=? WHERE run_id=?", (time.time() + LEASE_S, run_id))
+            connection.execute("UPDATE runs SET lease_until=? WHERE run_id=?", (clock.now_us() / 1e6 + LEASE_S, run_id))
 
     def finish(self, run_id: str, outcome: str, summary: dict[str, Any]) -> None:
         """Enter how a run ended."""
         with self._connection() as connection:
             connection.execute(
                 "UPDATE runs SET finished_at=?, outcome=?, summary=? WHERE run_id=?",
-                (time.time(), outcome, json.dumps(summary, default=str), run_id),
+                (clock.now_us() / 1e6, outcome, json.dumps(summary, default=str), run_id),
             )
 
     def history(self, job: str | None = None, *, limit: int = 50) -> list[Run]:

@@ -7,7 +7,6 @@ process and several schedulers may run at once. `misfire_grace_time=None` and `c
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from lifecycle.runs import LEASE_S, RunLedger
+from schemas import clock
 from schemas.errors import ConflictError, TokentapeError, UsageError
 
 log = structlog.get_logger()
@@ -92,7 +92,7 @@ class Scheduler:
             self._scheduler.shutdown(wait=True)
 
     def _tick(self, job: Job) -> None:
-        slot = int(time.time() // job.every_s)
+        slot = int(clock.now_us() / 1e6 // job.every_s)
         try:
             summary = run_job(job, self._ledger, trigger="schedule", slot=slot)
             log.info("job.done", job=job.name, **summary)

@@ -20,13 +20,15 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import structlog
 
 from lifecycle.policies import Policies
+from schemas import clock
 from schemas.errors import AlreadyExists, ConflictError, CorruptStore
 from schemas.events import SegmentSealed
 from schemas.registry import Schema, SchemaRegistry
@@ -37,7 +39,7 @@ from store.catalog import Catalog, Range, Segment, Shard
 from store.cold import ATTACHED_MAX, SEGMENT_BYTES_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
 from store.coverage import Coverage, cover, coverage_from_json, coverage_to_json, from_parquet, spans_of, to_parquet
 from store.crashpoints import crash_point
-from store.fences import FileLock
+from store.fences import FileLock, tier_lock_path
 from store.hot import attach
 from store.ledger import Entry, Ledger
 from store.objects.base import NO_LOCK, Lock, ObjectStore
@@ -58,6 +60,9 @@ WAIT_S = 600.0
 """How long retention, erasure and compaction wait for a run that is at work."""
 
 _POLL_S = 0.1
+
+RACES_MAX = 100
+"""Entries of others that may come between before a commit gives up."""
 
 OWNER = "tier"
 """Who claims: one name for all runs, of which a lock lets one go at a time, so that the next finishes a killed one's work."""
@@ -90,6 +95,7 @@ class Tiering:
     sink: EventSink | None = None
     segment_bytes_max: int = SEGMENT_BYTES_MAX
     withdraw: Callable[[], None] | None = None
+    _held: list[FileLock] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def run(self, *, all_days: bool = False, dry_run: bool = False) -> dict[str, Any]:
         """Tier every shard of a day older than `jobs.tier_after_days`, or of any day; what was done as a flat dict.
@@ -107,11 +113,14 @@ class Tiering:
     def run_alone(self, *, all_days: bool = False) -> dict[str, Any]:
         """`run` for who is alone already."""
         self.clear()
+        size = self.ledger.head()
         finished = self.reconcile_alone()
         shards = self._closed(all_days)
         segments: list[Segment] = []
         for _, group in itertools.groupby(shards, key=lambda shard: shard.day):
-            segments += self._tier_day(list(group))
+            entry = self._tier_day(list(group), size)
+            segments += segments_of(entry)
+            size = entry.sequence + 1
         summary = {"shards": len(shards), "events": sum(shard.rows for shard in shards), "finished_earlier": finished}
         size = sum(segment.bytes for segment in segments)
         return {**summary, "segments": len(segments), "bytes": size, "keys": [segment.key for segment in segments]}
@@ -141,19 +150,32 @@ class Tiering:
         Raises:
             ConflictError: another run is at work.
         """
-        path, deadline = self.catalog.path.parent / "fences" / "tier.lock", time.monotonic() + wait_s
+        path, deadline = tier_lock_path(self.catalog.path.parent), time.monotonic() + wait_s
         while (lock := FileLock.take(path, secrets.token_hex(8))) is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         if lock is None:
             raise ConflictError("another tiering run is at work", operation="tier", place=str(path), hint="try again when it is done")
+        self._held.append(lock)
         try:
             yield
         finally:
+            self._held.remove(lock)
             lock.release()
+
+    def check_alone(self) -> None:
+        """Raise unless the lock still keeps others out: they may have removed what is about to be entered, as left behind by a dead run.
+
+        Raises:
+            ConflictError: it does not.
+        """
+        for lock in self._held:
+            if not lock.holds():
+                fault, hint = "the lock file was removed or replaced", "another run may be at work; the next one does this again"
+                raise ConflictError(fault, operation="commit", place=str(lock.path), hint=hint)
 
     def _closed(self, all_days: bool) -> list[Shard]:
         """The shards to tier by day. Days never run backwards along a partition, so they are the beginning of each."""
-        limit = dt.datetime.now(dt.UTC) - dt.timedelta(days=Policies.of(self.settings).hot_days(self.settings.jobs.tier_after_days))
+        limit = clock.now() - dt.timedelta(days=Policies.of(self.settings).hot_days(self.settings.jobs.tier_after_days))
         shards = self.catalog.snapshot().shards
         closed = [shard for shard in shards if all_days or shard.day < limit.strftime("%Y-%m-%d")]
         return sorted(closed, key=lambda shard: (shard.day, shard.name))
@@ -168,16 +190,18 @@ class Tiering:
 
     # One day
 
-    def _tier_day(self, shards: Sequence[Shard]) -> list[Segment]:
+    def _tier_day(self, shards: Sequence[Shard], size: int) -> Entry:
+        """Move the shards of one day, seen when the ledger had `size` entries."""
         names = [shard.name for shard in shards]
         self._claim(names)
         scratch = self.settings.data / "tmp"
         scratch.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix="tier-", dir=scratch))
         try:
-            stored = [self._store(key, draft, names) for key, draft in self._keyed(self._write(shards, folder))]
+            drafts, marks = self._write(shards, folder)
+            stored = [self._store(key, draft, names) for key, draft in self._keyed(drafts)]
             crash_point("tier.put")
-            entry = self._commit(shards, stored, names)
+            entry = self._commit(shards, stored, marks, size)
             segments = segments_of(entry)
             self.catalog.swap(retire=names, segments=segments, owner=OWNER)
             crash_point("tier.swapped")
@@ -187,16 +211,17 @@ class Tiering:
         self._announce(segments)
         crash_point("tier.announced")
         log.info("tier.done", day=shards[0].day, shards=len(shards), segments=len(segments), ledger_entry=entry.sequence)
-        return segments
+        return entry
 
     def _claim(self, names: Sequence[str]) -> None:
         if not self.catalog.claim(names, OWNER, CLAIM_S):
             raise ConflictError("the shards are being merged", operation="tier", place=names[0], hint="try again when that is done")
 
-    def _write(self, shards: Sequence[Shard], folder: Path) -> list[Draft]:
+    def _write(self, shards: Sequence[Shard], folder: Path) -> tuple[list[Draft], list[Any]]:
+        """The segments as local files, and the marks of their producers."""
         filled = [shard for shard in shards if shard.rows]
         if not filled:
-            return []
+            return [], []
         expected = sum(shard.rows for shard in filled)
         sql, staged = self.settings.sql, folder / "staged.duckdb"
         memory = f"{sql.memory_mb}MB"
@@ -209,9 +234,10 @@ class Tiering:
             if (rows := sum(part.rows for part in parts)) != expected:
                 raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
             drafts = [write_part(connection, relation, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+            marks = _marks(connection, relation)
         crash_point("tier.written")
         staged.unlink(missing_ok=True)
-        return drafts
+        return drafts, marks
 
     def _keyed(self, drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft]]:
         numbers: dict[tuple[str, str, str], int] = defaultdict(int)
@@ -227,7 +253,7 @@ class Tiering:
         part = draft.part
         self.objects.create_from_file(key, draft.path, lock=self.segment_lock(part.tenant, part.retention_class, part.day))
         crash_point("tier.put_one")
-        draft.path.unlink()
+        draft.path.unlink(missing_ok=True)  # who took this run for dead has cleared its scratch folder
         self._claim(names)
         content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
         if content.rows != draft.part.rows:
@@ -245,9 +271,9 @@ class Tiering:
         cold = self.settings.cold
         if cold.lock == "none":
             return NO_LOCK
-        return Lock(cold.lock, dt.datetime.now(dt.UTC) + dt.timedelta(days=cold.lock_days))
+        return Lock(cold.lock, clock.now() + dt.timedelta(days=cold.lock_days))
 
-    def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], names: Sequence[str]) -> Entry:
+    def _commit(self, shards: Sequence[Shard], stored: Sequence[Stored], marks: Sequence[Any], size: int) -> Entry:
         """Check that the segments hold what the log held, and enter them."""
         keys = [item.key for item in stored]
         coverage = cover(self.catalog, shards, keys, [item.content for item in stored])
@@ -260,12 +286,27 @@ class Tiering:
             "segments": [segment_to_json(item, schemas) for item in stored],
             "coverage_key": manifest["key"],
             "coverage": [coverage_to_json(item) for item in coverage],
+            "marks": marks,
         }
-        self._claim(names)
-        crash_point("tier.before_commit")
-        entry = self.ledger.append(ENTRY_TYPE, body)
+        entry = self._enter(body, [shard.name for shard in shards], size)
         crash_point("tier.committed")
         return entry
+
+    def _enter(self, body: Mapping[str, Any], names: Sequence[str], size: int) -> Entry:
+        """Append the entry while nobody has moved anything since the shards were seen: of two runs whose lock failed them one wins."""
+        for _ in range(RACES_MAX):
+            self._claim(names)
+            crash_point("tier.before_commit")
+            self.check_alone()
+            try:
+                return self.ledger.append(ENTRY_TYPE, body, expected=size)
+            except ConflictError:
+                news = list(self.ledger.entries(size))
+                if any(entry.type in (ENTRY_TYPE, REWRITTEN) for entry in news):
+                    hint = "try again when it is done"
+                    raise ConflictError("another tiering run is at work", operation="tier", place="ledger", hint=hint) from None
+                size += len(news)
+        raise ConflictError("the ledger is too busy", operation="tier", place="ledger", hint="try again later")
 
     def _put_coverage(self, day: str, coverage: Sequence[Coverage]) -> dict[str, Any]:
         data = to_parquet(coverage)
@@ -344,6 +385,13 @@ class Tiering:
             hint = "run `tokentape rebuild`: it makes the shards anew behind what is cold"
             raise ConflictError(f"shard {mixed[0]} is cold in part", operation="tier", place=entry.key, hint=hint)
         return covered
+
+
+def _marks(connection: duckdb.DuckDBPyConnection, relation: str) -> list[Any]:
+    """Log, partition, producer (hex), its highest number, and when the log had it (µs): by them an event that comes again is
+    known when its row has long gone."""
+    columns = 'log_id, "partition", lower(hex(producer_id)), max(producer_seq), epoch_us(max(appended_at))'
+    return [list(row) for row in connection.execute(f"SELECT {columns} FROM {relation} GROUP BY ALL ORDER BY ALL").fetchall()]
 
 
 def _runs(pid: int) -> bool:

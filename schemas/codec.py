@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import io
-import time
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -280,11 +279,6 @@ def _content_schema(schema: Schema, kind: str) -> Any:
     if key not in _CONTENT:
         _CONTENT[key] = fastavro.parse_schema(schema.contents[kind])
     return _CONTENT[key]
-
-
-def now_us() -> int:
-    """Wall clock in microseconds since the epoch."""
-    return time.time_ns() // 1000
 
 
 def uuid7(milliseconds: int, counter: int, tail: int) -> bytes:

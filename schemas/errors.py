@@ -13,6 +13,7 @@
     │   ├── InvalidEvent           5   an event that breaks a rule of the schema
     │   ├── UnknownSchema          5   a fingerprint that no registry explains
     │   ├── NewerSchema            5   a schema with columns that these tables lack
+    │   ├── NewerFormat            5   a data directory that a newer version of this program made
     │   └── CorruptStore           5   a file that fails its checksum or cannot be opened
     ├── ProofError                 6   verification found modified, missing or unsigned data
     ├── ConflictError              7   somebody else was first, or holds what is asked for
@@ -103,6 +104,10 @@ class UnknownSchema(DataError):
 
 class NewerSchema(DataError):
     """A known schema with columns that this version's tables lack."""
+
+
+class NewerFormat(DataError):
+    """A data directory whose format this program does not know; it is left as it is."""
 
 
 class CorruptStore(DataError):

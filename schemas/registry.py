@@ -92,6 +92,10 @@ class Schema:
 
     def json(self) -> str:
         """The schema as it is stored, with logical types and defaults."""
+        return self._json
+
+    @cached_property
+    def _json(self) -> str:
         return json.dumps(self.definition, indent=1) + "\n"
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
+from schemas import clock
 from schemas.codec import encode_session, uuid7
 from schemas.events import PLATFORM_TENANT, Payload
 
@@ -64,7 +64,7 @@ class EventSink(Protocol):
 def new_id() -> bytes:
     """A fresh random UUIDv7 as 16 bytes: for sessions, generations and replays."""
     tail = int.from_bytes(random16()[:10], "big")
-    return uuid7(time.time_ns() // 1_000_000, tail >> 64, tail)
+    return uuid7(clock.now_us() // 1000, tail >> 64, tail)
 
 
 def platform_session(source: str, actor: str = "") -> SessionContext:

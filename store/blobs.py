@@ -18,12 +18,13 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, date, datetime
+from datetime import date
 from functools import lru_cache, partial
 from pathlib import Path
 
 import zstandard
 
+from schemas import clock
 from schemas.errors import CorruptStore, UsageError
 from schemas.events import BlobRef, Message, RequestContent, RequestSubmitted
 from store.keyfile import installation_key
@@ -136,7 +137,7 @@ def use_prefix(key: str) -> str:
 
 
 def _today() -> date:
-    return datetime.now(UTC).date()
+    return clock.now().date()
 
 
 def mark_of(ref: BlobRef) -> str:

@@ -12,8 +12,9 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
+from schemas import clock
 from schemas.errors import ConflictError, Fenced, UsageError
-from store.catalog_file import CatalogFile, now_us
+from store.catalog_file import CatalogFile
 from store.catalog_tables import (
     TAILS,
     fill_gap,
@@ -103,7 +104,7 @@ class Catalog(CatalogFile):
         Raises:
             ConflictError: a name to retire is not there (any more), or somebody else than `owner` has claimed it.
         """
-        now = now_us()
+        now = clock.now_us()
         with self._writing("swap") as connection:
             self._check_live(connection, retire, owner)
             for name in retire:
@@ -135,7 +136,7 @@ class Catalog(CatalogFile):
 
     def claim(self, names: Sequence[str], owner: str, ttl_s: float) -> bool:
         """Claim all of the shards for `owner` or none; claiming again renews. False when one is taken or gone."""
-        until = now_us() + int(ttl_s * 1e6)
+        until = clock.now_us() + int(ttl_s * 1e6)
         with self._writing("claim") as connection:
             try:
                 self._check_live(connection, names, owner)
@@ -153,14 +154,14 @@ class Catalog(CatalogFile):
     def claimed(self) -> dict[str, str]:
         """Owner of each claimed shard."""
         with self._reading("claims") as connection:
-            return dict(connection.execute("SELECT name, owner FROM claim WHERE until > ?", (now_us(),)).fetchall())
+            return dict(connection.execute("SELECT name, owner FROM claim WHERE until > ?", (clock.now_us(),)).fetchall())
 
     def _check_live(self, connection: sqlite3.Connection, names: Sequence[str], owner: str) -> None:
         for name in names:
             if connection.execute("SELECT 1 FROM shard WHERE name = ? AND state = 'live'", (name,)).fetchone() is None:
                 raise ConflictError(f"shard {name} is no longer there", operation="swap", place=str(self._path), hint="take a new snapshot")
             other = connection.execute(
-                "SELECT owner FROM claim WHERE name = ? AND owner <> ? AND until > ?", (name, owner, now_us())
+                "SELECT owner FROM claim WHERE name = ? AND owner <> ? AND until > ?", (name, owner, clock.now_us())
             ).fetchone()
             if other is not None:
                 raise ConflictError(
@@ -217,7 +218,7 @@ class Catalog(CatalogFile):
             try:
                 with self._writing("replace") as connection:
                     log_id = connection.execute("SELECT value FROM anew.fact WHERE key = 'log_id'").fetchone()
-                    replace_log(connection, log_id[0], now_us())
+                    replace_log(connection, log_id[0], clock.now_us())
             finally:
                 self._connected().execute("DETACH anew")
 
@@ -295,6 +296,17 @@ class Catalog(CatalogFile):
             raise UsageError(fault, operation="show quarantine", hint="`tokentape quarantine list` shows what is")
         return bytes(row[0])
 
+    def erase_quarantined(self, needles: Sequence[bytes]) -> int:
+        """Overwrite the bytes of quarantined records in which one of some byte strings stands; how many. Their digests stay."""
+        with self._writing("erase quarantined records") as connection:
+            connection.execute("PRAGMA secure_delete=ON")
+            condition = "length(raw) > 0 AND instr(raw, ?) > 0"
+            count = sum(connection.execute(f"UPDATE quarantine SET raw = x'' WHERE {condition}", (needle,)).rowcount for needle in needles)
+        if count:
+            with self._lock, self._mapped("erase quarantined records"):
+                self._connected().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return count
+
     def duplicates(self, log_id: str, partition: int, offset_first: int, offset_next: int) -> list[Duplicate]:
         """Records that were dropped as sent twice, in offset order."""
         with self._reading("duplicates") as connection:
@@ -308,7 +320,7 @@ class Catalog(CatalogFile):
 
     def request_seal(self, targets: dict[int, int]) -> int:
         """Ask whoever indexes to seal as soon as it has reached these offsets; the number of the request."""
-        now = now_us()
+        now = clock.now_us()
         with self._writing("request seal", durable=False) as connection:
             connection.execute("DELETE FROM seal_request WHERE at < ?", (now - _REQUEST_S * 1_000_000,))
             cursor = connection.execute("INSERT INTO seal_request (at, targets) VALUES (?, ?)", (now, json.dumps(targets)))

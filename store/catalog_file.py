@@ -6,12 +6,12 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from schemas.errors import CorruptStore, StorageFull, StoreUnavailable, TokentapeError
 from store.catalog_tables import LAYOUT, TABLES
+from store.crashpoints import crash_point
 
 # How long a writer waits for another process's transaction; each of them takes milliseconds.
 _BUSY_S = 30.0
@@ -90,10 +90,12 @@ class CatalogFile:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
+                crash_point("catalog.before_commit")
                 connection.execute("COMMIT")
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
+        crash_point("catalog.committed")
 
     @contextlib.contextmanager
     def _mapped(self, operation: str) -> Iterator[None]:
@@ -103,11 +105,6 @@ class CatalogFile:
             raise _error(problem, operation, self._path) from problem
         except OSError as problem:
             raise StoreUnavailable(problem.strerror or str(problem), operation=operation, place=str(self._path)) from problem
-
-
-def now_us() -> int:
-    """Wall clock in microseconds since the epoch."""
-    return time.time_ns() // 1000
 
 
 def _error(problem: sqlite3.Error, operation: str, path: Path) -> TokentapeError:

@@ -117,6 +117,11 @@ def waiting(path: Path, token: str, *, timeout_s: float = 60.0) -> Iterator[File
         lock.release()
 
 
+def tier_lock_path(hot: Path) -> Path:
+    """The lock of whoever decides what is hot and what is cold: tiering, rewriting, rebuilding."""
+    return hot / "fences" / "tier.lock"
+
+
 def fence_path(hot: Path, partition: int) -> Path:
     """Where the fence of a partition is."""
     return hot / "fences" / f"p{partition:03d}.lock"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from schemas import clock
 from schemas.errors import NewerSchema
 from store.ingest_batch import Prepared, Preparer
 from store.log.base import Log
@@ -112,7 +113,7 @@ class Follower(threading.Thread):
         found = Round()
         deadline = time.monotonic() + _LINGER_S
         while active and not self._over.is_set():
-            before = time.time_ns() // 1000
+            before = clock.now_us()
             ready = self._log.wait(active, wait_s=self._patience_s(found, deadline))
             found.caught_up.update({partition: (active[partition], before) for partition in active.keys() - ready})
             for partition in self._oldest(ready):

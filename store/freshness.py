@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from schemas import clock
 from schemas.errors import NewerSchema
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
@@ -45,7 +46,7 @@ def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, regis
     catalog = open_catalog(settings.data)
     deadline = time.monotonic() + timeout_s
     asked, stopped = False, {}  # type: bool, dict[int, NewerSchema]
-    before = time.time_ns() // 1000
+    before = clock.now_us()
     targets = {partition: log.bounds(partition)[1] for partition in range(log.partitions)}
     indexer = Indexer(settings, log, registry)
     while behind := _behind(catalog, log.log_id, targets) - stopped.keys():

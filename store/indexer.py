@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from schemas import clock
 from schemas.errors import Fenced, LogChanged, NewerSchema, TokentapeError
 from schemas.registry import Schema, SchemaRegistry
 from schemas.settings import Settings
@@ -235,7 +236,7 @@ class _Session:
         """Index the partitions up to these offsets, or to the log's end as of now, and seal."""
         if not self._fences:
             return
-        before = time.time_ns() // 1000
+        before = clock.now_us()
         targets = until or {partition: self._log.bounds(partition)[1] for partition in self._fences}
         follower = self._start_follower(targets)
         while (found := follower.rounds.get()) is not None:

@@ -6,10 +6,8 @@ catalog. The parts stay on disk for a grace period, for readers that took their 
 
 from __future__ import annotations
 
-import datetime as dt
 import os
 import secrets
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 import duckdb
 import structlog
 
+from schemas import clock
 from schemas.errors import ConflictError
 from schemas.settings import Settings
 from store import duck, tables
@@ -65,7 +64,7 @@ def merge(settings: Settings, catalog: Catalog, *, dry_run: bool = False, grace_
     Raises:
         CorruptStore: a shard cannot be read. StorageFull: no room; nothing was changed.
     """
-    plans = plan(catalog, dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"))
+    plans = plan(catalog, clock.now().strftime("%Y-%m-%d"))
     summary: dict[str, Any] = {"merges": len(plans), "shards": sum(len(item.shards) for item in plans)}
     summary["events"] = sum(shard.rows for item in plans for shard in item.shards)
     expired = _expired(catalog, grace_s)
@@ -221,7 +220,7 @@ def delete_retired(catalog: Catalog) -> int:
 
 
 def _expired(catalog: Catalog, grace_s: float) -> list[Shard]:
-    limit = time.time_ns() // 1000 - int(grace_s * 1e6)
+    limit = clock.now_us() - int(grace_s * 1e6)
     return [shard for shard, retired_at in catalog.shards(retired=True) if 0 < retired_at <= limit]
 
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import Fenced, TokentapeError
+from schemas.errors import ConflictError, Fenced, TokentapeError
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from store import duck
 from store.catalog import Catalog, Mark, Position, Range, Sealed, Shard
 from store.coverage import coverage_from_json
 from store.crashpoints import crash_point
-from store.fences import FileLock, fence_path, waiting
+from store.fences import FileLock, fence_path, tier_lock_path, waiting
 from store.indexer import Indexed, Indexer
 from store.ingest_batch import day_of
 from store.ledger import open_ledger
@@ -36,10 +36,15 @@ _URL_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """What the cold tier holds: ranges of offsets with running digests, and the keys of its segments."""
+    """What the cold tier holds: ranges of offsets with running digests, the keys of its segments, and what its producers sent.
+
+    `marks` has log, partition, producer (hex), highest number and its append time (µs): rows may have gone since, and entries
+    of earlier versions have none, so the segments that are left are asked as well.
+    """
 
     ranges: tuple[Range, ...] = ()
     keys: tuple[str, ...] = ()
+    marks: tuple[tuple[str, int, str, int, int], ...] = ()
 
 
 def rebuild(
@@ -57,13 +62,14 @@ def rebuild(
     Shards of an earlier log, which nobody can read again, stay.
 
     Raises:
-        Fenced: an indexer runs.
+        Fenced: an indexer runs, or a lock was taken away meanwhile.
+        ConflictError: tiering, retention or an erasure is at work.
         LogChanged: the log no longer holds the first offset that cold does not cover.
         LogUnavailable, StoreUnavailable: a part does not answer; the old index stands.
     """
     token = f"rebuild-{secrets.token_hex(4)}"
     folder = settings.data / "hot.rebuild"
-    with _all_fences(catalog.path.parent, log.partitions, token):
+    with _all_locks(catalog.path.parent, log.partitions, token) as locks:
         with contextlib.suppress(TokentapeError):
             recover(catalog.path.parent, catalog, token)
         shutil.rmtree(folder, ignore_errors=True)
@@ -73,7 +79,7 @@ def rebuild(
         done, differ = _index(settings, log, registry, folder, compared)
         crash_point("rebuild.indexed")
         with waiting(catalog.path.parent / "fences" / "recover.lock", token):
-            _move_in(folder, catalog)
+            _move_in(folder, catalog, locks)
         shutil.rmtree(folder, ignore_errors=True)
     summary = {"events": done.rows, "shards": done.shards, "duplicates": done.duplicates, "quarantined": done.quarantined}
     return {**summary, "digests_equal": len(compared) - len(differ), "differ": differ}
@@ -89,19 +95,27 @@ def read_cold(settings: Settings, objects: ObjectStore) -> Cold:
     ranges = [coverage_from_json(item).span for entry in entries for item in entry.body.get("coverage", ())]
     gone = {key for entry in entries for key in entry.body.get("erased", ())}
     keys = [item["key"] for entry in entries for item in entry.body["segments"]]
-    return Cold(tuple(ranges), tuple(key for key in keys if key not in gone))
+    marks = [tuple(mark) for entry in entries for mark in entry.body.get("marks", ())]
+    return Cold(tuple(ranges), tuple(key for key in keys if key not in gone), tuple(marks))
 
 
 @contextlib.contextmanager
-def _all_fences(hot: Path, partitions: int, token: str) -> Iterator[None]:
+def _all_locks(hot: Path, partitions: int, token: str) -> Iterator[list[FileLock]]:
+    """The fences of all partitions, and the lock of tiering: what is cold must not change while it is decided what is hot."""
     with contextlib.ExitStack() as stack:
+        tiering = FileLock.take(tier_lock_path(hot), token)
+        if tiering is None:
+            raise ConflictError("tiering or retention is at work", operation="rebuild", place=str(hot), hint="try again when it is done")
+        stack.callback(tiering.release)
+        locks = [tiering]
         for partition in range(partitions):
             fence = FileLock.take(fence_path(hot, partition), token)
             if fence is None:
                 hint = "stop the indexers (`tokentape up`), then rebuild"
                 raise Fenced(f"an indexer holds partition {partition}", operation="rebuild", place=str(hot), hint=hint)
             stack.callback(fence.release)
-        yield
+            locks.append(fence)
+        yield locks
 
 
 def _starts(coverage: Sequence[Range], log_id: str) -> dict[int, Range]:
@@ -123,7 +137,8 @@ def _seed(folder: Path, catalog: Catalog, log_id: str, objects: ObjectStore, col
     anew.shards_folder.mkdir(parents=True, exist_ok=True)
     starts = _starts(cold.ranges, log_id)
     if starts:
-        anew.restore(_known(catalog, log_id, starts, _marks(objects, cold.keys, log_id)))
+        entered = [(partition, bytes.fromhex(producer), *rest) for log, partition, producer, *rest in cold.marks if log == log_id]
+        anew.restore(_known(catalog, log_id, starts, [*entered, *_marks(objects, cold.keys, log_id)]))
     anew.close()
     return starts
 
@@ -197,12 +212,14 @@ def _index(
     return rest, differ
 
 
-def _move_in(folder: Path, catalog: Catalog) -> None:
-    """Put the new shards beside the old ones, then let the catalog name them instead."""
+def _move_in(folder: Path, catalog: Catalog, locks: Sequence[FileLock]) -> None:
+    """Put the new shards beside the old ones, then let the catalog name them instead, if nobody came between."""
     catalog.shards_folder.mkdir(parents=True, exist_ok=True)
     for path in sorted((folder / "shards").glob("*.duckdb")):
         path.replace(catalog.shards_folder / path.name)
     sync_file(catalog.shards_folder)
     crash_point("rebuild.before_replace")
+    for lock in locks:
+        lock.check()
     catalog.replace(folder / "catalog.sqlite")
     crash_point("rebuild.replaced")

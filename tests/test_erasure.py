@@ -13,6 +13,7 @@ from lifecycle.erasure import Erasures
 from lifecycle.holds import Holds
 from lifecycle.proving import Prover
 from lifecycle.selectors import Selector
+from replay.versioning import open_versions
 from schemas.errors import ConflictError, UnknownName, UsageError
 from schemas.events import ErasureApplied
 from schemas.settings import LogSettings, RetentionPolicy, RetentionSettings, Settings
@@ -21,6 +22,7 @@ from store.control import open_control
 from store.ledger.entry import decode_entry
 from store.log.base import Entry
 from store.reader import EventReader
+from store.versions import Version
 from tests.eventgen import conversation, datum
 from tests.program import Program
 from tests.tiered import Tiered, tiered
@@ -121,6 +123,25 @@ def test_what_was_pending_is_followed_up(local: Tiered) -> None:
     assert [item["state"] for item in erasures(local).everything()] == ["finished"]
     assert all(local.log.bounds(p)[0] == local.log.bounds(p)[1] for p in range(local.log.partitions))
     assert erasures(local).follow_up()["open"] == 0
+    assert local.verification().report().exit_code == 0
+
+
+def test_what_is_derived_and_what_nobody_could_read(local: Tiered) -> None:
+    """Snapshots of the session go at once, and so do the bytes of records in quarantine that hold its id; those of others stay."""
+    entries = talk(local, 2)
+    session, other = dict.fromkeys(entry.key for entry in entries)
+    local.ingest([replace(entry, value=entry.value + b"\0") for entry in (entries[0], entries[-1])])
+    versions = open_versions(local.settings.data)
+    for key in (session, other):
+        version = Version(key, 1, bytes(16), 1, b"basis", bytes(16), "stopped", "ada", 0, "root", 4)
+        versions.add([version], {"root": b"text"}, bytes_max=1000)
+    own = replace(erasures(local), forget=versions.forget)
+    done = own.approve(own.request((session.hex(),), None, by="ada", reason="asked"), by="bob")
+    left = [local.catalog.quarantined_bytes(item.log_id, item.partition, item.offset) for item in local.catalog.quarantine()]
+
+    assert versions.sessions() == [other]
+    assert done["quarantined"] == 1
+    assert sorted(left) == [b"", entries[-1].value + b"\0"]
     assert local.verification().report().exit_code == 0
 
 

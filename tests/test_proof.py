@@ -38,7 +38,6 @@ from tests.program import Program
 from tests.strategies import sample
 from tests.tiered import Tiered, tiered
 
-GO = Path(__file__).parents[1] / "scripts" / "go"
 DAYS = ("2026-11-01", "2026-11-02", "2026-11-03")
 
 
@@ -83,10 +82,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 @pytest.fixture(scope="module")
 def go(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The verifier in Go, built."""
-    program = tmp_path_factory.mktemp("go") / "verify"
-    environment = {**os.environ, "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "GOCACHE": str(tools.cache_dir() / "go-build")}
-    subprocess.run([tools.go(print), "build", "-o", str(program), "."], cwd=GO, env=environment, check=True, capture_output=True)
-    return program
+    return tools.go_verifier(tmp_path_factory.mktemp("go"), print)
 
 
 def checked_by_go(program: Path, key: Verifier, document: dict[str, Any], folder: Path) -> bool:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from schemas import events
-from schemas.errors import Fenced, Unavailable
+from schemas.errors import ConflictError, Fenced, Unavailable
 from schemas.settings import Settings
 from store.catalog import Catalog, Range, open_catalog
-from store.crashpoints import VARIABLE
-from store.fences import FileLock, fence_path
+from store.crashpoints import VARIABLE, watched
+from store.fences import FileLock, fence_path, tier_lock_path
 from store.indexer import Indexer
 from store.log import open_log
 from store.log.base import Log
@@ -276,6 +276,20 @@ class TestRebuild:
             _rebuilt(settings_embedded, log)
         assert lock is not None
         lock.release()
+
+    def test_what_is_cold_stays_so_meanwhile(self, settings_embedded: Settings, log: Log) -> None:
+        """Beside tiering, which would give rows twice, it is refused; and it is given up when its lock was taken away."""
+        records = _indexed(settings_embedded, log, 1)
+        path = tier_lock_path(settings_embedded.data / "hot")
+        lock = FileLock.take(path, "tier")
+        with pytest.raises(ConflictError, match="tiering or retention is at work"):
+            _rebuilt(settings_embedded, log)
+        assert lock is not None
+        lock.release()
+
+        with watched(lambda label: path.unlink() if label == "rebuild.before_replace" else None), pytest.raises(Fenced):
+            _rebuilt(settings_embedded, log)
+        assert len(rows(open_catalog(settings_embedded.data))) == len(records)
 
     def test_quarantine_and_gaps_come_out_the_same(self, settings_embedded: Settings, log: Log) -> None:
         """What was missing before is missing after, and counted once."""

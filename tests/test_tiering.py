@@ -32,9 +32,9 @@ from schemas.events import PAYLOADS, SegmentSealed
 from schemas.registry import CURRENT, Schema, SchemaRegistry
 from schemas.settings import Settings
 from store.catalog import open_catalog
-from store.crashpoints import VARIABLE
+from store.crashpoints import VARIABLE, watched
 from store.duck import connect
-from store.fences import FileLock
+from store.fences import FileLock, tier_lock_path
 from store.ledger.merkle import root_of
 from store.log.base import Entry
 from store.objects import open_store
@@ -201,6 +201,26 @@ class TestRows:
             local.tier()
 
         assert local.ledger.head() == 0
+
+    @pytest.mark.parametrize(("lost", "says"), [(True, "lock file was removed"), (False, "another tiering run is at work")])
+    def test_of_two_runs_whose_lock_failed_them_one_enters_the_day(self, local: Tiered, lost: bool, says: str) -> None:
+        """Another run does the same while this one stands still before its entry: the day is entered once, with objects that are there."""
+        local.ingest(mixed(local.producer))
+        waited: list[str] = []
+
+        def zombie(label: str) -> None:
+            if label == "tier.before_commit" and not waited:
+                waited.append(label)
+                if lost:
+                    tier_lock_path(local.settings.data / "hot").unlink()
+                local.tiering().run_alone(all_days=True)
+
+        with watched(zombie), pytest.raises(ConflictError, match=says):
+            local.tier()
+
+        assert [entry.type for entry in local.ledger.entries()] == ["segments"]
+        assert local.records() == offsets(local.log)
+        assert local.verification().report().exit_code == 0
 
 
 class TestSegments:

@@ -19,6 +19,7 @@ from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 from store.blobs import BlobStore, with_blobs
 from store.catalog import Catalog, open_catalog
+from store.format import check_format, mark_format
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, keys, open_ledger
 from store.ledger.note import Signer, Verifier
@@ -31,6 +32,7 @@ from store.reader import EventReader
 from store.rows import StoredEvent
 from store.sql import SqlService
 from store.stored_schemas import fetch_schema, schema_key
+from tokentape import __version__
 from tokentape.output import warn
 
 FRESH_TIMEOUT_S = 10.0
@@ -41,7 +43,12 @@ class Installation:
     """The parts of one installation. Opening one raises what its `open_…` function raises."""
 
     def __init__(self, settings: Settings, *, source: str = "api") -> None:
-        """`source` names the part that runs here in the heartbeats of its recorder."""
+        """`source` names the part that runs here in the heartbeats of its recorder.
+
+        Raises:
+            NewerFormat: the data directory is that of a newer version; nothing of it is opened.
+        """
+        check_format(settings.data, __version__)
         self.settings = settings
         self.source = source
         self._stack = contextlib.ExitStack()
@@ -55,6 +62,7 @@ class Installation:
     @cached_property
     def log(self) -> Log:
         """The event log, made when it does not exist yet."""
+        mark_format(self.settings.data, __version__)
         log = open_log(self.settings.log, self.settings.data)
         self._stack.callback(log.close)
         return log
@@ -98,6 +106,7 @@ class Installation:
     @cached_property
     def catalog(self) -> Catalog:
         """Which shards and segments there are."""
+        mark_format(self.settings.data, __version__)
         return open_catalog(self.settings.data)
 
     @cached_property

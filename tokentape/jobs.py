@@ -127,7 +127,7 @@ def _merge(installation: Installation, dry_run: bool) -> dict[str, Any]:
 
 def retention_of(installation: Installation) -> Retention:
     """Retention by the policies of the settings."""
-    return Retention(tiering_of(installation))
+    return Retention(tiering_of(installation), collect=_blobs(installation).run)
 
 
 def _retention(installation: Installation, dry_run: bool) -> dict[str, Any]:
@@ -149,7 +149,8 @@ def sign(installation: Installation) -> None:
 
 def erasures_of(installation: Installation, control: ControlLog) -> Erasures:
     """Erasures over the installation's parts."""
-    return Erasures(tiering_of(installation), installation.log, control)
+    forget = open_versions(installation.settings.data).forget
+    return Erasures(tiering_of(installation), installation.log, control, collect=_blobs(installation).run, forget=forget)
 
 
 def _erasures(installation: Installation, dry_run: bool) -> dict[str, Any]:

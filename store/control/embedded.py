@@ -10,6 +10,7 @@ from pathlib import Path
 
 from schemas.errors import LogChanged, LogUnavailable
 from store.control.base import TOMBSTONE_S, ControlRecord, Value, decode, encode, fold, now
+from store.crashpoints import crash_point
 from store.log.sqlite import connect, mapped
 
 # How often a waiting follower looks: a released request goes on within this time.
@@ -57,6 +58,7 @@ class EmbeddedControl:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
         assert position is not None
+        crash_point("control.written")
         return position
 
     def follow(self, position: int, *, wait_s: float = 0.0) -> Sequence[ControlRecord]:

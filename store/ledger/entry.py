@@ -14,6 +14,7 @@ from typing import Any
 
 import rfc8785
 
+from schemas import clock
 from schemas.errors import UsageError
 from store.ledger.note import KEY_HASH_BYTES, ModifiedNote, Signer, TreeHead, UnsignedNote, Verifier, from_base64, note_bytes, open_note
 
@@ -94,7 +95,7 @@ def make_entry(
         "key_id": signer.verifier.key_id,
         "origin": origin,
         "previous": previous,
-        "recorded_at": (now or datetime.now(UTC)).strftime(_TIME),
+        "recorded_at": (now or clock.now()).strftime(_TIME),
         "sequence": sequence,
         "type": type,
     }

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import base64
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from hashlib import sha256
 from typing import Any
 
+from schemas import clock
 from schemas.errors import AlreadyExists, ConflictError, ProofError, StoreUnavailable, UsageError
+from store.crashpoints import crash_point
 from store.ledger.entry import (
     CHECKPOINTS,
     Checkpoint,
@@ -120,7 +121,7 @@ class Ledger:
             last = self.latest_checkpoint()
             self._refresh()
             edge = self._advance_edge(last)
-            at_us = max(time.time_ns() // 1000, last.at_us + 1 if last and last.size == edge.size else 0)
+            at_us = max(clock.now_us(), last.at_us + 1 if last and last.size == edge.size else 0)
             own = [f"at {at_us}"]
             if edge.size:
                 own.append("frontier " + base64.b64encode(b"".join(edge.hashes)).decode())
@@ -129,6 +130,7 @@ class Ledger:
             made = make_checkpoint(signer, TreeHead(self.origin, edge.size, edge.root(), (*lines, *own)), at_us=at_us)
             self.store.create(made.key, made.data, lock=self._lock())
             self._newest = made
+            crash_point("ledger.checkpointed")
             return made
 
     def latest_checkpoint(self) -> Checkpoint | None:
@@ -161,7 +163,7 @@ class Ledger:
         return self._signer
 
     def _lock(self) -> Lock:
-        return Lock("compliance", datetime.now(UTC) + timedelta(days=self._lock_days)) if self._lock_days else NO_LOCK
+        return Lock("compliance", clock.now() + timedelta(days=self._lock_days)) if self._lock_days else NO_LOCK
 
     def _settle(self, type: str, body: Mapping[str, Any]) -> Entry | None:
         """Finish an append whose answer was lost, when this is the same one again: sending equal bytes is safe."""
@@ -185,6 +187,7 @@ class Ledger:
             raise
         self._unsure = None
         self._accept(entry)
+        crash_point("ledger.appended")
         return True
 
     def _accept(self, entry: Entry) -> None:
@@ -270,7 +273,7 @@ class Ledger:
         return None
 
     def _look_back(self) -> Iterator[str]:
-        now = time.time_ns() // 1000
+        now = clock.now_us()
         for window in _LOOK_BACK_US:
             yield f"{CHECKPOINTS}{self._size:012d}-{now - window:016d}"
         step = 0

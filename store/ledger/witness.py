@@ -7,10 +7,11 @@ witness serves as an anchor of verification (`store.ledger.verify`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from schemas import clock
 from schemas.errors import ProofError, SettingsError
 from schemas.settings import ColdSettings, WitnessSettings
 from store.ledger.entry import CHECKPOINTS, Checkpoint, is_checkpoint, read_checkpoint
@@ -68,7 +69,7 @@ class Witness:
             return {"copied": 0, "witnessed": last.size if last else 0}
         self._check(last, newest)
         if not dry_run:
-            until = datetime.now(UTC) + timedelta(days=self.lock_days)
+            until = clock.now() + timedelta(days=self.lock_days)
             self.store.create(newest.key, newest.data, lock=Lock("compliance", until) if self.lock_days else NO_LOCK)
         return {"would_copy" if dry_run else "copied": 1, "witnessed": newest.size}
 

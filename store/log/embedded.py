@@ -18,7 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from schemas import clock
 from schemas.errors import CorruptStore, LogChanged, LogUnavailable, TokentapeError
+from store.crashpoints import crash_point
 from store.log.base import Batch, Entry, check_entries
 from store.log.forks import forget
 from store.log.rows import TABLES, StoredBatch, Tail, batch_from_row, batch_to_row, chunks, row_id, tail_from_row, tail_to_row
@@ -133,7 +135,7 @@ class EmbeddedLog:
         for partition, own in values.items():
             tail = self._tail(connection, partition)
             # The wall clock may step back; append times of one partition do not.
-            tail = replace(tail, appended_at=max(time.time_ns() // 1000, tail.appended_at))
+            tail = replace(tail, appended_at=max(clock.now_us(), tail.appended_at))
             for chunk in chunks(own):
                 batch = StoredBatch(partition, tail.offset_next, tail.appended_at, chunk)
                 connection.execute("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?)", batch_to_row(batch))
@@ -157,6 +159,7 @@ class EmbeddedLog:
                 span = (row_id(partition, 0), row_id(partition, before_offset), row_id(partition, before_offset))
                 connection.execute("DELETE FROM batch WHERE id >= ? AND id < ? AND id + count <= ?", span)
                 _put_tail(connection, replace(tail, offset_first=before_offset))
+            crash_point("log.trimmed")
             # `execute` would give back one page only: this statement makes a step of each.
             connection.executescript(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
             # What was overwritten still stands in the write-ahead log until it is cut back.

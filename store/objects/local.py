@@ -22,7 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from schemas import clock
 from schemas.errors import AlreadyExists, ConflictError, CorruptStore, StorageFull, StoreUnavailable
+from store.crashpoints import crash_point
 from store.objects.base import NO_LOCK, Lock, ObjectInfo, StoreProbe
 from store.objects.checks import check_key, check_lock, check_prefix, check_range, check_until, open_source, taken
 
@@ -98,7 +100,7 @@ class LocalStore:
         """See `ObjectStore.delete`."""
         path = self._path(key, "delete")
         until = self._locked_until(key)
-        if until is not None and until > datetime.now(UTC) and path.exists():
+        if until is not None and until > clock.now() and path.exists():
             raise ConflictError("the object is locked", operation="delete", place=key, hint=f"not before {until.isoformat()}")
         with contextlib.suppress(KeyError), self._mapped("delete", key):
             path.unlink()
@@ -113,7 +115,7 @@ class LocalStore:
         if path.exists() and note.get("held"):
             raise ConflictError("the object is under legal hold", operation="purge", place=key, hint="`tokentape hold list` shows why")
         until = self._locked_until(key)
-        if path.exists() and until is not None and until > datetime.now(UTC) and note.get("mode") != "governance":
+        if path.exists() and until is not None and until > clock.now() and note.get("mode") != "governance":
             raise ConflictError("the object is locked (compliance)", operation="purge", place=key, hint=f"not before {until.isoformat()}")
         there = path.exists()
         with self._mapped("delete", key):
@@ -183,6 +185,7 @@ class LocalStore:
                 os.fsync(file.fileno())
             self._make_folders(target.parent)
             os.link(temporary, target, follow_symlinks=False)
+            crash_point("objects.linked")
         except FileExistsError:
             return False
         finally:
@@ -220,6 +223,7 @@ class LocalStore:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
+        crash_point("objects.noted")
 
     def _locked_until(self, key: str) -> datetime | None:
         """When the lock of an object ends; a note that cannot be read counts as a lock without end."""

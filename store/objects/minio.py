@@ -22,6 +22,7 @@ from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 from minio.retention import Retention
 
+from schemas import clock
 from schemas.errors import ConflictError, SettingsError, StorageFull, StoreUnavailable, TokentapeError, UsageError
 from schemas.settings import ColdSettings
 from store.objects.base import NO_LOCK, Lock, ObjectInfo, StoreProbe
@@ -285,7 +286,7 @@ class MinioStore:
             return error
         with contextlib.suppress(TokentapeError, KeyError), self._mapped("lock", key):
             held = self._client.get_object_retention(self.bucket, key, version_id=version)
-            if held is not None and held.retain_until_date > datetime.now(UTC):
+            if held is not None and held.retain_until_date > clock.now():
                 hint = f"not before {held.retain_until_date.isoformat()}"
                 return ConflictError(f"the object is locked ({held.mode.lower()})", operation="delete", place=self._where(key), hint=hint)
             if self._client.is_object_legal_hold_enabled(self.bucket, key, version_id=version):

@@ -15,8 +15,9 @@ from lifecycle.runs import RunLedger
 from lifecycle.scheduler import Scheduler
 from schemas.errors import UsageError
 from schemas.settings import Settings
+from store.format import check_format
 from store.indexer import Indexer
-from tokentape import logs
+from tokentape import __version__, logs
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs
 from tokentape.supervisor import PARTS, announced, instance_lock, stop_event, supervise
@@ -34,6 +35,7 @@ def up(ctx: click.Context, only: str | None) -> None:
     for part in parts:
         if part not in PARTS:
             raise UsageError(f"no part is called {part!r}", operation="up", hint=f"valid: {', '.join(PARTS)}")
+    check_format(settings.data, __version__)
     stop = stop_event()
     if len(parts) == 1:
         logs.configure(settings.logging, part=parts[0])
