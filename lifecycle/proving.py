@@ -14,9 +14,8 @@ from schemas.registry import SchemaRegistry
 from store.catalog import Segment
 from store.cold import read_leaves
 from store.ledger import Checkpoint, Ledger
-from store.ledger.entry import read_checkpoint
 from store.ledger.merkle import Tree
-from store.ledger.proof import ConsistencyProof, EventProof, Leaf
+from store.ledger.proof import ConsistencyProof, EventProof, Leaf, Rotation
 from store.objects.base import ObjectStore
 from store.reader import EventReader
 from store.rows import rows_to_datums
@@ -51,6 +50,7 @@ class Prover:
         leaf = Leaf(encode_metadata(datum, schema), content, salt, datum.get("commitment"))
         return EventProof(
             public_key=str(self.ledger.verifier),
+            rotations=self._rotations(checkpoint.size),
             event_id=event_id,
             leaf=leaf,
             schema=self.objects.get(schema_key(fingerprint)),
@@ -71,13 +71,18 @@ class Prover:
             ProofError: one of them is not a checkpoint of this ledger.
             UsageError: there is no newer one, or they are the wrong way round.
         """
-        before = read_checkpoint(None, old, self.ledger.verifier, self.ledger.origin)
-        after = read_checkpoint(None, new, self.ledger.verifier, self.ledger.origin) if new else self._newest()
+        before = self.ledger.read_checkpoint(None, old)
+        after = self.ledger.read_checkpoint(None, new) if new else self._newest()
         try:
             path = self.ledger.consistency_proof(before.size, after.size)
         except ValueError as error:
             raise UsageError(str(error), operation="prove", hint="name the earlier checkpoint first") from error
-        return ConsistencyProof(str(self.ledger.verifier), before.data, after.data, tuple(path))
+        return ConsistencyProof(str(self.ledger.verifier), before.data, after.data, tuple(path), self._rotations(after.size))
+
+    def _rotations(self, size: int) -> tuple[Rotation, ...]:
+        """The entries among the first `size` that hand over to another key."""
+        numbers = [span.number for span in self.ledger.chain().spans if 0 <= span.number < size]
+        return tuple(Rotation(n, self.ledger.entry(n).data, tuple(self.ledger.inclusion_proof(n, size))) for n in numbers)
 
     def _segment(self, event_id: bytes) -> Segment:
         where = self.reader.place_of(event_id)
