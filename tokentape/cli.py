@@ -35,6 +35,7 @@ COMMANDS = {
     "custody": ("verify",),
     "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
+    "casefile": ("case",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 
