@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -217,9 +218,9 @@ def test_rows_of_json_are_held_against_bytes(case: Case, tmp_path: Path) -> None
     name = next(name for name in members if name.endswith("events.jsonl"))
     forged = members[name].replace(b'"tenant": "acme"', b'"tenant": "acne"', 1)
     manifest = json.loads(members["manifest.json"])
-    manifest["members"][name] = archive.hashlib.sha256(forged).hexdigest()
+    manifest["members"][name] = hashlib.sha256(forged).hexdigest()
     data = json.dumps(manifest).encode()
-    digest = base64.b64encode(archive.hashlib.sha256(data).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(data).digest()).decode()
     note = sign_note(f"{archive.SIGNED_LINE}\n{digest}\n", load(case.settings.data / "keys"))
     found = check(case.changed(tmp_path, {name: forged, "manifest.json": data, "manifest.sig": note}), case.key)
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
     "casefile": ("case",),
+    "exporting": ("export",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 

@@ -6,8 +6,6 @@ Sessions are written one after another and nothing but the list of members grows
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import zipfile
 from base64 import b64encode
@@ -35,6 +33,7 @@ from store.ledger.note import Signer, sign_note
 from store.rows import StoredEvent, framed, rows_to_datums, stored_events
 from store.stored_schemas import schema_key
 from tokentape.installation import Installation
+from tokentape.lines import event_line, plain
 
 FORMAT = "tokentape-case/1"
 BLOCK_EVENTS = 1000
@@ -143,9 +142,8 @@ class CaseWriter:
         lines, ids = [], []
         for row, record in records:
             by_schema.setdefault(row.fingerprint, []).append(record)
-            datum = {name: value for name, value in decode_datum(record, self._installation.registry)[0].items() if value is not None}
-            place = {"log_id": row.log_id, "partition": row.partition, "offset": row.offset, "appended_at": row.appended_at}
-            lines.append(json.dumps({**place, "event": plain(datum)}, ensure_ascii=False))
+            datum, _ = decode_datum(record, self._installation.registry)
+            lines.append(event_line(row, datum))
             ids.append(bytes(row.datum["event_id"]))
         for fingerprint, of_schema in by_schema.items():
             members.add(f"{folder}/events-{fingerprint.hex()}.avro", self._container(members, fingerprint, of_schema))
@@ -230,21 +228,6 @@ class CaseWriter:
     def _entry(self, number: int, size: int) -> dict[str, Any]:
         path = [b64encode(step).decode() for step in self._installation.ledger.inclusion_proof(number, size)]
         return {"number": number, "json": self._installation.ledger.entry(number).data.decode(), "path": path}
-
-
-def plain(value: Any) -> Any:
-    """A datum as JSON types: bytes in hexadecimal, numbers that are not finite as text."""
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, dict):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    if isinstance(value, datetime):
-        return round(value.timestamp() * 1e6)
-    return value
 
 
 def _proof(event_id: bytes, proof: RowProof | None) -> dict[str, Any]:
