@@ -37,6 +37,7 @@ COMMANDS = {
     "ledger": ("prove", "ledger"),
     "casefile": ("case",),
     "exporting": ("export",),
+    "capacity": ("capacity",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 
