@@ -27,7 +27,8 @@ from store.catalog import Range
 from store.cold import SegmentContent, read_content
 from store.coverage import NONE_PLACED, Coverage, Placed, coverage_from_json, fold, from_parquet, place
 from store.digest import DIGEST_START
-from store.ledger.entry import CHECKPOINTS, ENTRIES, Entry, decode_entry, entry_number, is_checkpoint, read_checkpoint
+from store.ledger.chain import KeyChain
+from store.ledger.entry import CHECKPOINTS, ENTRIES, Entry, decode_entry, entry_number, is_checkpoint
 from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
 from store.ledger.verify import Finding, Kind, Report, verify_ledger
 from store.objects.base import ObjectStore
@@ -115,7 +116,7 @@ class Verification:
     """What is verified: a store or a copy of it, the ledger's public key, and the schemas that are known."""
 
     objects: ObjectStore
-    verifier: Verifier
+    verifier: Verifier | KeyChain
     registry: SchemaRegistry
     anchors: tuple[bytes, ...] = ()
     scope: Scope = EVERYTHING
@@ -153,7 +154,7 @@ class Verification:
             report = replace(report, findings=(*report.findings, gone))
         if not deep:
             return Verified(report)
-        run = _Deep(self, frozenset(finding.key for finding in report.findings), progress or (lambda key: None))
+        run = _Deep(self, report.chain, frozenset(finding.key for finding in report.findings), progress or (lambda key: None))
         run.check()
         whole = replace(report, findings=(*report.findings, *run.findings))
         return Verified(whole, run.segments, run.events, run.offsets, run.digests)
@@ -186,6 +187,7 @@ class _Deep:
     """One pass over the rows behind the entries, in the ledger's order; `faulty` are keys that stand in the report already."""
 
     of: Verification
+    chain: KeyChain
     faulty: frozenset[str]
     progress: Callable[[str], None]
     findings: list[Finding] = field(default_factory=list)
@@ -218,7 +220,7 @@ class _Deep:
             try:
                 entry = self.of.objects.get(f"{ENTRIES}{number:012d}.json")
                 decoded = decode_entry(number, entry)
-                decoded.check(self.of.verifier, self.of.verifier.name)
+                self.chain.check(decoded, self.chain.name)
             except (KeyError, ModifiedNote, UnsignedNote, CorruptStore):
                 continue
             if decoded.key not in self.faulty:
@@ -231,7 +233,7 @@ class _Deep:
             if not is_checkpoint(info.key) or info.key in self.faulty:
                 continue
             try:
-                checkpoint = read_checkpoint(info.key, self.of.objects.get(info.key), self.of.verifier, self.of.verifier.name)
+                checkpoint = self.chain.read_checkpoint(info.key, self.of.objects.get(info.key), self.chain.name)
             except (KeyError, ModifiedNote, UnsignedNote, CorruptStore):
                 continue
             for at in checkpoint.digests:

@@ -25,6 +25,8 @@ ROWS_MAX = 200
 """Rows above which quiet generations are folded together."""
 FOLD_MIN = 3
 """Consecutive quiet generations that make one row; two are as short as themselves."""
+REPEATED = frozenset({"kv", "event", "access"})
+"""Rows of which several may have been folded into one."""
 QUIET_US_MIN = 5_000_000
 """Silence is shown from this length on."""
 

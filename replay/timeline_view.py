@@ -9,7 +9,7 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from replay.timeline import Row, Timeline, ttft_summary
+from replay.timeline import REPEATED, Row, Timeline, ttft_summary
 from replay.words import clock, count, date, duration, printable, relative, uuid
 
 WIDTH_MIN = 60
@@ -111,7 +111,7 @@ def _row(row: Row, columns: _Columns) -> Iterator[Text]:
     room = columns.width - columns.head
     facts = Text(set_cell_size(row.what, max(WHAT_CELLS - 1, cell_len(row.what))) + " ", style or "bold")
     facts.append(printable(row.text), style)
-    if row.what in _REPEATED and row.events > 1:
+    if row.what in REPEATED and row.events > 1:
         facts.append(f" · {row.events:,}×" + (f" in {duration(row.until - row.at)}" if row.until else ""), style)
     if row.pace and room - facts.cell_len > 16 + QUOTE_CELLS_MIN:
         facts.append(f" {_bars(row.pace)}", _lane_style(row))
@@ -126,10 +126,6 @@ def _whole_facts(facts: Text, room: int) -> Text:
     while facts.cell_len > room and " · " in facts.plain:
         facts = facts[: facts.plain.rindex(" · ")]
     return facts
-
-
-_REPEATED = frozenset({"kv", "event", "access"})
-"""Rows of which several may have been folded into one."""
 
 
 def _with_quote(facts: Text, row: Row, room: int) -> Iterator[Text]:

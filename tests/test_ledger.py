@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from schemas.errors import AlreadyExists, ProofError, SettingsError, StoreUnavailable, UsageError
 from schemas.settings import ColdSettings, Settings
 from store.ledger import Digest, Ledger, digest_line, open_ledger
+from store.ledger.chain import KeyChain
 from store.ledger.entry import CHECKPOINTS, ENTRIES, canonical, decode_entry, entry_key, make_entry
 from store.ledger.keys import load_or_make, load_public
 from store.ledger.merkle import (
@@ -369,7 +370,7 @@ class TestKeys:
 
         assert again == first
         assert (tmp_path / "keys/ledger.key").stat().st_mode & 0o777 == 0o600
-        assert load_public(tmp_path / "keys/ledger.pub") == first.verifier
+        assert load_public(tmp_path / "keys/ledger.pub").trusted == (first.verifier,)
         assert sorted(path.name for path in (tmp_path / "keys").iterdir()) == ["ledger.key", "ledger.pub"]
 
     def test_many_at_once_get_one_key(self, tmp_path: Path) -> None:
@@ -522,7 +523,7 @@ class LedgerCase:
         assert verify_consistency(second.size, third.size, second.head.root, third.head.root, proof)
         assert verify_inclusion(leaf_hash(entries[2].data), 2, 8, ledger.inclusion_proof(2, 8), third.head.root)
         size = sum(map(len, [*(e.data for e in entries), first.data, second.data, third.data]))
-        assert verify_ledger(store, str(SIGNER.verifier)) == Report(8, 3, 0, size, 8, ())
+        assert verify_ledger(store, str(SIGNER.verifier)) == Report(8, 3, 0, size, 8, (), KeyChain.of(SIGNER.verifier))
 
     def test_a_lost_reply_enters_once(self, store: ObjectStore) -> None:
         """An append whose reply was lost says so, and the same append again finds its entry instead of a second one."""
@@ -815,7 +816,7 @@ class TestVerify:
         report = verify_ledger(store, SIGNER.verifier)
 
         assert {f.kind for f in report.findings} == {"unsigned"}
-        assert len(report.findings) == 2
+        assert [f.detail.partition("; ")[2] for f in report.findings] == ["and so are 1 more entries and checkpoints"]
 
     def test_a_rewritten_history_contradicts_the_anchor(self, copy: Copy, tmp_path: Path) -> None:
         """Even the holder of the key cannot rewrite what a checkpoint kept elsewhere covers."""

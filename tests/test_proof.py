@@ -27,6 +27,7 @@ from schemas.settings import ColdSettings, Settings, WitnessSettings
 from scripts.native import tools
 from store.ledger import Ledger
 from store.ledger.entry import canonical
+from store.ledger.keys import load
 from store.ledger.note import Signer, Verifier
 from store.ledger.proof import ConsistencyProof, EventProof, Leaf, read_proof
 from store.ledger.witness import Witness, anchors, open_witness
@@ -264,8 +265,7 @@ class TestWitness:
         assert Witness(rig.tiered.ledger, store).run() == {"copied": 1, "witnessed": 3}
         assert Witness(rig.tiered.ledger, store).run() == {"copied": 0, "witnessed": 3}
 
-        signer = rig.tiered.ledger._signer
-        assert signer is not None
+        signer = load(rig.tiered.settings.data / "keys")
         other = Ledger(LocalStore(tmp_path / "other"), signer, rig.key.name)
         for number in range(5):
             other.append("segments", {"number": number})

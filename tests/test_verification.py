@@ -90,6 +90,7 @@ def test_a_good_copy_is_good(copy: Copy) -> None:
         "bytes": 0,
         "covered": 3,
         "exit_code": 0,
+        "keys": [{"key_id": copy.verifier.key_id, "after_entry": -1, "how": "first"}],
         "findings": [],
         "digests": found.digests,
     }

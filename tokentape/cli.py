@@ -35,6 +35,9 @@ COMMANDS = {
     "custody": ("verify",),
     "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
+    "casefile": ("case",),
+    "exporting": ("export",),
+    "capacity": ("capacity",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from schemas.errors import TokentapeError
 from store import duck
+from store.ledger.keys import KeyFolder
 from tokentape.installation import Installation
 
 ROOM_WARN = 0.80
@@ -90,9 +91,9 @@ def _objects(installation: Installation) -> Finding:
 
 
 def _key(installation: Installation) -> Finding:
-    signer = installation.signer
     path = installation.settings.data / "keys"
-    loose = [p.name for p in path.glob("*.key") if p.stat().st_mode & 0o077]
+    in_force = KeyFolder(path, installation.settings.ledger.origin).private(installation.ledger.chain().last.key).verifier
+    loose = [p.name for p in path.glob("ledger.key*") if p.stat().st_mode & 0o077]
     if loose:
         return Finding("ledger key", "bad", f"{', '.join(loose)} can be read by others", f"chmod 600 {path}/*.key")
-    return Finding("ledger key", "ok", f"{signer.name}, readable by its owner only")
+    return Finding("ledger key", "ok", f"{in_force.key_id} signs, readable by its owner only")

@@ -21,8 +21,9 @@ from store.blobs import BlobStore, with_blobs
 from store.catalog import Catalog, open_catalog
 from store.format import check_format, mark_format
 from store.indexer import ensure_fresh
-from store.ledger import Ledger, keys, open_ledger
-from store.ledger.note import Signer, Verifier
+from store.ledger import Ledger, open_ledger
+from store.ledger.chain import KeyChain
+from store.ledger.keys import KeyFolder
 from store.ledger.witness import open_witness
 from store.log import open_log
 from store.log.base import Log
@@ -77,16 +78,10 @@ class Installation:
         """Large bodies and attachments."""
         return BlobStore(self.objects, self.settings.data)
 
-    @cached_property
-    def signer(self) -> Signer:
-        """The ledger's key, made on first use."""
-        return keys.load_or_make(self.settings.data / "keys", self.settings.ledger.origin)
-
-    @cached_property
-    def verifier(self) -> Verifier:
-        """The public half of the key: all that verification reads."""
-        public = self.settings.data / "keys" / keys.PUBLIC
-        return keys.load_public(public) if public.exists() else self.signer.verifier
+    @property
+    def trusted(self) -> KeyChain:
+        """The public keys that verification reads, made on first use."""
+        return KeyChain.of(KeyFolder(self.settings.data / "keys", self.settings.ledger.origin).trusted)
 
     @cached_property
     def ledger(self) -> Ledger:

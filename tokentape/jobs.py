@@ -186,4 +186,4 @@ def versioning(installation: Installation) -> Versioning:
 def verification(installation: Installation) -> Verification:
     """Verification with the installation's own store and public key, against what its witness has seen."""
     kept = tuple(anchors(installation.witness)) if installation.witness else ()
-    return Verification(installation.objects, installation.verifier, installation.registry, kept)
+    return Verification(installation.objects, installation.trusted, installation.registry, kept)

@@ -7,7 +7,6 @@ and nothing that redaction would take, is in them.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +18,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from ingest.attachments import Deferred
+from ingest.gateway import conventions
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.tape import Recording
 from ingest.spans import Outlet, span_provider
@@ -36,9 +36,6 @@ from schemas.events import (
 from schemas.settings import TelemetrySettings
 from schemas.sink import SessionContext
 
-OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings", "/v1/chat/completions": "chat", "/v1/messages": "chat"}
-"""`gen_ai.operation.name` by endpoint; all others generate from a conversation."""
-
 _PROPAGATOR = TraceContextTextMapPropagator()
 _CONTEXT_HEADERS = ("traceparent", "tracestate")
 _HAPPENED = BreakpointHit | RequestEdited | BreakpointReleased
@@ -51,18 +48,17 @@ class Generating:
     def __init__(self, request: Span, endpoint: str) -> None:
         self.request = request
         self.attempt: Span | None = None
-        self.operation = OPERATIONS.get(endpoint, "chat")
+        self.operation = conventions.operation(endpoint)
         self.facts: dict[str, Any] = {"gen_ai.operation.name": self.operation}
         self.reasons: dict[int, str] = {}
 
     def learn(self, **facts: Any) -> None:
-        """Attributes under the conventions' names, dots for double underscores; what is not known is left out."""
-        self.facts |= {name.replace("__", "."): value for name, value in facts.items() if value is not None}
+        """Attributes as `conventions.known` names them."""
+        self.facts |= conventions.known(**facts)
 
     def end(self, error: str | None = None) -> None:
         """The generation is over; the conventions want what was learnt on the span of the call."""
-        if self.reasons:
-            self.facts["gen_ai.response.finish_reasons"] = [self.reasons[index] for index in sorted(self.reasons)]
+        self.facts |= conventions.of_reasons(self.reasons)
         for span in (self.attempt, self.request):
             if span is not None:
                 _close(span, self.facts, error)
@@ -114,51 +110,21 @@ class Tracing:
         if generating is None:
             return
         if isinstance(payload, RequestSubmitted):
-            _submitted(generating, session, payload)
+            generating.facts |= conventions.of_request(session.session_id, payload)
         elif isinstance(payload, GenerationStarted):
-            generating.learn(gen_ai__response__model=payload.model, gen_ai__response__id=payload.upstream_id)
-            generating.learn(http__response__status_code=payload.status)
+            generating.facts |= conventions.of_answer(payload)
         elif isinstance(payload, SequenceFinished):
             generating.reasons[payload.index] = payload.finish_reason or "unknown"
         elif isinstance(payload, _HAPPENED):
             generating.request.add_event(f"tokentape.{payload.KIND}")
         elif isinstance(payload, GenerationFinished | GenerationFailed):
             del self._open[payload.generation_id]
-            _ended(generating, payload)
+            generating.facts |= conventions.of_end(payload)
+            generating.end(payload.error_type if isinstance(payload, GenerationFailed) else None)
 
     def close(self) -> None:
         """Export what is left."""
         self._provider.shutdown()
-
-
-def _submitted(generating: Generating, session: SessionContext, payload: RequestSubmitted) -> None:
-    """What the request asks for, and where the tape has it."""
-    session_id = str(uuid.UUID(bytes=session.session_id))
-    generating.learn(
-        tokentape__session__id=session_id,
-        tokentape__generation__id=str(uuid.UUID(bytes=payload.generation_id)),
-        gen_ai__conversation__id=session_id,
-        gen_ai__request__model=payload.model,
-        gen_ai__request__max_tokens=payload.max_tokens,
-        gen_ai__request__temperature=payload.temperature,
-        gen_ai__request__seed=None if "seed" in payload.injected else payload.seed,
-        gen_ai__request__choice__count=payload.n if payload.n != 1 else None,
-    )
-
-
-def _ended(generating: Generating, payload: GenerationFinished | GenerationFailed) -> None:
-    if isinstance(payload, GenerationFailed):
-        generating.learn(http__response__status_code=payload.status, tokentape__failure__origin=payload.origin)
-        generating.learn(tokentape__failure__position=payload.position)
-        return generating.end(payload.error_type)
-    first_token_s = None if payload.first_token_us is None else payload.first_token_us / 1e6
-    generating.learn(
-        gen_ai__usage__input_tokens=payload.prompt_tokens,
-        gen_ai__usage__output_tokens=payload.completion_tokens,
-        gen_ai__usage__cache_read__input_tokens=payload.cached_tokens,
-        gen_ai__latency__time_to_first_token=first_token_s,  # as vLLM's own span has it, so that the two can be compared
-    )
-    return generating.end()
 
 
 def _close(span: Span, facts: Mapping[str, Any], error: str | None) -> None:

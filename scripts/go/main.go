@@ -23,6 +23,7 @@ import (
 )
 
 type document struct {
+	Rotations  []entry  `json:"rotations"`
 	Format     string   `json:"format"`
 	Event      event    `json:"event"`
 	Segment    segment  `json:"segment"`
@@ -70,9 +71,33 @@ type committed struct {
 	} `json:"body"`
 }
 
+// What an entry says of itself and, where it hands over, of the key that follows.
+type signed struct {
+	Sequence  uint64 `json:"sequence"`
+	Type      string `json:"type"`
+	KeyID     string `json:"key_id"`
+	Origin    string `json:"origin"`
+	Signature []byte `json:"signature"`
+	Body      struct {
+		Key string `json:"key"`
+	} `json:"body"`
+}
+
 type treeHead struct {
 	size uint64
 	root []byte
+}
+
+// turn is a key that signs what comes after an entry; the first key's turn comes after entry -1.
+type turn struct {
+	after int64
+	key   note.Verifier
+}
+
+// keyChain holds the keys that were handed to us, the first one first, and the turns of those that the proof leads to.
+type keyChain struct {
+	trusted []note.Verifier
+	turns   []turn
 }
 
 func main() {
@@ -92,7 +117,7 @@ func run(keyFile, proofFile string) error {
 	if err != nil {
 		return err
 	}
-	verifier, err := note.NewVerifier(strings.TrimSpace(string(key)))
+	chain, err := newChain(string(key))
 	if err != nil {
 		return err
 	}
@@ -106,15 +131,102 @@ func run(keyFile, proofFile string) error {
 	}
 	switch doc.Format {
 	case "tokentape-event-proof/1":
-		return checkEvent(doc, verifier)
+		return checkEvent(doc, chain)
 	case "tokentape-consistency-proof/1":
-		return checkConsistency(doc, verifier)
+		return checkConsistency(doc, chain)
 	}
 	return fmt.Errorf("unknown format %q", doc.Format)
 }
 
-func checkEvent(doc document, verifier note.Verifier) error {
-	head, err := open(doc.Checkpoint, verifier)
+func newChain(lines string) (*keyChain, error) {
+	chain := &keyChain{}
+	for _, line := range strings.Fields(lines) {
+		verifier, err := note.NewVerifier(line)
+		if err != nil {
+			return nil, err
+		}
+		chain.trusted = append(chain.trusted, verifier)
+	}
+	if len(chain.trusted) == 0 {
+		return nil, errors.New("no public key")
+	}
+	chain.turns = []turn{{-1, chain.trusted[0]}}
+	return chain, nil
+}
+
+// at is the key in force once number entries stand.
+func (chain *keyChain) at(number uint64) note.Verifier {
+	found := chain.turns[0].key
+	for _, turn := range chain.turns {
+		if turn.after < int64(number) {
+			found = turn.key
+		}
+	}
+	return found
+}
+
+// follow checks the entries that hand over to another key: each signed by the key in force, or by a fresh one that we trust.
+func (chain *keyChain) follow(rotations []entry, checkpoint string) error {
+	for _, item := range rotations {
+		var said signed
+		if err := json.Unmarshal([]byte(item.JSON), &said); err != nil {
+			return err
+		}
+		next, err := note.NewVerifier(said.Body.Key)
+		if err != nil {
+			return err
+		}
+		last := chain.turns[len(chain.turns)-1]
+		if said.Sequence != item.Number || int64(item.Number) <= last.after || next.Name() != last.key.Name() {
+			return fmt.Errorf("rotation %d cannot follow", item.Number)
+		}
+		by := last.key
+		switch said.Type {
+		case "key_rotated":
+		case "key_lost":
+			by = nil
+			for _, trusted := range chain.trusted[1:] {
+				if trusted.Name() == next.Name() && trusted.KeyHash() == next.KeyHash() {
+					by = trusted
+				}
+			}
+		default:
+			by = nil
+		}
+		if by == nil || !bySigned(item, said, by) {
+			return fmt.Errorf("rotation %d is not signed by the key in force", item.Number)
+		}
+		chain.turns = append(chain.turns, turn{int64(item.Number), next})
+	}
+	head, err := open(checkpoint, chain)
+	if err != nil {
+		return fmt.Errorf("checkpoint: %w", err)
+	}
+	for _, item := range rotations {
+		leaf := rfc6962.DefaultHasher.HashLeaf([]byte(item.JSON))
+		if err := proof.VerifyInclusion(rfc6962.DefaultHasher, item.Number, head.size, leaf, item.Path, head.root); err != nil {
+			return fmt.Errorf("rotation %d: %w", item.Number, err)
+		}
+	}
+	return nil
+}
+
+// bySigned checks the signature over an entry's bytes without the field signature, the last one but type.
+func bySigned(item entry, said signed, key note.Verifier) bool {
+	const field = `,"signature":"`
+	at := strings.LastIndex(item.JSON, field)
+	if at < 0 || said.Origin != key.Name() || said.KeyID != fmt.Sprintf("%s+%08x", key.Name(), key.KeyHash()) {
+		return false
+	}
+	rest := item.JSON[at+len(field):]
+	return key.Verify([]byte(item.JSON[:at]+rest[strings.Index(rest, `"`)+1:]), said.Signature)
+}
+
+func checkEvent(doc document, chain *keyChain) error {
+	if err := chain.follow(doc.Rotations, doc.Checkpoint); err != nil {
+		return err
+	}
+	head, err := open(doc.Checkpoint, chain)
 	if err != nil {
 		return fmt.Errorf("checkpoint: %w", err)
 	}
@@ -145,20 +257,29 @@ func checkEvent(doc document, verifier note.Verifier) error {
 	return nil
 }
 
-func checkConsistency(doc document, verifier note.Verifier) error {
-	before, err := open(doc.Old, verifier)
+func checkConsistency(doc document, chain *keyChain) error {
+	if err := chain.follow(doc.Rotations, doc.New); err != nil {
+		return err
+	}
+	before, err := open(doc.Old, chain)
 	if err != nil {
 		return fmt.Errorf("old checkpoint: %w", err)
 	}
-	after, err := open(doc.New, verifier)
+	after, err := open(doc.New, chain)
 	if err != nil {
 		return fmt.Errorf("new checkpoint: %w", err)
 	}
 	return proof.VerifyConsistency(rfc6962.DefaultHasher, before.size, after.size, doc.Path, before.root, after.root)
 }
 
-// open checks the signature of a checkpoint and reads its tree head: origin, size, root, then extension lines.
-func open(text string, verifier note.Verifier) (treeHead, error) {
+// open checks the signature of a checkpoint by the key in force at its size, and reads its tree head: origin, size, root, then
+// extension lines.
+func open(text string, chain *keyChain) (treeHead, error) {
+	claimed := uint64(0)
+	if lines := strings.SplitN(text, "\n", 3); len(lines) == 3 {
+		claimed, _ = strconv.ParseUint(lines[1], 10, 63)
+	}
+	verifier := chain.at(claimed)
 	opened, err := note.Open([]byte(text), note.VerifierList(verifier))
 	if err != nil {
 		return treeHead{}, err

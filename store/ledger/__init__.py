@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from schemas.settings import Settings
 from store.ledger.entry import Checkpoint, Digest, Entry, digest_line
-from store.ledger.keys import load_or_make
+from store.ledger.keys import KeyFolder
 from store.ledger.ledger import Ledger
 from store.objects.base import ObjectStore
 
@@ -12,13 +12,12 @@ __all__ = ["Checkpoint", "Digest", "Entry", "Ledger", "digest_line", "open_ledge
 
 
 def open_ledger(settings: Settings, store: ObjectStore) -> Ledger:
-    """The installation's ledger with its private key (`data/keys`, made when missing).
+    """The installation's ledger with its keys (`data/keys`, made when missing).
 
     Entries are locked for `cold.lock_days` unless `cold.lock` is "none".
 
     Raises:
         SettingsError: the key is damaged, readable by others, or of another origin.
     """
-    signer = load_or_make(settings.data / "keys", settings.ledger.origin)
     lock_days = 0 if settings.cold.lock == "none" else settings.cold.lock_days
-    return Ledger(store, signer, settings.ledger.origin, lock_days=lock_days)
+    return Ledger(store, KeyFolder(settings.data / "keys", settings.ledger.origin), settings.ledger.origin, lock_days=lock_days)

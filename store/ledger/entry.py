@@ -24,6 +24,8 @@ _ENTRY_KEY = re.compile(re.escape(ENTRIES) + r"([0-9]{12})\.json")
 _CHECKPOINT_KEY = re.compile(re.escape(CHECKPOINTS) + r"([0-9]{12})-([0-9]{16})\.txt")
 _FIELDS = {"body", "id", "key_id", "origin", "previous", "recorded_at", "sequence", "signature", "type"}
 _TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
+# Digits of a checkpoint's size, as `store.ledger.note` has it.
+_DIGITS_MAX = 19
 # Extension lines that the ledger itself writes: see `Checkpoint`.
 _OWN_LINES = ("at ", "frontier ", "previous ")
 
@@ -232,6 +234,12 @@ def read_checkpoint(key: str | None, data: bytes, verifier: Verifier, origin: st
     if fault:
         raise ModifiedNote(f"the checkpoint {fault}", operation="read checkpoint", place=place)
     return found
+
+
+def checkpoint_size(data: bytes) -> int:
+    """The number of entries that a checkpoint says it covers, before anything of it was checked; 0 where it says none."""
+    size = data.split(b"\n", 2)[1:2]
+    return int(size[0]) if size and size[0].isdigit() and len(size[0]) <= _DIGITS_MAX else 0
 
 
 def digest_line(digest: Digest) -> str:

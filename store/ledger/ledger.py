@@ -9,30 +9,32 @@ from __future__ import annotations
 
 import base64
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol
 
 from schemas import clock
-from schemas.errors import AlreadyExists, ConflictError, ProofError, StoreUnavailable, UsageError
+from schemas.errors import AlreadyExists, ConflictError, ProofError, StoreUnavailable
 from store.crashpoints import crash_point
+from store.ledger.chain import LOST, ROTATED, KeyChain
 from store.ledger.entry import (
     CHECKPOINTS,
     Checkpoint,
     Entry,
     canonical,
     check_extensions,
+    checkpoint_size,
     decode_entry,
     entry_key,
     is_checkpoint,
     make_checkpoint,
     make_entry,
-    read_checkpoint,
 )
 from store.ledger.merkle import HASH_BYTES, CompactRange, Tree, leaf_hash
-from store.ledger.note import Signer, TreeHead, Verifier
+from store.ledger.note import Signer, TreeHead, UnsignedNote, Verifier
 from store.objects.base import NO_LOCK, Lock, ObjectStore
 
 ATTEMPTS_MAX = 10_000  # lost races for a number before giving up; each means that somebody else appended
@@ -41,8 +43,19 @@ BATCH = 256  # entries fetched ahead of the caller at most
 _LOOK_BACK_US = (300_000_000, 3_600_000_000, 86_400_000_000)  # how far back the newest checkpoint is sought: 5 min, 1 h, 1 day
 
 
+class LedgerKeys(Protocol):
+    """What a ledger is opened with: a `Signer`, a `Verifier` to read only, or the key files of an installation (`KeyFolder`)."""
+
+    @property
+    def trusted(self) -> tuple[Verifier, ...]:
+        """Public keys that were handed over by another way, the first one first."""
+
+    def private(self, verifier: Verifier) -> Signer:
+        """The private half of the key that is in force. Raises UsageError where it is not at hand."""
+
+
 class Ledger:
-    """A ledger in `store`. With a `Verifier` instead of a `Signer` it can only be read.
+    """A ledger in `store`, under the keys that its entries hand over to from the first one on (`store.ledger.chain`).
 
     `lock_days` locks entries and checkpoints in COMPLIANCE mode for so long: they hold no content, and nobody shall be
     able to remove them. 0 sends no lock. Methods may be called from several threads.
@@ -51,11 +64,11 @@ class Ledger:
     not what the key signed.
     """
 
-    def __init__(self, store: ObjectStore, key: Signer | Verifier, origin: str, *, lock_days: int = 0) -> None:
+    def __init__(self, store: ObjectStore, key: LedgerKeys, origin: str, *, lock_days: int = 0) -> None:
         self.store = store
         self.origin = origin
-        self.verifier = key.verifier
-        self._signer = key if isinstance(key, Signer) else None
+        self._chain = KeyChain.of(key.trusted)
+        self._keys = key
         self._lock_days = lock_days
         self._mutex = threading.RLock()
         self._size = 0  # entries known to exist
@@ -65,20 +78,20 @@ class Ledger:
         self._newest: Checkpoint | None = None
         self._unsure: Entry | None = None  # sent, and no answer came: it may or may not stand
 
-    def append(self, type: str, body: Mapping[str, Any], *, expected: int | None = None) -> Entry:
+    def append(self, type: str, body: Mapping[str, Any], *, expected: int | None = None, fresh: Signer | None = None) -> Entry:
         """Sign and append an entry; when this returns it is durable and has its number for ever.
 
-        With `expected` it gets that number or none: nothing was entered since the caller looked.
+        With `expected` it gets that number or none: nothing was entered since the caller looked. `fresh` signs in place of
+        the key in force: only for the entry that begins again after a loss.
 
         After `StoreUnavailable` the entry may stand all the same: calling again with the same arguments on the same
         instance finds out and never enters it twice.
 
         Raises:
-            UsageError: no private key, or the body is no canonical JSON.
+            UsageError: no private key, or not the one in force, or the body is no canonical JSON.
             StorageFull: no room.
             ConflictError: somebody else entered something under the number `expected`.
         """
-        signer = self._required_signer()
         with self._mutex:
             settled = self._settle(type, body)
             if settled is not None:
@@ -87,6 +100,7 @@ class Ledger:
                 previous = self._previous()
                 if expected is not None and self._size != expected:
                     raise ConflictError(f"entry {expected} is taken", operation="append", place="ledger", hint="read on and try again")
+                signer = fresh or self._keys.private(self._chain.at(self._size))
                 entry = make_entry(signer, self.origin, sequence=self._size, previous=previous, type=type, body=body)
                 if self._create(entry):
                     return entry
@@ -101,9 +115,7 @@ class Ledger:
 
     def entry(self, sequence: int) -> Entry:
         """One entry, its signature checked. Raises `KeyError` when there is none."""
-        entry = decode_entry(sequence, self.store.get(entry_key(sequence)))
-        entry.check(self.verifier, self.origin)
-        return entry
+        return self._checked(decode_entry(sequence, self.store.get(entry_key(sequence))))
 
     def entries(self, start: int = 0) -> Iterator[Entry]:
         """Entries from number `start` on, in order, signatures and chain checked; those that stand when this is called."""
@@ -116,7 +128,7 @@ class Ledger:
             UsageError: no private key, or a line that cannot be.
             ProofError: the entries do not continue what the last checkpoint covered.
         """
-        signer, lines = self._required_signer(), check_extensions(extensions)
+        lines = check_extensions(extensions)
         with self._mutex:
             last = self.latest_checkpoint()
             self._refresh()
@@ -127,6 +139,7 @@ class Ledger:
                 own.append("frontier " + base64.b64encode(b"".join(edge.hashes)).decode())
             if last:
                 own.append(f"previous {base64.b64encode(sha256(last.data).digest()).decode()} {last.key.removeprefix(CHECKPOINTS)}")
+            signer = self._keys.private(self._chain.at(edge.size))
             made = make_checkpoint(signer, TreeHead(self.origin, edge.size, edge.root(), (*lines, *own)), at_us=at_us)
             self.store.create(made.key, made.data, lock=self._lock())
             self._newest = made
@@ -140,8 +153,29 @@ class Ledger:
                 self._refresh()
             key = self._newest_key(self._newest.key if self._newest else None)
             if key is not None and (self._newest is None or key > self._newest.key):
-                self._newest = read_checkpoint(key, self.store.get(key), self.verifier, self.origin)
+                self._newest = self.read_checkpoint(key, self.store.get(key))
             return self._newest
+
+    def read_checkpoint(self, key: str | None, data: bytes) -> Checkpoint:
+        """A checkpoint of this ledger, or a copy of one that was kept elsewhere (`key` is None).
+
+        Raises:
+            ProofError: it is not, or not signed by the key that was in force.
+        """
+        with self._mutex:
+            self._learn(checkpoint_size(data))
+            return self._chain.read_checkpoint(key, data, self.origin)
+
+    def chain(self) -> KeyChain:
+        """The keys up to the newest entry.
+
+        Raises:
+            ProofError: the newest entry is not signed by a key that follows from the first one.
+        """
+        with self._mutex:
+            self._refresh()
+            self._learn(self._size)
+            return self._chain
 
     def inclusion_proof(self, sequence: int, size: int) -> list[bytes]:
         """Proof that entry `sequence` is in the tree of `size` entries. Raises `ValueError` for numbers that cannot be."""
@@ -157,10 +191,45 @@ class Ledger:
 
     # How it is done.
 
-    def _required_signer(self) -> Signer:
-        if self._signer is None:
-            raise UsageError("this ledger was opened with the public key alone", operation="append", place=self.origin)
-        return self._signer
+    @property
+    def verifier(self) -> Verifier:
+        """The first public key."""
+        return self._chain.trusted[0]
+
+    def _checked(self, entry: Entry) -> Entry:
+        """An entry, signed by the key that was in force when it was written."""
+        with self._mutex:
+            try:
+                self._chain = self._chain.check(entry, self.origin)
+            except UnsignedNote:
+                self._learn(entry.sequence)
+                self._chain = self._chain.check(entry, self.origin)
+        return entry
+
+    def _learn(self, end: int) -> None:
+        """Meet the entries before `end` that hand over to another key; what one key signed stands together, so halving finds them."""
+        while (turn := self._turn(self._chain.last.number + 1, end)) is not None:
+            before, self._chain = self._chain, self._chain.check(turn, self.origin)
+            if self._chain is before:
+                return
+
+    def _turn(self, start: int, end: int) -> Entry | None:
+        """The first entry from `start` to before `end` that hands over to another key, if all entries up to it are by the last one."""
+
+        def read(number: int) -> Entry:
+            return decode_entry(number, self.store.get(entry_key(number)))
+
+        def handed(number: int) -> bool:
+            return (found := read(number)).key_id != self._chain.last.key.key_id or found.type == ROTATED
+
+        try:
+            if start >= end or not handed(end - 1):
+                return None
+            first = bisect_left(range(start, end), True, key=handed) + start
+            found = read(first)
+        except KeyError:
+            return None  # an entry that is missing: who reads it will say so
+        return found if found.type in (ROTATED, LOST) else None
 
     def _lock(self) -> Lock:
         return Lock("compliance", clock.now() + timedelta(days=self._lock_days)) if self._lock_days else NO_LOCK
@@ -194,6 +263,7 @@ class Ledger:
         if entry.sequence < self._size:
             return
         self._size, self._tip = entry.sequence + 1, entry
+        self._chain = self._chain.check(entry, self.origin)
         if self._edge is not None and self._edge.size == entry.sequence:
             self._edge.append(leaf_hash(entry.data))
 
@@ -202,7 +272,7 @@ class Ledger:
         if self._size == 0:
             self._refresh()
         if self._size and (self._tip is None or self._tip.sequence != self._size - 1):
-            self._tip = self._entry_or_missing(self._size - 1)
+            self._tip = self._checked(self._decoded(self._size - 1))
         return self._tip.sha256 if self._size and self._tip else None
 
     def _refresh(self) -> None:
@@ -225,16 +295,18 @@ class Ledger:
         before: Entry | None = None
         with ThreadPoolExecutor(READERS) as pool:
             for first in range(start, end, BATCH):
-                for entry in pool.map(self._entry_or_missing, range(first, min(first + BATCH, end))):
+                for found in pool.map(self._decoded, range(first, min(first + BATCH, end))):
+                    entry = self._checked(found)
                     follows = entry.previous == before.sha256 if before else (entry.previous is None) == (entry.sequence == 0)
                     if not follows:
                         raise _broken(f"entry {entry.sequence} does not follow the one before it")
                     yield entry
                     before = entry
 
-    def _entry_or_missing(self, sequence: int) -> Entry:
+    def _decoded(self, sequence: int) -> Entry:
+        """An entry whose signature is not checked yet."""
         try:
-            return self.entry(sequence)
+            return decode_entry(sequence, self.store.get(entry_key(sequence)))
         except KeyError:
             raise _broken(f"entry {sequence} is missing") from None
 

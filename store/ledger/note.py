@@ -15,7 +15,7 @@ from functools import cached_property
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from schemas.errors import ProofError, UsageError
+from schemas.errors import ProofError, SettingsError, UsageError
 
 ALGORITHM = b"\x01"  # Ed25519 in signed-note's list of signature types
 PRIVATE_PREFIX = "PRIVATE+KEY+"
@@ -70,9 +70,13 @@ class Verifier:
         return f"{self.name}+{self.hash.hex()}"
 
     @property
-    def verifier(self) -> Verifier:
-        """Itself: a signer and a verifier can both be asked for the public half."""
-        return self
+    def trusted(self) -> tuple[Verifier, ...]:
+        """The public keys that a ledger opened with it is held against: itself."""
+        return (self,)
+
+    def private(self, verifier: Verifier) -> Signer:
+        """Raises UsageError: nothing can be signed with a public key."""
+        raise UsageError("this ledger was opened with the public key alone", operation="append", place=verifier.key_id)
 
     @cached_property
     def _key(self) -> Ed25519PublicKey:
@@ -128,6 +132,21 @@ class Signer:
     def verifier(self) -> Verifier:
         """The public half."""
         return Verifier(self.name, self._key.public_key().public_bytes_raw())
+
+    @property
+    def trusted(self) -> tuple[Verifier, ...]:
+        """As `Verifier.trusted`."""
+        return (self.verifier,)
+
+    def private(self, verifier: Verifier) -> Signer:
+        """Itself, where it is the private half of the key that is asked for.
+
+        Raises:
+            SettingsError: it is not.
+        """
+        if self.verifier != verifier:
+            raise other_key(verifier, self.verifier.key_id)
+        return self
 
     @property
     def secret(self) -> str:
@@ -215,6 +234,20 @@ def from_base64(text: str) -> bytes:
     except ValueError:
         return b""
     return raw if base64.b64encode(raw).decode() == text else b""
+
+
+def signers(data: bytes) -> set[str]:
+    """Ids of the keys that claim to have signed a note; none where it is malformed."""
+    try:
+        return {f"{name}+{hint.hex()}" for name, hint, _ in map(_signature, _split_note(data)[1])}
+    except ModifiedNote:
+        return set()
+
+
+def other_key(wanted: Verifier, held: str) -> SettingsError:
+    """The error of who holds a private key that is not the one in force."""
+    hint = "put the private key of the last rotation into keys/ledger.key; if it is lost: `tokentape keys ledger rotate --lost`"
+    return SettingsError(f"the ledger is signed by {wanted.key_id} now, and the private key here is {held}", operation="sign", hint=hint)
 
 
 def _split_note(data: bytes) -> tuple[str, list[str]]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from schemas.codec import NO_CONTENT
 from schemas.errors import ProofError, UsageError
-from store.ledger.entry import Checkpoint, Entry, decode_entry, read_checkpoint
+from store.ledger.chain import KeyChain
+from store.ledger.entry import Checkpoint, Entry, checkpoint_size, decode_entry
 from store.ledger.merkle import leaf_hash, verify_consistency, verify_inclusion
 from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
 from store.stored_schemas import schema_key
@@ -55,10 +56,20 @@ class Leaf:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """An entry that hands over to another key, and its inclusion path under the proof's (newer) checkpoint."""
+
+    number: int
+    entry: bytes
+    path: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EventProof:
     """An event is row `row` of a segment, the segment stands in a ledger entry, the entry under a signed checkpoint.
 
-    `schema` is the stored Avro schema that reads the event's bytes; the entry names its SHA-256.
+    `schema` is the stored Avro schema that reads the event's bytes; the entry names its SHA-256. `rotations` are those before
+    the checkpoint.
     """
 
     public_key: str
@@ -73,15 +84,16 @@ class EventProof:
     entry_number: int
     entry_path: tuple[bytes, ...]
     checkpoint: bytes
+    rotations: tuple[Rotation, ...] = ()
 
-    def check(self, verifier: Verifier) -> list[str]:
+    def check(self, verifier: Verifier | KeyChain) -> list[str]:
         """What is proven, a sentence a step.
 
         Raises:
             ProofError: a step does not hold; the message says which.
         """
-        checkpoint = _checkpoint(self.checkpoint, verifier)
-        entry = _entry(self.entry_number, self.entry, verifier)
+        chain, checkpoint = _signed(verifier, self.rotations, self.checkpoint)
+        entry, _ = _entry(self.entry_number, self.entry, chain)
         if not verify_inclusion(leaf_hash(self.entry), self.entry_number, checkpoint.size, self.entry_path, checkpoint.head.root):
             raise _refused(f"entry {self.entry_number} is not among the {checkpoint.size} that the checkpoint covers")
         root = _segment_root(entry, self.segment, self.rows)
@@ -93,7 +105,7 @@ class EventProof:
             raise _refused(f"entry {self.entry_number} names another schema")
         erased = "; its content was erased, and its commitment stands" if self.leaf.commitment else ""
         return [
-            f"signed by {verifier.key_id}: {checkpoint.size:,} entries, {_when(checkpoint)}",
+            f"signed by {_whom(chain, checkpoint)}: {checkpoint.size:,} entries, {_when(checkpoint)}",
             f"entry {self.entry_number} of {entry.recorded_at:%Y-%m-%d %H:%M:%S} UTC is one of them",
             f"it commits the segment {self.segment} of {self.rows:,} rows",
             f"the event is row {self.row:,} of it{erased}",
@@ -111,6 +123,7 @@ class EventProof:
             "segment": segment,
             "entry": entry,
             "checkpoint": self.checkpoint.decode(),
+            **_rotations_json(self.rotations),
         }
 
 
@@ -122,19 +135,21 @@ class ConsistencyProof:
     old: bytes
     new: bytes
     path: tuple[bytes, ...]
+    rotations: tuple[Rotation, ...] = ()
 
-    def check(self, verifier: Verifier) -> list[str]:
+    def check(self, verifier: Verifier | KeyChain) -> list[str]:
         """What is proven, a sentence a step.
 
         Raises:
             ProofError: a step does not hold; the message says which.
         """
-        old, new = _checkpoint(self.old, verifier), _checkpoint(self.new, verifier)
+        chain, new = _signed(verifier, self.rotations, self.new)
+        old = _checkpoint(self.old, chain)
         if not verify_consistency(old.size, new.size, old.head.root, new.head.root, self.path):
             raise _refused(f"the ledger of {new.size} entries does not begin with the {old.size} that were signed before")
         return [
-            f"signed by {verifier.key_id}: {old.size:,} entries, {_when(old)}",
-            f"signed by the same: {new.size:,} entries, {_when(new)}",
+            f"signed by {_whom(chain, old)}: {old.size:,} entries, {_when(old)}",
+            f"signed by {_whom(chain, new)}: {new.size:,} entries, {_when(new)}",
             "the second begins with the first: nothing in it was changed or removed in between",
         ]
 
@@ -146,6 +161,7 @@ class ConsistencyProof:
             "old": self.old.decode(),
             "new": self.new.decode(),
             "path": _texts(self.path),
+            **_rotations_json(self.rotations),
         }
 
 
@@ -183,31 +199,64 @@ def _event_proof(document: Mapping[str, Any]) -> EventProof:
         entry_number=_number(entry["number"]),
         entry_path=_path(entry["path"]),
         checkpoint=document["checkpoint"].encode(),
+        rotations=_rotations(document),
     )
 
 
 def _consistency_proof(document: Mapping[str, Any]) -> ConsistencyProof:
     old, new = document["old"].encode(), document["new"].encode()
-    return ConsistencyProof(str(document["public_key"]), old, new, _path(document["path"]))
+    return ConsistencyProof(str(document["public_key"]), old, new, _path(document["path"]), _rotations(document))
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any]], Proof]] = {EVENT_FORMAT: _event_proof, CONSISTENCY_FORMAT: _consistency_proof}
 
 
-def _checkpoint(data: bytes, verifier: Verifier) -> Checkpoint:
+def _rotations(document: Mapping[str, Any]) -> tuple[Rotation, ...]:
+    return tuple(Rotation(_number(item["number"]), item["json"].encode(), _path(item["path"])) for item in document.get("rotations", []))
+
+
+def _rotations_json(rotations: Sequence[Rotation]) -> dict[str, Any]:
+    """The field of a document; absent where the first key signed all, so that verifiers that know no rotation still read it."""
+    items = [{"number": item.number, "json": item.entry.decode(), "path": _texts(item.path)} for item in rotations]
+    return {"rotations": items} if items else {}
+
+
+def _signed(keys: Verifier | KeyChain, rotations: Sequence[Rotation], data: bytes) -> tuple[KeyChain, Checkpoint]:
+    """The keys up to a checkpoint, and the checkpoint, of whose entries each rotation must be one."""
+    chain = KeyChain.of(keys)
+    for item in rotations:
+        before = chain
+        _, chain = _entry(item.number, item.entry, chain)
+        if chain is before or item.number >= checkpoint_size(data):
+            raise _refused(f"entry {item.number} hands over to no key before the checkpoint")
+    checkpoint = _checkpoint(data, chain)
+    for item in rotations:
+        if not verify_inclusion(leaf_hash(item.entry), item.number, checkpoint.size, item.path, checkpoint.head.root):
+            raise _refused(f"the rotation of entry {item.number} is not among the entries that the checkpoint covers")
+    return chain, checkpoint
+
+
+def _whom(chain: KeyChain, checkpoint: Checkpoint) -> str:
+    """The key that signed a checkpoint, and how it follows from the first one."""
+    turns = [span for span in chain.spans[1:] if span.number < checkpoint.size]
+    after = "".join(f", {'begun again' if turn.how == 'lost' else 'handed over to'} in entry {turn.number}" for turn in turns)
+    return chain.at(checkpoint.size).key_id + after
+
+
+def _checkpoint(data: bytes, chain: KeyChain) -> Checkpoint:
     try:
-        return read_checkpoint(None, data, verifier, verifier.name)
+        return chain.read_checkpoint(None, data, chain.name)
     except (ModifiedNote, UnsignedNote) as error:
         raise _refused(f"the checkpoint: {error.fault}") from error
 
 
-def _entry(number: int, data: bytes, verifier: Verifier) -> Entry:
+def _entry(number: int, data: bytes, chain: KeyChain) -> tuple[Entry, KeyChain]:
+    """An entry that its key signed, and the keys after it."""
     try:
         entry = decode_entry(number, data)
-        entry.check(verifier, verifier.name)
+        return entry, chain.check(entry, chain.name)
     except (ModifiedNote, UnsignedNote) as error:
         raise _refused(f"entry {number}: {error.fault}") from error
-    return entry
 
 
 def _segment_root(entry: Entry, key: str, rows: int) -> bytes:

@@ -13,24 +13,26 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
 
 from schemas.errors import CorruptStore, UsageError
-from store.ledger.entry import CHECKPOINTS, Checkpoint, Digest, Entry, decode_entry, entry_key, entry_number, is_checkpoint, read_checkpoint
+from store.ledger.chain import LOST, KeyChain
+from store.ledger.entry import CHECKPOINTS, Checkpoint, Digest, Entry, checkpoint_size, decode_entry, entry_key, entry_number, is_checkpoint
 from store.ledger.merkle import CompactRange, leaf_hash
-from store.ledger.note import ModifiedNote, UnsignedNote, Verifier
+from store.ledger.note import ModifiedNote, UnsignedNote, Verifier, signers
 from store.objects.base import ObjectStore
 
 LEDGER = "ledger/"
 NAMED = ("events/", "schemas/")  # where every object should be named by an entry
 CHUNK = 8 << 20  # bytes of an object hashed at a time
 
-Kind = Literal["modified", "missing", "unsigned", "erased-with-proof", "orphan"]
+Kind = Literal["modified", "missing", "unsigned", "erased-with-proof", "key-lost", "orphan"]
 # From worst to harmless; a report's exit code is that of its worst finding. An orphan is an object that no entry
-# names: a writer that died between object and entry leaves one, and nothing reads it.
-EXIT_CODES: Mapping[Kind, int] = {"modified": 10, "missing": 11, "unsigned": 12, "erased-with-proof": 0, "orphan": 0}
+# names: a writer that died between object and entry leaves one, and nothing reads it. A lost key is told where a trusted one took
+# its place; where none did, what comes after is unsigned.
+EXIT_CODES: Mapping[Kind, int] = {"modified": 10, "missing": 11, "unsigned": 12, "erased-with-proof": 0, "key-lost": 0, "orphan": 0}
 
 
 _REMOVED = {"retention": "removed by retention", "erasure": "rewritten by an erasure", "merge": "merged"}
@@ -56,6 +58,8 @@ class Report:
     bytes: int
     covered: int
     findings: tuple[Finding, ...]
+    chain: KeyChain
+    """The keys that signed, as far as the entries hand over from one to the next."""
 
     @property
     def exit_code(self) -> int:
@@ -66,7 +70,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         counts = {name: getattr(self, name) for name in ("entries", "checkpoints", "objects", "bytes", "covered", "exit_code")}
-        return counts | {"findings": [{"kind": f.kind, "key": f.key, "detail": f.detail} for f in self.findings]}
+        keys = [{"key_id": span.key.key_id, "after_entry": span.number, "how": span.how} for span in self.chain.spans]
+        return counts | {"keys": keys, "findings": [{"kind": f.kind, "key": f.key, "detail": f.detail} for f in self.findings]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ class Claim:
 
 def verify_ledger(
     store: ObjectStore,
-    verifier: Verifier | str,
+    verifier: KeyChain | Verifier | str,
     *,
     origin: str | None = None,
     check_segment: Callable[[Entry], list[Finding]] | None = None,
@@ -90,7 +95,8 @@ def verify_ledger(
 ) -> Report:
     """Check the whole ledger and every object that it names.
 
-    `verifier` is the public key (or its text), `origin` the ledger's name (default: the key's). `check_segment` is
+    `verifier` is the first public key (or its text), or it and those that began again after a loss,
+    `origin` the ledger's name (default: the key's). `check_segment` is
     called for each `segment` entry whose object has the right bytes. `anchors` are checkpoints kept elsewhere: the
     ledger must continue them and still hold them. `leaves_out` says of an entry and a key that it names that the object
     is not to be read.
@@ -100,7 +106,8 @@ def verify_ledger(
         UsageError: the public key is none.
     """
     key = Verifier.parse(verifier) if isinstance(verifier, str) else verifier
-    return _Run(store, key, origin or key.name, check_segment, anchors, leaves_out).report()
+    chain = KeyChain.of(key)
+    return _Run(store, chain, origin or chain.name, check_segment, anchors, leaves_out).report()
 
 
 @dataclass
@@ -108,7 +115,7 @@ class _Run:
     """One verification: what was found so far."""
 
     store: ObjectStore
-    verifier: Verifier
+    chain: KeyChain
     origin: str
     check_segment: Callable[[Entry], list[Finding]] | None
     anchors: Sequence[bytes]
@@ -120,6 +127,7 @@ class _Run:
     covered: int = 0
     length: int = 0  # one more than the largest entry number that stands
     heads: dict[int, bytes] = field(default_factory=dict)  # roots at the sizes that somebody asks for
+    strangers: dict[frozenset[str], list[str]] = field(default_factory=dict)  # what keys signed that are not the ledger's
 
     def report(self) -> Report:
         """Run all checks. The ledger is listed once, and checkpoints sort before entries: a writer meanwhile does no harm."""
@@ -129,13 +137,14 @@ class _Run:
         for key in keys:
             if entry_number(key) is None and not is_checkpoint(key):
                 self._add("unsigned", key, "nothing in the ledger has such a key")
-        anchors = [found for data in self.anchors if (found := self._read_anchor(data))]
-        checkpoints = {key: found for key in checkpoint_keys if (found := self._read_checkpoint(key))}
-        self._check_entries(numbers, {c.size for c in (*checkpoints.values(), *anchors)})
+        stored = {key: data for key in checkpoint_keys if (data := self._get(key)) is not None}
+        self._check_entries(numbers, {checkpoint_size(data) for data in (*stored.values(), *self.anchors)})
+        anchors = [found for data in self.anchors if (found := self._read_checkpoint(None, data))]
+        checkpoints = {key: found for key, data in stored.items() if (found := self._read_checkpoint(key, data))}
         self._check_checkpoints(checkpoints, set(checkpoint_keys))
         self._check_anchors(anchors, checkpoints)
         self._check_objects()
-        return Report(len(numbers), len(checkpoint_keys), self.objects, self.bytes_read, self.covered, tuple(self.findings))
+        return Report(len(numbers), len(checkpoint_keys), self.objects, self.bytes_read, self.covered, tuple(self._counted()), self.chain)
 
     def _add(self, kind: Kind, key: str, detail: str) -> None:
         self.findings.append(Finding(kind, key, detail))
@@ -174,10 +183,16 @@ class _Run:
             return None
         try:
             entry = decode_entry(number, data)
-            entry.check(self.verifier, self.origin)
-        except (ModifiedNote, UnsignedNote) as error:
-            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", key, error.fault)
+            self.chain = self.chain.check(entry, self.origin)
+        except ModifiedNote as error:
+            self._add("modified", key, error.fault)
             return None
+        except UnsignedNote as error:
+            self._add_unsigned(key, error.fault, {entry.key_id})
+            return None
+        if entry.type == LOST:
+            fault = f"{entry.body.get('lost')} was lost; {entry.key_id}, which you trust, signs from here on"
+            self._add("key-lost", key, fault)
         # Where the one before is at fault itself, its successor is not accused as well.
         known = before is not None and before.sequence == number - 1
         if (known and before and entry.previous != before.sha256) or (number == 0 and entry.previous is not None):
@@ -189,13 +204,29 @@ class _Run:
 
     # Checkpoints.
 
-    def _read_checkpoint(self, key: str) -> Checkpoint | None:
-        data = self._get(key)
+    def _read_checkpoint(self, key: str | None, data: bytes) -> Checkpoint | None:
+        """A checkpoint of the store, or an anchor, whose key is None."""
         try:
-            return read_checkpoint(key, data, self.verifier, self.origin) if data is not None else None
-        except (ModifiedNote, UnsignedNote) as error:
-            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", key, error.fault)
+            return self.chain.read_checkpoint(key, data, self.origin)
+        except ModifiedNote as error:
+            self._add("modified", key or "anchor", error.fault)
+        except UnsignedNote as error:
+            self._add_unsigned(key or "anchor", error.fault, signers(data))
         return None
+
+    def _add_unsigned(self, key: str, fault: str, by: set[str]) -> None:
+        """Report what another key signed, once for each key: where a rotation is lost, all that comes after it is by such a key."""
+        signed = self.strangers.setdefault(frozenset(by), [])
+        signed.append(key)
+        if len(signed) == 1 or not by:
+            self._add("unsigned", key, fault)
+
+    def _counted(self) -> Iterator[Finding]:
+        """The findings; what is unsigned says how much else the same key signed."""
+        more = {keys[0]: len(keys) - 1 for by, keys in self.strangers.items() if by}
+        for found in self.findings:
+            others = more.get(found.key, 0) if found.kind == "unsigned" else 0
+            yield replace(found, detail=f"{found.detail}; and so are {others} more entries and checkpoints") if others else found
 
     def _check_checkpoints(self, checkpoints: Mapping[str, Checkpoint], present: set[str]) -> None:
         seen: dict[tuple[str, int, int], Digest] = {}
@@ -233,13 +264,6 @@ class _Run:
             self._add("missing", key, f"the checkpoint {found.key} names it as the one before")
         elif key in checkpoints and base64.b64encode(sha256(checkpoints[key].data).digest()).decode() != digest:
             self._add("modified", key, f"not the bytes that {found.key} names")
-
-    def _read_anchor(self, data: bytes) -> Checkpoint | None:
-        try:
-            return read_checkpoint(None, data, self.verifier, self.origin)
-        except (ModifiedNote, UnsignedNote) as error:
-            self._add("unsigned" if isinstance(error, UnsignedNote) else "modified", "anchor", error.fault)
-        return None
 
     def _check_anchors(self, anchors: Sequence[Checkpoint], checkpoints: Mapping[str, Checkpoint]) -> None:
         for anchor in anchors:
@@ -321,7 +345,7 @@ class _Run:
         while True:
             try:
                 entry = decode_entry(number, self.store.get(entry_key(number)))
-                entry.check(self.verifier, self.origin)
+                self.chain.check(entry, self.origin)
             except (KeyError, ModifiedNote, UnsignedNote, CorruptStore, UsageError):
                 return found
             keys = entry.body.get("erased")

@@ -14,7 +14,7 @@ from typing import Any
 from schemas import clock
 from schemas.errors import ProofError, SettingsError
 from schemas.settings import ColdSettings, WitnessSettings
-from store.ledger.entry import CHECKPOINTS, Checkpoint, is_checkpoint, read_checkpoint
+from store.ledger.entry import CHECKPOINTS, Checkpoint, is_checkpoint
 from store.ledger.ledger import Ledger
 from store.ledger.merkle import verify_consistency
 from store.objects import open_store
@@ -75,7 +75,7 @@ class Witness:
 
     def _last(self) -> Checkpoint | None:
         keys = [info.key for info in self.store.list(CHECKPOINTS) if is_checkpoint(info.key)]
-        return read_checkpoint(keys[-1], self.store.get(keys[-1]), self.ledger.verifier, self.ledger.origin) if keys else None
+        return self.ledger.read_checkpoint(keys[-1], self.store.get(keys[-1])) if keys else None
 
     def _check(self, last: Checkpoint | None, newest: Checkpoint) -> None:
         """The ledger must hold what the witness has seen, unchanged."""

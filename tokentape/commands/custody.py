@@ -16,7 +16,7 @@ from schemas.errors import UsageError
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
 from store.ledger import keys
-from store.ledger.note import Verifier
+from store.ledger.chain import KeyChain
 from store.ledger.proof import read_proof
 from store.ledger.verify import Kind, Report
 from store.ledger.witness import anchors as witnessed
@@ -26,7 +26,14 @@ from store.objects.base import ObjectStore
 from store.stored_schemas import fetch_schema
 from tokentape.output import err, out
 
-_STYLES: dict[Kind, str] = {"modified": "red", "missing": "red", "unsigned": "red", "erased-with-proof": "cyan", "orphan": "dim"}
+_STYLES: dict[Kind, str] = {
+    "modified": "red",
+    "missing": "red",
+    "unsigned": "red",
+    "erased-with-proof": "cyan",
+    "key-lost": "yellow",
+    "orphan": "dim",
+}
 
 
 @click.command()
@@ -84,7 +91,7 @@ def verify(
     raise SystemExit(found.exit_code)
 
 
-def _check(path: Path, key: Verifier, fmt: str) -> None:
+def _check(path: Path, key: KeyChain, fmt: str) -> None:
     """Say what a proof proves."""
     proven = read_proof(path.read_bytes()).check(key)
     if fmt == "json":
@@ -150,6 +157,7 @@ def _print(found: Verified, scope: Scope, *, deep: bool, key: Path) -> None:
     ledger = found.ledger
     rows = [
         ("public key", str(key)),
+        *([("keys", _keys(ledger))] if len(ledger.chain.spans) > 1 else []),
         ("ledger", f"{_count(ledger.entries, 'entry', 'entries')}, {_count(ledger.checkpoints, 'checkpoint')}; {_covered(ledger)}"),
         *([] if scope.everything else [("scope", f"objects and rows of {scope}; all entries and checkpoints")]),
         ("objects", f"{_count(ledger.objects, 'object')} have the bytes that were entered"),
@@ -164,6 +172,12 @@ def _print(found: Verified, scope: Scope, *, deep: bool, key: Path) -> None:
 
 def _count(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def _keys(ledger: Report) -> str:
+    """The keys that followed the first one."""
+    turns = [f"{'begun again' if span.how == 'lost' else 'handed over'} in entry {span.number}" for span in ledger.chain.spans[1:]]
+    return f"{', '.join(turns)}; {ledger.chain.last.key.key_id} signs now"
 
 
 def _covered(ledger: Report) -> str:

@@ -1,4 +1,4 @@
-"""Virtual keys of the gateway: `keys create | list | show | revoke`."""
+"""Virtual keys of the gateway: `keys create | list | show | revoke`; those of the ledger are below `keys ledger`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ingest.gateway.keys import KIND, ROLES, VirtualKey, make
 from schemas.errors import UsageError
 from store.control import ControlLog, open_control
 from tokentape.commands.common import format_option, with_installation
+from tokentape.commands.ledger_keys import ledger_keys
 from tokentape.installation import Installation
 from tokentape.output import err, write_rows
 
@@ -31,8 +32,11 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 def keys() -> None:
     """Keys of clients at the gateway: made, listed and revoked here, asked for where gateway.auth = required.
 
-    Running gateways learn of each change within a second. The ledger's signing key is not among them.
+    Running gateways learn of each change within a second. The ledger's signing key is under `keys ledger`.
     """
+
+
+keys.add_command(ledger_keys)
 
 
 @keys.command()
