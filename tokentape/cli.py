@@ -27,6 +27,7 @@ COMMANDS = {
     "replay_batch": ("replay-batch",),
     "engines": ("env", "calibrate"),
     "exact": ("engine-runs",),
+    "kv": ("kv",),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status", "doctor"),
