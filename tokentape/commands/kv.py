@@ -87,7 +87,8 @@ def _print(found: Report) -> None:
     out.print(
         f"{printable(found.connector)}: hit rate {_share(found.rate)}; lookup p50 {_ms(found.lookup_p50_ms)}, p99 {_ms(found.lookup_p99_ms)}"
     )
-    out.print(f"offered to save {_bytes(found.saved_bytes, found.save_rate)}; to load {_bytes(found.loaded_bytes, found.load_rate)}")
+    saved, loaded = _bytes(found.saved_bytes, found.save_rate), _bytes(found.loaded_bytes, found.load_rate)
+    out.print(f"offered to save {saved}; to load {loaded}")
     for flag in found.flags:
         out.print(f"[bold red]![/bold red] {printable(flag)}", markup=True)
 
