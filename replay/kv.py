@@ -64,7 +64,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What became of one request's lookup. `rate` is found tokens of those that the engine lacked; None where no whole block was missing."""
+    """What became of one request's lookup. `rate`: found tokens of those the engine lacked; None where no whole block was missing."""
 
     request: str
     generation_id: str | None

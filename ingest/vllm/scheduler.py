@@ -79,6 +79,11 @@ def recording(scheduler: type) -> type:
     return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__})
 
 
+def is_recording(scheduler: Any) -> bool:
+    """Would an engine with this scheduler class be recorded?"""
+    return isinstance(scheduler, type) and issubclass(scheduler, _Recording | RecordingScheduler)
+
+
 class RecordingScheduler:
     """For `--scheduler-cls`: the recording subclass of the scheduler that this configuration would have without it."""
 

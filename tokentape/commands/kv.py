@@ -84,9 +84,8 @@ def _print(found: Report) -> None:
         for one in found.requests
     ]
     write_rows(rows, "table", COLUMNS)
-    out.print(
-        f"{printable(found.connector)}: hit rate {_share(found.rate)}; lookup p50 {_ms(found.lookup_p50_ms)}, p99 {_ms(found.lookup_p99_ms)}"
-    )
+    took = f"lookup p50 {_ms(found.lookup_p50_ms)}, p99 {_ms(found.lookup_p99_ms)}"
+    out.print(f"{printable(found.connector)}: hit rate {_share(found.rate)}; {took}")
     saved, loaded = _bytes(found.saved_bytes, found.save_rate), _bytes(found.loaded_bytes, found.load_rate)
     out.print(f"offered to save {saved}; to load {loaded}")
     for flag in found.flags:

@@ -6,6 +6,7 @@ looks after calls that do not come back: a hang is on the tape while it lasts.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import threading
 import time
@@ -58,6 +59,7 @@ class Outlet:
         if self._pipe is None and self._own is None and self._header is not None:
             self._own = Pipe(_AsTheyAre())
             self._own.put([self._header])
+            atexit.register(self.close)
 
     def begin(self, operation: Operation, limit_ns: int) -> int:
         """A call begins; beyond `limit_ns` it counts as hanging."""
@@ -78,6 +80,12 @@ class Outlet:
         for flush in self._flushed:
             flush()
         self._send()
+
+    def close(self) -> None:
+        """The process ends: hand over all of it, and close a pipe of its own."""
+        self.flush()
+        if self._own is not None:
+            self._own.close()
 
     def _watch(self) -> None:
         while True:
