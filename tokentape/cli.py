@@ -29,6 +29,7 @@ COMMANDS = {
     "exact": ("engine-runs",),
     "debug_engine": ("debug-engine",),
     "kv": ("kv",),
+    "weights": ("weights",),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
     "pipeline": ("index", "merge", "tier", "rebuild", "jobs", "quarantine", "status"),
