@@ -50,6 +50,8 @@ def test_generate_is_single_stepped_and_ends(tmp_path: Path, vllm: VllmService) 
             frames.append(editor.step("next" if "generate" not in _line(frames[-1]) else "stepIn", thread))
         frames += [editor.step("stepIn" if i % 3 else "next", thread) for i in range(STEPS)]
         editor.ask("continue", threadId=thread)
+        editor.event("terminated")
+        editor.close()  # debugpy's adapter keeps the pipes of what it debugged as long as somebody is attached
         said, _ = process.communicate(timeout=240)
     finally:
         process.kill()
