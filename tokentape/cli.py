@@ -29,6 +29,7 @@ COMMANDS = {
     "exact": ("engine-runs",),
     "debug_engine": ("debug-engine",),
     "kv": ("kv",),
+    "tour": ("tour",),
     "weights": ("weights",),
     "debug": ("breakpoints", "stopped"),
     "snapshots": ("snapshots",),
