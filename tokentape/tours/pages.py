@@ -79,7 +79,9 @@ def paged_attention(tape: Tape) -> Iterator[Page]:
     text = "Blocks are named by what they hold, so a prompt that begins alike takes those that are there. It computes only the rest."
     yield Page("Blocks that are shared", text, shared or ["no prompt began like another one here"])
     yield Page(
-        "All blocks", "What the engine itself said of its cache, step by step; blocks of those that ended stay until needed.", _usage(tape)
+        "All blocks",
+        "What the engine said of its cache. Blocks of those that ended are free, and found again until somebody else takes them.",
+        _usage(tape),
     )
 
 
@@ -193,14 +195,13 @@ def _compared(title: str, text: str, first: Tape, second: Tape) -> Page:
     return Page(title, text, lines)
 
 
-def _pace(first: Tape, second: Tape) -> list[str]:
+def _pace(*tapes: Tape) -> list[str]:
     """Median time of a step without a prompt."""
     found = []
-    for tape in (first, second):
+    for tape in tapes:
         took = [row.duration_us for row in tape.rows if row.tokens and max(row.tokens.values()) == 1]
-        found.append(
-            f"{shorten(str(tape.run.arguments.get('kv_cache_dtype')), 10)}, {len(tape.run.facts.get('config.workers') or ())} rank(s): {duration(int(median(took or [0])))} a step"
-        )
+        kind, ranks = tape.run.facts.get("config.cache_config.cache_dtype"), len(tape.run.facts.get("config.workers") or ())
+        found.append(f"cache {shorten(str(kind), 10)}, {ranks} rank(s): {duration(int(median(took or [0])))} a step")
     return found
 
 
