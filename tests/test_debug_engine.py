@@ -36,11 +36,13 @@ def started(data: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @needs_debugpy
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_generate_is_single_stepped_and_ends(tmp_path: Path, vllm: VllmService) -> None:
     """An editor attaches, steps into `LLM.generate` and on while other threads stand still, lets go, and the text comes."""
     port = free_port()
     process = started(tmp_path, str(vllm.model_dir), "--debugger", "debugpy", "--port", str(port), "--max-tokens", "4")
+    assert process.stdout is not None
+    waits = any("waiting for an editor" in line for line in process.stdout)  # the engine has started by then, at its own pace
     editor = Editor(port, deadline_s=240)
     try:
         editor.attach()
@@ -59,6 +61,7 @@ def test_generate_is_single_stepped_and_ends(tmp_path: Path, vllm: VllmService) 
         editor.close()
     inside = [frame for frame in frames if f"{os.sep}{INSIDE}{os.sep}" in frame["source"]["path"]]
 
+    assert waits
     assert "_generate" == frames[0]["name"]
     assert "generate" in {str(frame["name"]).rpartition(".")[2] for frame in inside}, frames
     assert len(inside) > STEPS // 2
@@ -75,12 +78,12 @@ def _line(frame: dict[str, object]) -> str:
     return Path(source["path"]).read_text().splitlines()[line - 1]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_pdb_stops_in_the_scheduler(tmp_path: Path, vllm: VllmService) -> None:
     """pdb stops where the generation begins and at a method of the scheduler, in the same process; quitting is no error."""
     place = "vllm.v1.core.sched.scheduler:Scheduler.schedule"
     process = started(tmp_path, str(vllm.model_dir), "--break", place, "--max-tokens", "2")
-    said, _ = process.communicate("continue\nwhere\nquit\n", timeout=400)
+    said, _ = process.communicate("continue\nwhere\nquit\n", timeout=900)
 
     assert 0 == process.returncode, said[-2000:]
     assert "_generate()" in said
