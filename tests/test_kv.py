@@ -34,7 +34,7 @@ def ran(data: Path, *arguments: str) -> list[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TOKENTAPE_", "VLLM_"))}
     env |= {"TOKENTAPE_DATA": str(data), "TOKENTAPE_ENGINE__CAPTURE": "on", "PYTHONPATH": str(ROOT)}
     env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run([sys.executable, "-m", *arguments], env=env, cwd=ROOT, text=True, capture_output=True, check=False, timeout=500)
+    ended = subprocess.run([sys.executable, "-m", *arguments], env=env, cwd=ROOT, text=True, capture_output=True, check=False, timeout=900)
     assert ended.returncode in (0, 1), ended.stderr[-3000:]
     return ended.stdout.splitlines()
 
@@ -45,7 +45,7 @@ def operations(events: list[Event]) -> list[KvOperation]:
 
 
 @needs_vllm
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 class TestEngine:
     """One run of a real engine with vLLM's example connector, whose class the plugin made a recording one."""
 
@@ -106,7 +106,7 @@ class TestEngine:
 
 
 @needs_vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_connector_that_hangs_and_raises_is_recorded(tmp_path: Path) -> None:
     """By hand, through `kv_connector_module_path`: the hang while it lasts, the end of it, the exception, which passes on."""
     transfer = {

@@ -42,7 +42,7 @@ def vllm(fmt: str) -> None:
 
 @doctor.command()
 @click.option("--connector", metavar="[MODULE:]CLASS", help="A connector without further configuration.")
-@click.option("--config", metavar="JSON|@FILE", help="A kv_transfer_config, as for vllm serve --kv-transfer-config.")
+@click.option("--config", metavar="JSON|@FILE", help="A kv_transfer_config, as vllm serve takes it.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="The dtype of the cache.")
 @click.option("--device", default="cpu", show_default=True, help="Where the cache is: cpu, cuda or cuda:N.")
 @click.option("--timeout", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Seconds that a transfer may take.")

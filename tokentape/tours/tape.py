@@ -150,6 +150,8 @@ def record(installation: Installation, model: Path, kind: str, **options: Any) -
         "TOKENTAPE_ENGINE__CAPTURE": "on",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # By itself vLLM gives each rank a NUMA node of its own, and most machines have one.
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
     }
     command = [sys.executable, "-m", "tokentape.tours.engine", json.dumps(spec)]
