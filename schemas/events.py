@@ -493,13 +493,20 @@ class EngineStep(Payload):
 
 
 class KvContent(Record):
-    """Content of `kv_operation`."""
+    """Content of `kv_operation`: `block_hashes` are the first 8 bytes of each of vLLM's hashes of the prompt's first blocks."""
 
     error: Text = ""
+    block_hashes: bytes | None = None
 
 
 class KvOperation(Payload):
-    """One call of a KV connector."""
+    """One call of a KV connector, or `calls` of them that had nothing to do, of which `duration_us` is the sum.
+
+    Operations: lookup, metadata, load, save, finish, else the connector's own method. Outcomes: ok, pending (ask again), deferred (it
+    keeps the blocks), error (it raised), hanging (it had not come back yet), sent, received, failed. `request` is its name as its client
+    knows it; of `tokens_asked` the engine had `tokens_local` itself; `bytes` is what was offered to be saved or loaded, not what
+    the connector made of it; `memory_bytes` is what its process held.
+    """
 
     KIND = "kv_operation"
     operation: Text
@@ -512,6 +519,11 @@ class KvOperation(Payload):
     duration_us: Long = 0
     outcome: Text = "ok"
     content: KvContent | None = None
+    request: Text | None = None
+    tokens_local: Long | None = None
+    bytes: Long | None = None
+    calls: Long | None = None
+    memory_bytes: Long | None = None
 
 
 # replay

@@ -185,6 +185,21 @@ class EngineSettings(_Section):
     capture: Literal["off", "on"] = Field(default="off", description="on: vLLM's scheduler is recorded, whichever is in force.")
 
 
+class WeightsSettings(_Section):
+    """Models in an S3 store, and the folder of this machine in which they are kept."""
+
+    endpoint: str = Field(default="127.0.0.1:9000", description="host:port of the S3 server")
+    secure: bool = Field(default=False, description="https")
+    region: str = "us-east-1"
+    access_key: str = ""
+    secret_key: SecretStr = SecretStr("")
+    cache: Path = Field(default=Path("~/.cache/tokentape/weights"), description="one for all installations of a machine")
+    bytes_max: int = Field(default=500_000_000_000, ge=1, description="of the cache; the model that was not used for longest goes first")
+    connections: int = Field(default=8, ge=1, le=64, description="pieces fetched at once")
+    timeout_s: Seconds = Field(default=30.0, description="how long the store may be silent")
+    wait_s: Seconds = Field(default=21_600.0, description="how long to wait for another process that fetches the same model")
+
+
 class DebugSettings(_Section):
     """Requests that stop at breakpoints, and who may decide about them over HTTP."""
 
@@ -387,6 +402,7 @@ class Settings(_Section):
     blobs: BlobSettings = BlobSettings()
     gateway: GatewaySettings = GatewaySettings()
     engine: EngineSettings = EngineSettings()
+    weights: WeightsSettings = WeightsSettings()
     debug: DebugSettings = DebugSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     batch: BatchSettings = BatchSettings()

@@ -227,7 +227,10 @@ _KV_OPERATIONS = """
     SELECT uuid_text(session_id) AS session_id, uuid_text(kv_operation.generation_id) AS generation_id, tenant, recorded_at,
         kv_operation.operation AS operation, kv_operation.role AS role, kv_operation.connector AS connector,
         kv_operation.tokens_asked AS tokens_asked, kv_operation.tokens_matched AS tokens_matched, kv_operation.blocks AS blocks,
-        kv_operation.duration_us / 1000 AS duration_ms, kv_operation.outcome AS outcome, kv_operation.content.error AS error
+        kv_operation.duration_us / 1000 AS duration_ms, kv_operation.outcome AS outcome, kv_operation.content.error AS error,
+        kv_operation.request AS request, kv_operation.tokens_local AS tokens_local, kv_operation.bytes AS bytes,
+        coalesce(kv_operation.calls, 1) AS calls, kv_operation.memory_bytes AS memory_bytes,
+        kv_operation.content.block_hashes AS block_hashes
     FROM events WHERE kind = 'kv_operation'"""
 
 _CUSTODY_KINDS = {

@@ -1,4 +1,4 @@
-"""The recorder of an engine: a process that reads the frames of one engine run from standard input until its end."""
+"""The recorder of an engine: a process that reads the frames of one engine run, or of a worker of one, from standard input."""
 
 from __future__ import annotations
 
@@ -54,12 +54,15 @@ def main() -> int:
 
 
 def _record(installation: Any) -> None:
-    from ingest.vllm.scribe import Scribe
+    from ingest.vllm.scribe import Scribe, WorkerScribe
 
-    scribe = Scribe(installation.recorder, installation.settings)
+    scribe: Scribe | WorkerScribe | None = None
     for frame in frames(sys.stdin.buffer):
+        if scribe is None:
+            scribe = (Scribe if frame[0][0] == "header" else WorkerScribe)(installation.recorder, installation.settings)
         scribe.frame(frame)
-    scribe.close()
+    if scribe is not None:
+        scribe.close()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from replay.engines.recorded import RecordedEngine
 from replay.engines.vllm import VllmEngine
 from replay.state import SessionState
 from schemas.errors import UsageError
+from tokentape.commands.weights import fetched
 from tokentape.installation import Installation
 
 IN_PROCESS = "vllm:"
@@ -26,7 +27,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--engine",
             metavar="URL|vllm:MODEL",
-            help="A running vLLM, or one of this process; `recorded` is the tape.  [default: upstream]",
+            help="A running vLLM, or one of this process (a folder or s3://…); `recorded` is the tape.  [default: upstream]",
         ),
         click.option(
             "--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32."
@@ -51,6 +52,11 @@ def open_engine(
     return made
 
 
+def _folder(installation: Installation, model: str) -> str:
+    """A model that lies in a store is fetched before the engine starts."""
+    return str(fetched(installation.settings, model)) if model.startswith("s3://") else model
+
+
 def calibrations(installation: Installation) -> Calibrations:
     """What was measured of engines."""
     return Calibrations(installation.settings.data / "calibrations")
@@ -65,7 +71,7 @@ def _made(
                 "--model is for engines behind a URL, vllm: names its own", operation="read --engine", hint="leave --model out"
             )
         digests = installation.settings.data / "digests.json"
-        return VllmEngine(engine.removeprefix(IN_PROCESS), options=parsed_options(options), digests=digests)
+        return VllmEngine(_folder(installation, engine.removeprefix(IN_PROCESS)), options=parsed_options(options), digests=digests)
     if options:
         raise UsageError(
             "--engine-option is for vllm:MODEL only", operation="read --engine", hint="a running server has its options already"

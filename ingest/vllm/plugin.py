@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ingest.vllm.kv.connector import recording as recording_connector
 from ingest.vllm.scheduler import recording
 from schemas.enginerun import versions
 
@@ -29,3 +30,17 @@ def install() -> None:
         return recording(found) if isinstance(found, type) else found
 
     SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+    _record_connectors()
+
+
+def _record_connectors() -> None:
+    """Let vLLM's factory make the recording class of whatever KV connector is configured."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    found: Any = KVConnectorFactory.get_connector_class
+
+    @functools.wraps(found)
+    def get_connector_class(cls: Any, config: Any) -> Any:
+        return recording_connector(found(config))
+
+    KVConnectorFactory.get_connector_class = classmethod(get_connector_class)

@@ -12,6 +12,7 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
+from ingest.vllm.kv.outlet import outlet
 from ingest.vllm.tap import Tap
 from schemas.enginerun import facts, versions
 
@@ -22,6 +23,7 @@ class _Recording:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._tap = Tap(_header(self.vllm_config), caching=self.cache_config.enable_prefix_caching)  # type: ignore[attr-defined]
+        outlet.attach(self._tap.pipe)
         self._in_update = False
 
     def add_request(self, request: Any) -> Any:
@@ -64,6 +66,7 @@ class _Recording:
         return outputs
 
     def shutdown(self) -> None:
+        outlet.detach(self._tap.pipe)
         self._tap.close()
         super().shutdown()  # type: ignore[misc]
 
@@ -74,6 +77,11 @@ def recording(scheduler: type) -> type:
     if issubclass(scheduler, _Recording) or getattr(scheduler, "replays", False):
         return scheduler
     return type(f"Recording{scheduler.__name__}", (_Recording, scheduler), {"__module__": __name__})
+
+
+def is_recording(scheduler: Any) -> bool:
+    """Would an engine with this scheduler class be recorded?"""
+    return isinstance(scheduler, type) and issubclass(scheduler, _Recording | RecordingScheduler)
 
 
 class RecordingScheduler:
@@ -101,6 +109,7 @@ def _header(config: Any) -> dict[str, Any]:
         "arguments": facts.arguments_of(config),
         "facts": facts.facts_of(config, version=vllm.__version__, workers=workers),
         "unrepeatable": list(facts.unrepeatable(config)),
+        "kv_engine": getattr(config.kv_transfer_config, "engine_id", None),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from ingest.recorder import Recorder
+from ingest.vllm.kv.scribe import KvScribe
 from ingest.vllm.names import Named, named
 from schemas import events as e
 from schemas.enginerun import calls, facts
@@ -56,6 +57,12 @@ class _Generation:
     tokens: int = 0
 
 
+def content_allowed(settings: Settings) -> bool:
+    """Patterns of redaction are looked for in texts; token ids spell a text out that none of them would see."""
+    policy = settings.redaction.of(settings.tenant)
+    return policy.content == "full" and not policy.builtin and not policy.rules
+
+
 class Scribe:
     """Turns the frames of one engine run into events."""
 
@@ -63,9 +70,7 @@ class Scribe:
         self._recorder = recorder
         self._settings = settings
         self.engine_run = new_id()
-        policy = settings.redaction.of(settings.tenant)
-        # Patterns are looked for in texts; token ids spell a text out that none of them would see.
-        self._content = policy.content == "full" and not policy.builtin and not policy.rules
+        self._content = content_allowed(settings)
         self._owner = SessionContext(
             self.engine_run, settings.tenant, "engine", "", settings.retention_class, content=self._content, sample_rate=1.0
         )
@@ -86,6 +91,7 @@ class Scribe:
         self._updated_ns = 0
         self._model: str | None = None
         self._environment: bytes | None = None
+        self._kv: KvScribe | None = None
 
     def frame(self, frame: Frame) -> None:
         """Record the calls of a frame."""
@@ -96,6 +102,8 @@ class Scribe:
         """The engine has ended: what was still open stays as it is, and the last calls are written down."""
         if self._pending:
             self._record_step(self._decided[0][1] if self._decided else Decision((), ()), [], 0, (0, 0, None))
+        if self._kv is not None:
+            self._kv.close()
         for context in (self._owner, self._steps):
             self._recorder.record(context, e.SessionClosed(reason="engine ended"))
 
@@ -110,6 +118,8 @@ class Scribe:
         self._recorder.record(self._owner, event)
         self._recorder.record(self._steps, e.SessionOpened(workflow="engine", purpose="engine steps", parent_session=self.engine_run))
         self._pending += [calls.Unrepeatable(what) for what in header["unrepeatable"]]
+        if header.get("kv_engine"):
+            self._kv = KvScribe(self._recorder, self._settings, header["kv_engine"], self.engine_run, content=self._content)
         log.info("engine run", engine_run=self.engine_run.hex(), model=self._model, content=self._content)
 
     def _on_idle(self) -> None:
@@ -117,6 +127,10 @@ class Scribe:
 
     def _on_reset(self, running: bool) -> None:
         self._pending.append(calls.Reset(running))
+
+    def _on_kv(self, operation: dict[str, Any]) -> None:
+        assert self._kv is not None, "an engine without a KV connector has no operations of one"
+        self._kv.told(operation)
 
     def _on_lost(self, count: int) -> None:
         self._pending.append(calls.Unrepeatable(f"{count} calls that the recorder could not follow"))
@@ -138,6 +152,8 @@ class Scribe:
         self._pending += [calls.Unrepeatable(what) for what in document["unrepeatable"]]
         if first:
             self._record_request(generation, name, index)
+            if self._kv is not None:
+                self._kv.met(name.parent, generation.generation_id)
 
     def _free_index(self, generation_id: bytes, wanted: int) -> int:
         taken = self._taken.setdefault(generation_id, set())
@@ -319,6 +335,27 @@ class Scribe:
         for number in self._ended - still:
             self._ended.discard(number)
             del self._places[number]
+
+
+class WorkerScribe:
+    """Turns the frames of a worker's process, or of an engine whose scheduler is not recorded, into events: KV operations."""
+
+    def __init__(self, recorder: Recorder, settings: Settings) -> None:
+        self._recorder, self._settings = recorder, settings
+        self._kv: KvScribe | None = None
+
+    def frame(self, frame: Frame) -> None:
+        """Record the operations of a frame."""
+        for kind, what in frame:
+            if kind == "kv_header":
+                self._kv = KvScribe(self._recorder, self._settings, what, None, content=content_allowed(self._settings))
+            elif kind == "kv" and self._kv is not None:
+                self._kv.told(what)
+
+    def close(self) -> None:
+        """The process has ended."""
+        if self._kv is not None:
+            self._kv.close()
 
 
 def _beside(generation: _Generation, child: int, index: int, document: dict[str, Any], prompt: bytes) -> calls.Call:

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
 from schemas.enginerun.decisions import admitted, preempted
 
@@ -54,7 +54,7 @@ class Tap:
         self._calls: list[tuple[Any, ...]] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
         self._kept = 0
-        self._pipe = _Pipe(_Plain(speculative="speculative decoding" in header["unrepeatable"]))
+        self.pipe = Pipe(_Plain(speculative="speculative decoding" in header["unrepeatable"]))
         self._send()
 
     def arrived(self, request: Any, *, idle: bool) -> None:
@@ -104,12 +104,12 @@ class Tap:
     def close(self) -> None:
         """The engine ends: hand over all of it."""
         self._send()
-        self._pipe.close()
+        self.pipe.close()
 
     def _send(self) -> None:
         calls, self._calls, self._kept = self._calls, [], 0
         self._sent_ns = time.monotonic_ns()
-        if calls and not self._pipe.put(calls):
+        if calls and not self.pipe.put(calls):
             self._calls = [("lost", len(calls))]
 
 
@@ -182,14 +182,22 @@ class _Plain:
         return None, scores
 
 
-class _Pipe:
+class Translator(Protocol):
+    """Makes plain values of calls, in the thread that sends them."""
+
+    def calls(self, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """The calls as values that marshal takes."""
+        ...
+
+
+class Pipe:
     """The recorder's process and the two threads that feed it.
 
     One makes bytes of calls as soon as they come, the other writes them when the recorder takes them. What waits for a slow
     recorder is so a few objects and not the engine's own lists, of which thousands would keep the garbage collector at work.
     """
 
-    def __init__(self, plain: _Plain) -> None:
+    def __init__(self, plain: Translator) -> None:
         self.over = False
         self._plain = plain
         self._calls: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()

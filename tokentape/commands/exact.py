@@ -70,8 +70,8 @@ def play_again(installation: Installation, asked: ExactOptions, fmt: str) -> Non
     """
     if asked.changed and not asked.forced:
         raise UsageError("--engine-arg changes the schedule", operation="replay-batch", hint="add --forced")
-    engine_run = _id(asked.run_id, "--engine-run")
-    generation = _id(asked.until, "--until") if asked.until else None
+    engine_run = id_of(asked.run_id, operation="replay-batch", place="--engine-run")
+    generation = id_of(asked.until, operation="replay-batch", place="--until") if asked.until else None
     installation.freshen()
     with installation.accessing("replay-batch", f"replay-batch --exact --engine-run {asked.run_id}") as access:
         run = load(engine_run, installation.reader.session(engine_run), installation.reader.session(steps_session(engine_run)))
@@ -109,13 +109,18 @@ def _print(outcome: Outcome, fmt: str) -> None:
     out.print(f"[dim]replay {uuid(outcome.replay_id)}, recorded in session {uuid(outcome.session_id)}[/dim]")
 
 
-def _id(text: str, option: str) -> bytes:
+def id_of(text: str, *, operation: str, place: str) -> bytes:
+    """The 16 bytes of a UUID.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         value = bytes.fromhex(text.replace("-", ""))
     except ValueError:
         value = b""
     if len(value) != 16:
-        raise UsageError(f"{text!r} is no id", operation="replay-batch", place=option, hint="a UUID as `engine-runs` and SQL show it")
+        raise UsageError(f"{text!r} is no id", operation=operation, place=place, hint="a UUID as `engine-runs` and SQL show it")
     return value
 
 

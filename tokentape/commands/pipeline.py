@@ -1,4 +1,4 @@
-"""The pipeline by hand: `index`, `merge`, `tier`, `rebuild`, `jobs`, `quarantine`, `status`, `doctor`."""
+"""The pipeline by hand: `index`, `merge`, `tier`, `rebuild`, `jobs`, `quarantine`, `status`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from schemas.errors import NewerSchema, UsageError
 from store.indexer import Indexer
 from store.rebuild import rebuild as rebuild_hot
 from store.requeue import requeue
-from tokentape import doctor as checks
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, iceberg_of, tier_now
@@ -155,22 +154,6 @@ def status(installation: Installation, fmt: str) -> None:
 
 
 @click.group()
-def doctor() -> None:
-    """What is wrong with this installation and its cure."""
-
-
-@doctor.command("storage")
-@format_option
-@with_installation
-def doctor_storage(installation: Installation, fmt: str) -> None:
-    """Try log, index, object store and ledger key for real: create-once, locks, room, readability."""
-    findings = checks.storage(installation)
-    write_rows([finding._asdict() for finding in findings], fmt, ["check", "state", "detail", "cure"])
-    if any(finding.state == "bad" for finding in findings):
-        raise SystemExit(8)
-
-
-@click.group()
 def quarantine() -> None:
     """Records that could not be read: nothing is ever dropped."""
 
@@ -230,4 +213,4 @@ def _place(text: str) -> tuple[int, int]:
     return int(partition), int(offset)
 
 
-COMMANDS = [index, merge, tier, iceberg, rebuild, jobs, quarantine, status, doctor]
+COMMANDS = [index, merge, tier, iceberg, rebuild, jobs, quarantine, status]

@@ -1,0 +1,1 @@
+"""Capture of KV connectors: what each call was asked, what it answered and how long it took."""

@@ -1,0 +1,107 @@
+"""`kv`: how well a KV connector served, request by request, and why it found nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import click
+import orjson
+
+from replay.kv import Call, Report, report
+from replay.words import printable, uuid
+from store.views import literal
+from tokentape.commands.common import with_installation
+from tokentape.commands.exact import id_of
+from tokentape.installation import Installation
+from tokentape.output import out, write_rows
+
+SESSIONS = """
+    SELECT DISTINCT session_id FROM kv_operations WHERE session_id = {session} OR generation_id IN (
+        SELECT uuid_text(request_submitted.generation_id) FROM events
+        WHERE kind = 'request_submitted' AND uuid_text(session_id) = {session})
+    UNION
+    SELECT uuid_text(session_id) FROM events WHERE kind = 'session_opened' AND uuid_text(session_opened.parent_session) = {session}
+        AND session_opened.purpose = 'kv operations'"""
+"""Sessions of KV operations that belong to an engine run, to a client's session, or are the one that was named."""
+CALLS = "SELECT * FROM kv_operations WHERE session_id IN ({sessions}) ORDER BY recorded_at"
+PROMPTS = """
+    SELECT uuid_text(generation_started.generation_id) AS generation_id, generation_started.content.prompt_token_ids AS ids
+    FROM events WHERE kind = 'generation_started' AND source = 'engine' AND uuid_text(generation_started.generation_id) IN (
+        SELECT generation_id FROM kv_operations WHERE session_id IN ({sessions}) AND operation = 'lookup')"""
+OWN = """
+    SELECT DISTINCT uuid_text(request_submitted.generation_id) AS id FROM events
+    WHERE kind = 'request_submitted' AND uuid_text(session_id) = {session}"""
+COLUMNS = ("request", "tokens", "local", "matched", "rate", "lookup ms", "why")
+
+
+@click.command()
+@click.argument("session")
+@click.option("--format", "fmt", type=click.Choice(["table", "json"]), default="table", show_default=True, help="How to print it.")
+@with_installation
+def kv(installation: Installation, session: str, fmt: str) -> None:
+    """What a recorded KV connector found for each request, how long it took, and why it found nothing where it did not.
+
+    SESSION is an engine run (see `engine-runs`) or a client's session, of which only the requests are listed then. Flagged are lookups
+    over 10 ms at p99, memory that grows, calls that failed and calls that did not come back.
+    """
+    name = uuid(id_of(session, operation="kv", place="SESSION"))
+    installation.freshen()
+    with installation.accessing("kv", f"kv {name}") as access:
+        found = _report(installation, name)
+        access["rows"] = len(found.requests)
+    if fmt == "json":
+        sys.stdout.buffer.write(orjson.dumps(dataclasses.asdict(found), option=orjson.OPT_APPEND_NEWLINE))
+        return
+    _print(found)
+
+
+def _report(installation: Installation, name: str) -> Report:
+    sessions = ", ".join(literal(row["session_id"]) for row in _rows(installation, SESSIONS.format(session=literal(name))))
+    if not sessions:
+        return report([], {})
+    calls = [Call.of(row) for row in _rows(installation, CALLS.format(sessions=sessions))]
+    prompts = {row["generation_id"]: row["ids"] or [] for row in _rows(installation, PROMPTS.format(sessions=sessions))}
+    own = {row["id"] for row in _rows(installation, OWN.format(session=literal(name)))}
+    return report(calls, prompts, own or None)
+
+
+def _rows(installation: Installation, statement: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = installation.sql.query(statement).table.to_pylist()
+    return rows
+
+
+def _print(found: Report) -> None:
+    rows = [
+        dict(
+            zip(
+                COLUMNS,
+                (printable(one.request), one.tokens, one.local, one.matched, _share(one.rate), round(one.duration_ms, 3), one.why),
+                strict=True,
+            )
+        )
+        for one in found.requests
+    ]
+    write_rows(rows, "table", COLUMNS)
+    took = f"lookup p50 {_ms(found.lookup_p50_ms)}, p99 {_ms(found.lookup_p99_ms)}"
+    out.print(f"{printable(found.connector)}: hit rate {_share(found.rate)}; {took}")
+    saved, loaded = _bytes(found.saved_bytes, found.save_rate), _bytes(found.loaded_bytes, found.load_rate)
+    out.print(f"offered to save {saved}; to load {loaded}")
+    for flag in found.flags:
+        out.print(f"[bold red]![/bold red] {printable(flag)}", markup=True)
+
+
+def _share(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.0%}"
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g} ms"
+
+
+def _bytes(size: int, rate: float | None) -> str:
+    return f"{size / 1e6:,.3g} MB" + (f" at {rate / 1e6:,.3g} MB/s" if rate else "")
+
+
+COMMANDS = [kv]
