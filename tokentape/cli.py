@@ -25,6 +25,8 @@ COMMANDS = {
     "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
     "replay": ("replay",),
     "replay_batch": ("replay-batch",),
+    "fork": ("fork",),
+    "suite": ("suite",),
     "engines": ("env", "calibrate"),
     "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),

@@ -21,10 +21,8 @@ from tokentape.commands.exact import ExactOptions, play_again
 from tokentape.engines import calibrations, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err
+from tokentape.selection import column, sessions_where
 
-CHOSEN = (
-    "SELECT session_id FROM sessions WHERE coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where}) ORDER BY started_at, session_id"
-)
 DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -102,8 +100,8 @@ def _compare_all(
         )
     installation.freshen()
     with installation.accessing("replay-batch", f"{name}: {where}") as access:
-        chosen = _column(installation, CHOSEN.format(where=where))
-        done = set(_column(installation, DONE.format(run=name)))
+        chosen = sessions_where(installation, where)
+        done = set(column(installation, DONE.format(run=name)))
         left = [session for session in chosen if session not in done]
         access["rows"] = len(left)
         err.print(f"run {name}: {count(len(chosen), 'session')}, {len(chosen) - len(left):,} done before", markup=False)
@@ -125,10 +123,6 @@ def _compare_all(
                     _print(name, batch.summary, fmt)
         if not summary.verdicts:
             _print(name, summary, fmt)
-
-
-def _column(installation: Installation, statement: str) -> list[str]:
-    return [str(row) for row in installation.sql.query(statement).table.column(0).to_pylist()]
 
 
 @contextmanager
