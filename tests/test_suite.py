@@ -113,12 +113,16 @@ def test_files_that_are_no_suites_are_one_line(recorded: tuple[Traffic, Path], t
     assert not (tmp_path / "new").exists()
 
 
-def test_trials_from_the_command_line(recorded: tuple[Traffic, Path]) -> None:
-    """A grid has a row for each combination, greedy ones as recorded, and counts what vLLM refuses; determinism has one for each case."""
+def test_trials_from_the_command_line(recorded: tuple[Traffic, Path], vllm: VllmService) -> None:
+    """A grid has a row for each combination and counts what vLLM refuses; determinism has one for each case; stress counts."""
     traffic, file = recorded
     rows = traffic.rows("suite", "grid", str(file), "--vary", "temperature=0,1.5", "--vary", "max_tokens=4,8")
     repeated = traffic.rows("suite", "determinism", str(file))
+    stressed = traffic.rows("suite", "stress", str(file), "--to", vllm.url, "--requests", "7", "--in-flight", "4")[0]
+    refused = traffic.complaint("suite", "stress", str(file), "--to", vllm.url, "--requests", "2", "--model", "nobody", code=6)
 
+    assert ({}, 7, 3 * 24 + 2 * 48 + 2 * 24) == (stressed["errors"], stressed["driven"]["requests"], stressed["driven"]["tokens"])
+    assert "2 of 2 requests failed: status 404" in refused
     assert [(0, 4), (0, 8), (1.5, 4), (1.5, 8)] == [(row["temperature"], row["max_tokens"]) for row in rows]
     assert [(2, 1, 4), (2, 1, 8)] == [(row["answers"], row["refused"], row["tokens_mean"]) for row in rows[:2]]  # n = 2 is not greedy
     assert [(4, 0), (4, 0)] == [(row["answers"], row["refused"]) for row in rows[2:]]

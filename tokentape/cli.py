@@ -27,6 +27,7 @@ COMMANDS = {
     "replay_batch": ("replay-batch",),
     "fork": ("fork",),
     "suite": ("suite",),
+    "drive": ("drive",),
     "engines": ("env", "calibrate"),
     "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),

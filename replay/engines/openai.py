@@ -161,6 +161,18 @@ class OpenAIEngine:
             return tuple(tokens)
         return self._refused(answer, request) if answer.status != 404 else Refused("it has no /tokenize: prompts are rendered by vLLM only")
 
+    def models(self) -> list[str]:
+        """What it serves; none where it does not tell.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        status, content = self._exchange("GET", "/v1/models", None)
+        try:
+            return [str(entry["id"]) for entry in json.loads(content)["data"]] if status == 200 else []
+        except (ValueError, KeyError, TypeError):
+            return []
+
     def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
         """Up to `PARALLEL` at once, each over a connection of its own."""
         return self._all(lambda engine, request: engine.generate(request), requests)

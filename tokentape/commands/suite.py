@@ -1,22 +1,27 @@
-"""`suite record | run | determinism | grid`: recorded sessions as regression tests."""
+"""`suite record | run | determinism | grid | stress`: recorded sessions as regression tests."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import click
 
+from replay.drive.arrivals import Arrival, arrival_of
+from replay.fold import fold
 from replay.junit import junit
 from replay.state import SessionState
-from replay.suite import Case, Result, case_of, dumps, name_of, read_suite, run_suite, suite_of
+from replay.suite import Case, Result, Suite, case_of, dumps, events_of, name_of, read_suite, run_suite, suite_of
 from replay.trials import axes_of, determinism, grid
 from replay.words import count, uuid
 from schemas.errors import TokentapeError, UsageError
 from tokentape.commands.common import format_option, with_installation
+from tokentape.commands.drive import driven, target_of, target_options
 from tokentape.engines import calibrations, engine_options, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err, warn, write_rows, write_whole
@@ -157,6 +162,35 @@ def grid_(
     points = [point._asdict() for point in grid(read, speaker, varied)]
     rows = [{**point.pop("parameters"), **point} for point in points]
     write_rows(rows, fmt, list(rows[0]))
+
+
+@suite.command()
+@click.argument("file", type=SUITE)
+@target_options
+@click.option("--requests", type=click.IntRange(1), default=64, show_default=True, help="Requests in all; cases are asked in turn.")
+@with_installation
+def stress(
+    installation: Installation, file: Path, to: str, model: str | None, key_env: str | None, in_flight: int, fmt: str, requests: int
+) -> None:
+    """Ask the cases of FILE over and over, flat out: errors, and times at p50 and p99. Exit code 6 if a request failed.
+
+    Answers are held to their recorded lengths.
+    """
+    read = read_suite(file)
+    cases = [arrival for case in read.cases if not isinstance(arrival := _arrival(read, case, installation.settings.tenant), str)]
+    if not cases:
+        raise UsageError("no case of it can be sent", operation="suite stress", place=str(file), hint="embeddings and the like cannot")
+    several = list(islice(cycle(cases), requests))
+    report = driven(several, target_of(to, model, key_env), speed=None, in_flight=in_flight, fmt=fmt)
+    if report.driven.failed:
+        fault = f"{report.driven.failed:,} of {count(requests, 'request')} failed: {', '.join(report.errors)}"
+        raise Regressed(fault, operation="suite stress", place=to, hint="fewer at once: --in-flight")
+
+
+def _arrival(read: Suite, case: Case, tenant: str) -> Arrival | str:
+    state = fold(events_of(read, case, tenant))
+    found = arrival_of(state, next(iter(state.generations.values())), held=True)
+    return found if isinstance(found, str) else replace(found, past=None)
 
 
 COMMANDS = [suite]
