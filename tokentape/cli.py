@@ -28,6 +28,7 @@ COMMANDS = {
     "fork": ("fork",),
     "suite": ("suite",),
     "drive": ("drive",),
+    "dataset": ("dataset",),
     "engines": ("env", "calibrate"),
     "exact": ("engine-runs",),
     "debug": ("breakpoints", "stopped"),
