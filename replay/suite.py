@@ -20,7 +20,7 @@ from replay.engines.base import Engine
 from replay.memory import Memory
 from replay.state import Generation, SessionState
 from replay.taped import taped
-from replay.words import content_text, shorten, uuid
+from replay.words import content_text, count, shorten, uuid
 from schemas import events as e
 from schemas.environment import capture
 from schemas.errors import DataError, UsageError
@@ -262,6 +262,8 @@ def _title(endpoint: str, document: dict[str, Any]) -> str:
     last = (
         messages[-1].get("content") if isinstance(messages, list) and messages and isinstance(messages[-1], dict) else asked.get("prompt")
     )
+    if isinstance(last, list) and last and isinstance(last[0], int):
+        return count(len(last), "token id")
     return shorten(content_text(last), TITLE_CHARACTERS)
 
 

@@ -39,7 +39,7 @@ def test_a_day_is_driven_again(deployment: Settings, vllm: VllmService) -> None:
     finally:
         rig.close()
     (flat,) = traffic.rows("drive", "--where", "tokens > 5", "--speed", "max", "--to", vllm.url, "--limit", "3", "--in-flight", "2")
-    shown = traffic.run("drive", "--where", "tokens = 5", "--speed", "max", "--to", f"{vllm.url}/v1", "--limit", "1").stdout
+    shown = traffic.run("drive", "--where", "tokens = 5", "--speed", "9", "--to", f"{vllm.url}/v1", "--limit", "1").stdout
     (again,) = traffic.sql("SELECT count(*) AS n, sum(tokens) AS tokens FROM sessions WHERE list_contains(tags, 'drive')")
 
     assert ({}, 4, 32, 4, 32) == (paced["errors"], *(paced[side][name] for side in ("driven", "record") for name in ("requests", "tokens")))

@@ -13,8 +13,6 @@ import orjson
 from replay.drive.arrivals import Arrival
 from schemas.errors import UsageError
 
-READ_BYTES = 1 << 20
-"""A line of a stream may be this long: the library's own 64 KiB would end on a long tool call."""
 IDLE_S = 600.0
 """A stream that is silent for so long is given up."""
 SAYING = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
@@ -53,7 +51,7 @@ class Target:
         """The client; closed by the caller."""
         timeout = aiohttp.ClientTimeout(total=None, sock_read=IDLE_S)
         connector = aiohttp.TCPConnector(limit=0)
-        return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers, read_bufsize=READ_BYTES)
+        return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
 
     async def send(self, client: aiohttp.ClientSession, driven: Driven) -> None:
         """Send a request and fill in how it goes; never raises but when it is cancelled."""
@@ -74,32 +72,52 @@ class Target:
 
 async def _measured(answer: aiohttp.ClientResponse, driven: Driven, began: int) -> str | None:
     """Read a stream to its end; what was wrong with it, if anything was."""
-    last: dict[int, int] = {}
-    counted, told = 0, None
-    async for line in answer.content:
-        data = line.strip()
-        if data == b"data: [DONE]":
-            driven.tokens = counted if told is None else told
-            return None
-        if not data.startswith(b"data:"):
-            continue
-        event = orjson.loads(data[5:])
+    reading, rest = _Reading(driven), b""
+    async for data in answer.content.iter_any():
+        now = _since(began)  # what is read at once came at once
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (ended := reading.event(line[5:].strip(), now)) is not None:
+                return ended or None
+    reading.count()
+    return "stream ended early"
+
+
+class _Reading:
+    """The events of one stream."""
+
+    def __init__(self, driven: Driven) -> None:
+        self._driven = driven
+        self._last: dict[int, int] = {}
+        self._counted = 0
+        self._told: int | None = None
+
+    def event(self, data: bytes, now: int) -> str | None:
+        """Take an event; at the end of the stream an empty text, or what was wrong with it."""
+        if data == b"[DONE]":
+            self.count()
+            return ""
+        event = orjson.loads(data)
         if "error" in event:
             return "error in mid-stream"
-        now = _since(began)
         for choice in event.get("choices") or ():
-            if not _says(choice):
-                continue
-            index = choice.get("index") or 0
-            counted += 1
-            if driven.first_token_us is None:
-                driven.first_token_us = now
-            if index in last and now > last[index]:
-                driven.gaps_us.append(now - last[index])
-            last[index] = now
-        told = (event.get("usage") or {}).get("completion_tokens", told)
-    driven.tokens = counted
-    return "stream ended early"
+            if _says(choice):
+                self._said(choice.get("index") or 0, now)
+        self._told = (event.get("usage") or {}).get("completion_tokens", self._told)
+        return None
+
+    def count(self) -> None:
+        """Tokens as the usage counts them, else events that said something."""
+        self._driven.tokens = self._counted if self._told is None else self._told
+
+    def _said(self, index: int, now: int) -> None:
+        driven, last = self._driven, self._last
+        self._counted += 1
+        if driven.first_token_us is None:
+            driven.first_token_us = now
+        if index in last and now > last[index]:
+            driven.gaps_us.append(now - last[index])
+        last[index] = now
 
 
 def _says(choice: dict[str, Any]) -> bool:

@@ -22,12 +22,16 @@ GRACE_S = 1.0
 
 @dataclass(slots=True)
 class Driving:
-    """What was driven so far: requests in the order of their arrival, those not sent left out, and how long it took."""
+    """What was driven so far: requests in the order of their arrival, those not sent left out, and how long it took.
+
+    `paced` says that each had its time; flat out none can be late.
+    """
 
     driven: list[Driven] = field(default_factory=list)
     planned: int = 0
     seconds: float = 0.0
     stopped: bool = False
+    paced: bool = True
 
 
 def drive(
@@ -49,7 +53,7 @@ class _Drive:
         self._arrivals, self._target, self._speed, self._told = arrivals, target, speed, told
         self._room = asyncio.Semaphore(in_flight) if speed is None else None
         self._stop = asyncio.Event()
-        self._driving = Driving(planned=len(arrivals))
+        self._driving = Driving(planned=len(arrivals), paced=speed is not None)
         self._tasks: set[asyncio.Task[None]] = set()
         self._began = 0
 

@@ -88,7 +88,8 @@ class Report:
         yield table
         if self.errors:
             yield "errors: " + ", ".join(f"{number:,} {name}" for name, number in self.errors.items())
-        yield f"sent late by {_time(self.lateness.p50)} at p50, {_time(self.lateness.p99)} at p99"
+        if self.lateness.p50 is not None:
+            yield f"sent late by {_time(self.lateness.p50)} at p50, {_time(self.lateness.p99)} at p99"
         if self.stopped:
             yield f"stopped after {self.driven.requests:,} of {count(self.planned, 'request')}"
 
@@ -99,7 +100,7 @@ def report_of(driving: Driving) -> Report:
     pasts = [(each.arrival.at_us, each.arrival.past) for each in driven if each.arrival.past is not None]
     errors = Counter(each.error for each in driven if each.error is not None)
     record = _record(pasts) if pasts else None
-    lateness = Measure.of(each.late_us for each in driven)
+    lateness = Measure.of(each.late_us for each in driven if driving.paced)
     return Report(_driven(driven, driving.seconds), record, dict(errors.most_common()), lateness, driving.planned, driving.stopped)
 
 

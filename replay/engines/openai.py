@@ -33,6 +33,8 @@ REASON_CHARACTERS = 300
 """Of a server's own words, what goes into a reason."""
 ALTERNATIVES_MAX = 20
 """A server reports no more of the likeliest tokens than its --max-logprobs, 20 unless it was started with another."""
+BEHIND = 1
+"""vLLM's priority of work that nobody waits for; what names none has 0 and goes first."""
 PARALLEL = 32
 """Requests that are sent at once where the engine may work on several."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
@@ -51,9 +53,13 @@ class Answer(NamedTuple):
 class OpenAIEngine:
     """A server at `url` (with or without /v1). `model` stands in for the recorded model's name where it is served under another."""
 
-    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 300.0, background: bool = False
+    ) -> None:
+        """With `background` requests go behind interactive ones, at a gateway and at a vLLM that schedules by priority."""
         self._url = _base(url)
-        self._model, self._key, self._timeout_s = model, api_key, timeout_s
+        self._model, self._key, self._timeout_s, self._background = model, api_key, timeout_s, background
+        self._ranked = background  # until the server says that it knows no such field
         self._connection: http.client.HTTPConnection | None = None
 
     @property
@@ -138,7 +144,7 @@ class OpenAIEngine:
         model = self._model or request.model
         likeliest = max(1, min(request.alternatives, ALTERNATIVES_MAX))
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": likeliest}
-        answer = self._post("/v1/completions", body)
+        answer = self._post(COMPLETIONS, body)
         if answer.status != 200:
             return self._refused(answer, request)
         return scored(answer.value, ids, len(prompt_token_ids), alternatives=request.alternatives > 1)
@@ -183,7 +189,7 @@ class OpenAIEngine:
 
     def _all(self, ask: Callable[[OpenAIEngine, T], R], several: Sequence[T]) -> list[R]:
         def one(each: T) -> R:
-            engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s)
+            engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s, background=self._background)
             try:
                 return ask(engine, each)
             finally:
@@ -217,6 +223,14 @@ class OpenAIEngine:
         return Refused(f"it refused model {request.model!r} (status {answer.status}): {words}{cure}")
 
     def _post(self, path: str, document: dict[str, Any]) -> Answer:
+        if self._ranked and path in (CHAT, COMPLETIONS):
+            answer = self._posted(path, {**document, "priority": BEHIND})
+            if answer.status != 400 or "priority" not in _words(answer.value).lower():
+                return answer
+            self._ranked = False
+        return self._posted(path, document)
+
+    def _posted(self, path: str, document: dict[str, Any]) -> Answer:
         status, content = self._exchange("POST", path, json.dumps(document).encode())
         try:
             return Answer(status, json.loads(content))
@@ -263,6 +277,8 @@ class OpenAIEngine:
 
     def _headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json", "accept": "application/json"}
+        if self._background:
+            headers["x-tokentape-priority"] = "batch"
         return {**headers, "authorization": f"Bearer {self._key}"} if self._key else headers
 
 
