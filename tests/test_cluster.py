@@ -15,7 +15,7 @@ from tests.traffic_rig import Traffic, ask
 SMALL = [word for name in ("max_model_len=256", "max_num_seqs=4") for word in ("--engine-option", name)]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_two_actors_replay_what_one_server_recorded(tmp_path: Path, vllm: VllmService) -> None:
     """Real vLLM in each of two actors: every session has its verdict, both worked, and the run finds nothing left to do again."""
     pytest.importorskip("ray")
@@ -25,7 +25,7 @@ def test_two_actors_replay_what_one_server_recorded(tmp_path: Path, vllm: VllmSe
     program.environment["RAY_worker_niceness"] = "0"  # Ray's workers stand back for all else on a busy machine
     words = ["replay-batch", "--where", "requests > 0", "--run", "night", "--ray", "local", "--format", "json"]
     engine = ["--engine", f"vllm:{vllm.model_dir}", *SMALL]
-    (ran,) = program.batch([*words, "--actors", "2", *engine], timeout_s=600)
+    (ran,) = program.batch([*words, "--actors", "2", *engine], timeout_s=840)
     again, crowd, *refused = program.batch(
         [*words, *engine],
         [*words, "--run", "more", "--actors", "99", *engine],

@@ -63,11 +63,8 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     assert "reproduced" == outcome["verdict"], outcome["reason"]
     assert len(run.requests) == outcome["sequences_reproduced"] > 12
     assert outcome["logprobs"] == outcome["logprobs_equal"] == outcome["tokens"]
-    assert ("reproduced", True) == (part["verdict"], part["steps"] < outcome["steps"]), part["reason"]
+    assert ("reproduced", True) == (part["verdict"], part["steps"] <= outcome["steps"]), part["reason"]
     assert f"{part['tokens_equal']:,} tokens and {part['logprobs_equal']:,} logprobs bit for bit" in part["reason"]
-    assert sum(len(run.said[place].token_ids) for place in run.places_of(wanted)) <= part["tokens_equal"] < outcome["tokens"]
-    assert {"config.cache_config.num_gpu_blocks_override", "config.scheduler_config.max_num_seqs"} <= {
-        d["key"] for d in forced["differences"]
-    }
-    assert forced["verdict"] in ("reproduced", "diverged"), forced
-    assert forced["tokens"] == outcome["tokens"]
+    assert sum(len(run.said[place].token_ids) for place in run.places_of(wanted)) <= part["tokens_equal"] <= outcome["tokens"]
+    assert ["config.cache_config.blocks", "config.scheduler_config.max_num_seqs"] == [other["key"] for other in forced["differences"]]
+    assert ("reproduced", outcome["tokens"]) == (forced["verdict"], forced["logprobs_equal"]), forced["reason"]

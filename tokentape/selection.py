@@ -1,4 +1,4 @@
-"""Which sessions and generations a command's SQL condition chooses, in the order in which they were made."""
+"""Which sessions and generations a command's SQL condition chooses."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ SESSIONS = (
     "SELECT session_id FROM sessions WHERE coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where}) ORDER BY started_at, session_id"
 )
 GENERATIONS = (
-    "SELECT session_id, generation_id FROM (SELECT * FROM generations WHERE ({where}))"
-    " WHERE session_id IN (SELECT session_id FROM sessions) ORDER BY submitted_at, generation_id"
+    "SELECT session_id, generation_id FROM ("
+    "SELECT * FROM (SELECT * FROM generations WHERE ({where})) WHERE session_id IN (SELECT session_id FROM sessions)"
+    " ORDER BY submitted_at, generation_id{limit}"
+    ") ORDER BY min(submitted_at) OVER (PARTITION BY session_id), session_id, submitted_at, generation_id"
 )
+"""Session by session, so that each is folded once."""
 
 
 class Chosen(NamedTuple):
@@ -41,15 +44,15 @@ def column(installation: Installation, statement: str) -> list[str]:
     return [str(row) for row in installation.sql.query(statement).table.column(0).to_pylist()]
 
 
-def generations_where(installation: Installation, where: str) -> Iterator[Chosen]:
-    """Generations of which a condition over the columns of the view `generations` holds, in the order of their requests.
+def generations_where(installation: Installation, where: str, *, limit: int | None = None) -> Iterator[Chosen]:
+    """Generations of which a condition over the columns of the view `generations` holds, the first `limit` of them in time.
 
-    A session is folded once for those of its generations that follow one another. One that was erased since is left out.
+    They come session by session, in the order in which these began. What was erased since it was listed is left out.
 
     Raises:
         QueryError: it is no condition.
     """
-    rows = installation.sql.query(GENERATIONS.format(where=where)).table.to_pylist()
+    rows = installation.sql.query(GENERATIONS.format(where=where, limit="" if limit is None else f" LIMIT {limit}")).table.to_pylist()
     for session, several in groupby(rows, key=lambda row: str(row["session_id"])):
         try:
             state = fold(installation.session_events(session, attachments=True))

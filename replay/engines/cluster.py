@@ -17,12 +17,14 @@ from schemas.errors import EngineUnavailable, TokentapeError, UsageError
 from schemas.events import EnvironmentCaptured
 
 LOCAL = "local"
+LOCAL_TRIES = 3
+"""A cluster in a busy machine may not start within Ray's own 30 s; what it loaded then makes the next try faster."""
 START_S = 1800.0
 """An actor that has not loaded its model by then never will: the cluster may have promised its place to others."""
 REASON_CHARACTERS = 300
 """Of Ray's own words, what goes into a message."""
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""Variables of a cluster that starts here: it reports to nobody, and leaves the devices of actors without GPUs alone."""
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_agent_register_timeout_ms": "120000"}
+"""Variables of a cluster that starts here: it reports to nobody, leaves the devices of actors without GPUs alone, and has patience."""
 
 
 class Host:
@@ -67,11 +69,15 @@ class Cluster:
             raise UsageError("Ray is not installed here", operation="read --ray", hint="pip install 'tokentape[ray]'") from error
         self._ray = ray
         own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
-        try:
-            ray.init(**own, logging_level="ERROR", log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            hint = "name a running cluster, or `local` for one in this machine"
-            raise EngineUnavailable(_said(error), operation="join Ray cluster", place=address, hint=hint) from error
+        for tries_left in range(LOCAL_TRIES - 1 if address == LOCAL else 0, -1, -1):
+            try:
+                ray.init(**own, logging_level="ERROR", log_to_driver=False)
+                return
+            except Exception as error:  # Ray raises the bare class where a node does not start in time
+                ray.shutdown()
+                if not tries_left:
+                    hint = "name a running cluster, or `local` for one in this machine"
+                    raise EngineUnavailable(_said(error), operation="join Ray cluster", place=address, hint=hint) from error
 
     def engines(self, model: str, options: dict[str, Any], actors: int | None) -> list[Engine]:
         """So many engines, loaded at the same time; by default as many as the cluster's GPUs serve, without GPUs one.

@@ -133,9 +133,7 @@ def driven(arrivals: Sequence[Arrival], target: Target, *, speed: float | None, 
 def _of_tape(installation: Installation, where: str, limit: int | None, *, held: bool) -> list[Arrival]:
     found: list[Arrival] = []
     left_out: Counter[str] = Counter()
-    for state, generation in generations_where(installation, where):
-        if limit is not None and len(found) == limit:
-            break
+    for state, generation in generations_where(installation, where, limit=limit):
         arrival = arrival_of(state, generation, held=held)
         if isinstance(arrival, str):
             left_out[arrival] += 1
