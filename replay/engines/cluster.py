@@ -8,6 +8,7 @@ operators would hold the sessions and their outcomes, and an actor that dies wou
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from schemas.errors import EngineUnavailable, TokentapeError, UsageError
 from schemas.events import EnvironmentCaptured
 
 LOCAL = "local"
+CONNECT_TIMEOUT_S = 10.0
+"""A head node that takes longer to connect is none."""
 LOCAL_TRIES = 3
 """A cluster in a busy machine may not start within Ray's own 30 s; what it loaded then makes the next try faster."""
 START_S = 1800.0
@@ -68,6 +71,7 @@ class Cluster:
         except ImportError as error:
             raise UsageError("Ray is not installed here", operation="read --ray", hint="pip install 'tokentape[ray]'") from error
         self._ray = ray
+        _reach(address)
         own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
         for tries_left in range(LOCAL_TRIES - 1 if address == LOCAL else 0, -1, -1):
             try:
@@ -86,13 +90,7 @@ class Cluster:
             UsageError: the cluster is smaller than that, or vLLM takes no such model or option.
             EngineUnavailable: an actor does not start.
         """
-        has = self._ray.cluster_resources()
-        gpus = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1)) if has.get("GPU") else 0
-        actors = actors or (max(1, int(has["GPU"]) // gpus) if gpus else 1)
-        for what, each in (("GPU", gpus), ("CPU", 1)):
-            if actors * each > has.get(what, 0):
-                fault = f"{count(actors, 'actor')} of {each} {what} need more than the cluster's {has.get(what, 0):g}"
-                raise UsageError(fault, operation="replay-batch --ray", hint="give fewer --actors, or add nodes")
+        actors, gpus = room(self._ray.cluster_resources(), options, actors)
         host = self._ray.remote(num_cpus=1, num_gpus=gpus)(Host)
         hosts = [host.remote() for _ in range(actors)]
         names = [self._answer(one.load.remote(model, options), model, START_S) for one in hosts]
@@ -127,6 +125,21 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster, which ends this process's actors; one that was started here ends with it."""
         self._ray.shutdown()
+
+
+def room(has: dict[str, float], options: dict[str, Any], actors: int | None) -> tuple[int, int]:
+    """How many actors, and how many GPUs each, by a cluster's resources.
+
+    Raises:
+        UsageError: it is smaller than that.
+    """
+    gpus = int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1)) if has.get("GPU") else 0
+    actors = actors or (max(1, int(has["GPU"]) // gpus) if gpus else 1)
+    for what, each in (("GPU", gpus), ("CPU", 1)):
+        if actors * each > has.get(what, 0):
+            fault = f"{count(actors, 'actor')} of {each} {what} need more than the cluster's {has.get(what, 0):g}"
+            raise UsageError(fault, operation="replay-batch --ray", hint="give fewer --actors, or add nodes")
+    return actors, gpus
 
 
 class ActorEngine:
@@ -173,6 +186,23 @@ class ActorEngine:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return self._cluster.call(self._host, self._name, method, *arguments)
+
+
+def _reach(address: str) -> None:
+    """Connect once where an address names a port: Ray itself tries a dead one for minutes.
+
+    Raises:
+        EngineUnavailable: nobody answers there.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise EngineUnavailable(
+            _said(error), operation="join Ray cluster", place=address, hint="name a running cluster, or `local`"
+        ) from error
 
 
 def _said(error: BaseException) -> str:
