@@ -243,9 +243,8 @@ class _Run:
         request = Request(model, edited or {}, self._alternatives(document), endpoint)
         try:
             prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
-            hindrance = self._down or _hindrance(document, prompt.token_ids, tape.token_ids, tape.missing)
-            if hindrance:
-                return _inconclusive(sequence, hindrance)
+            if why := self._down or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
+                return _inconclusive(sequence, why)
             scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
             if self._run is not None:
@@ -320,7 +319,7 @@ def _differences(recorded: list[e.EnvironmentCaptured], present: e.EnvironmentCa
     return tuple(found.values())
 
 
-def _hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tuple[int, ...], missing: str | None) -> str | None:
+def hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tuple[int, ...], missing: str | None) -> str | None:
     """Why a sequence cannot be forced, if it cannot."""
     if not ids:
         return missing or "it has no tokens"

@@ -67,6 +67,10 @@ class Player:
         """The event played last."""
         return self._events[self._position - 1] if self._position else None
 
+    def played(self) -> list[StoredEvent]:
+        """The events played so far."""
+        return self._events[: self._position]
+
     @property
     def at_end(self) -> bool:
         """Whether all events are played."""

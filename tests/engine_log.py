@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def _ended(data: Path) -> int:
     if not (data / "log" / "log.sqlite").exists():
         return 0
     return sum(event.kind == "session_closed" and event.source == "engine" for event in events_of(data))
+
+
+def stopped() -> None:
+    """What PYTHONBREAKPOINT may name where nobody sits at a debugger."""
+    sys.stderr.write("stopped in a debugger\n")

@@ -23,6 +23,7 @@ from schemas.environment import classify, compare
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
+from schemas.requests.recorded import COMPLETIONS
 from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
 from scripts.tiny_model import perturb
@@ -169,6 +170,27 @@ def test_structured_output_is_forced_and_not_generated(loaded: VllmEngine) -> No
     refused = loaded.generate(request)
     assert isinstance(refused, Refused)
     assert "response_format" in refused.reason
+
+
+def test_both_go_on_from_token_ids(loaded: VllmEngine, vllm: VllmService) -> None:
+    """What a greedy answer said after its eighth token is said again after it; pieces spell the text, and stop words end it."""
+    over_http = OpenAIEngine(vllm.url)
+    for engine, model in ((loaded, None), (over_http, vllm.model)):
+        said = engine.generate(Request(model, {"messages": MESSAGES, "max_tokens": 20, "temperature": 0}))
+        assert isinstance(said, Generated)
+        ids = said.sequences[0].token_ids
+        document = {"prompt": [*said.prompt_token_ids, *ids[:8]], "max_tokens": 12, "temperature": 0}
+        further = engine.generate(Request(model, document, endpoint=COMPLETIONS))
+        assert isinstance(further, Generated)
+        rest = further.sequences[0]
+        stopped = engine.generate(Request(model, {**document, "stop": [rest.text[6:9]]}, endpoint=COMPLETIONS))
+
+        assert ids[8:] == rest.token_ids
+        assert said.sequences[0].text.endswith(rest.text)
+        assert rest.text == "".join(rest.pieces) != ""
+        assert isinstance(stopped, Generated)
+        assert (rest.text.partition(rest.text[6:9])[0], "stop") == (stopped.sequences[0].text, stopped.sequences[0].finish_reason)
+    over_http.close()
 
 
 def test_an_engine_calibrates_itself(loaded: VllmEngine) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +16,31 @@ from schemas.enginerun.calls import Preempt
 from tests.conftest import VllmService
 from tests.engine_load import make_model
 from tests.engine_log import await_end, runs_of
+from tests.program import DRIVER
+
+STOPPED = "tests.engine_log.stopped"
+"""A debugger that only says that it was reached."""
+
+
+def again(env: dict[str, str], *commands: list[str]) -> list[dict[str, Any]]:
+    """What each of some replays says, in one process that imports vLLM once; the debugger is reached where it is asked for."""
+    ended = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        env={**env, "PYTHONBREAKPOINT": STOPPED},
+        input=json.dumps(commands).encode(),
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    answers = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith(b"[")]
+    assert [("--debug" in command, 0) for command in commands] == [("stopped in a debugger" in err, code) for code, _, err in answers], (
+        answers
+    )
+    return [json.loads(base64.b64decode(out).splitlines()[-1]) for _, out, _ in answers]
 
 
 @pytest.mark.timeout(900)
 def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> None:
-    """Twelve requests with caching, preemption, priorities, n > 1, stop strings and an abort; the tape holds what their clients got."""
+    """Twelve requests with caching, preemption, priorities, n > 1, stop strings and an abort; whole, up to one of them, and forced."""
     model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "got.json"
     make_model(model, hidden=256, layers=2, intermediate=704)
     env = {name: value for name, value in os.environ.items() if not name.startswith("TOKENTAPE_")}
@@ -29,8 +51,10 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     await_end(data)
     run = runs_of(data)[0]
     got = json.loads(out.read_text())["got"].values()
-    program = [sys.executable, "-m", "tokentape.cli", "replay-batch", "--exact", "--format", "json", "--engine-run", run.engine_run.hex()]
-    outcome = json.loads(subprocess.run(program, env=env, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
+    wanted = run.requests[6].place[0]
+    replay = ["replay-batch", "--exact", "--format", "json", "--engine-run", run.engine_run.hex()]
+    roomier = ["--forced", "--engine-arg", "num_gpu_blocks_override=80", "--engine-arg", "max_num_seqs=16"]
+    outcome, part, forced = again(env, replay, [*replay, "--until", wanted.hex(), "--debug"], [*replay, *roomier])
     preempted = [call for step in run.steps for call in step.calls if isinstance(call, Preempt)]
     taped = [list(said.token_ids) for said in run.said.values()]
 
@@ -39,3 +63,8 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     assert "reproduced" == outcome["verdict"], outcome["reason"]
     assert len(run.requests) == outcome["sequences_reproduced"] > 12
     assert outcome["logprobs"] == outcome["logprobs_equal"] == outcome["tokens"]
+    assert ("reproduced", True) == (part["verdict"], part["steps"] <= outcome["steps"]), part["reason"]
+    assert f"{part['tokens_equal']:,} tokens and {part['logprobs_equal']:,} logprobs bit for bit" in part["reason"]
+    assert sum(len(run.said[place].token_ids) for place in run.places_of(wanted)) <= part["tokens_equal"] <= outcome["tokens"]
+    assert ["config.cache_config.blocks", "config.scheduler_config.max_num_seqs"] == [other["key"] for other in forced["differences"]]
+    assert ("reproduced", outcome["tokens"]) == (forced["verdict"], forced["logprobs_equal"]), forced["reason"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import threading
 from collections import Counter
@@ -23,7 +24,7 @@ from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
 from store.log import open_log
 from tests.conftest import VllmService
-from tests.gateway_rig import free_port
+from tests.gateway_rig import Peer, broken, free_port
 from tests.program import Program, until
 from tests.recording import events_of, opened
 from tests.tape import Tape, finish
@@ -114,6 +115,27 @@ def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list
         ran = program.run("replay-batch", *words, code=code)
 
         assert fault in ran.stderr.splitlines()[-2]  # the last line is the hint; before it stands what was to be done
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_batch_work_goes_behind_interactive_work(knows: bool) -> None:
+    """It names itself to gateways and takes a lower priority where the engine has them; a server that has none is asked without."""
+
+    async def act(peer: Peer) -> None:
+        if not knows and b"priority" in peer.body:
+            await peer.whole(b"400 Bad Request", b"application/json", b'{"error": {"message": "Unrecognized field: priority"}}')
+            return
+        scores = {"choices": [{"prompt_logprobs": [None, {"2": {"logprob": -1.0, "rank": 1}}]}]}
+        await peer.whole(b"200 OK", b"application/json", json.dumps(scores).encode())
+
+    with broken(act) as upstream:
+        engine = OpenAIEngine(upstream.url, background=True)
+        answers = [engine.force(Request("m"), (1,), (2,)) for _ in range(2)]
+        engine.close()
+
+    assert [Scored((-1.0,), (1,), (-1.0,))] * 2 == answers
+    assert ([1, 1] if knows else [1, None, None]) == [body.get("priority") for body in upstream.bodies]
+    assert all(b"x-tokentape-priority: batch" in head.lower() for head in upstream.heads)
 
 
 def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:

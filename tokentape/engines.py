@@ -9,6 +9,7 @@ import click
 
 from replay.calibration import Calibrations
 from replay.engines.base import Engine
+from replay.engines.cluster import Cluster
 from replay.engines.loading import parsed_options
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
@@ -40,14 +41,20 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_engine(
-    installation: Installation, engine: str | None, model: str | None, options: Iterable[str], state: SessionState | None = None
+    installation: Installation,
+    engine: str | None,
+    model: str | None,
+    options: Iterable[str],
+    state: SessionState | None = None,
+    *,
+    background: bool = False,
 ) -> Engine:
-    """The engine, closed with the installation. `state` is what `recorded` answers from.
+    """The engine, closed with the installation. `state` is what `recorded` answers from; `background` lets others go first.
 
     Raises:
         UsageError: it cannot be, or vLLM does not start.
     """
-    made = _made(installation, engine, model, tuple(options), state)
+    made = _made(installation, engine, model, tuple(options), state, background)
     installation.closing(made.close)
     return made
 
@@ -63,7 +70,12 @@ def calibrations(installation: Installation) -> Calibrations:
 
 
 def _made(
-    installation: Installation, engine: str | None, model: str | None, options: tuple[str, ...], state: SessionState | None
+    installation: Installation,
+    engine: str | None,
+    model: str | None,
+    options: tuple[str, ...],
+    state: SessionState | None,
+    background: bool,
 ) -> Engine:
     if engine and engine.startswith(IN_PROCESS):
         if model:
@@ -83,4 +95,21 @@ def _made(
     gateway = installation.settings.gateway
     url = engine or gateway.every_upstream[0].url
     secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
-    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None)
+    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=background)
+
+
+def open_cluster(
+    installation: Installation, address: str, actors: int | None, engines: tuple[str, ...], options: Iterable[str]
+) -> list[Engine]:
+    """Engines in actors of a Ray cluster, ended with the installation.
+
+    Raises:
+        UsageError: Ray is not installed, the cluster has no room, or vLLM does not start there.
+        EngineUnavailable: the cluster does not answer.
+    """
+    if len(engines) != 1 or not engines[0].startswith(IN_PROCESS):
+        fault = "--ray needs one --engine vllm:MODEL, which each actor loads"
+        raise UsageError(fault, operation="read --ray", hint="servers behind URLs need no Ray: repeat --engine URL")
+    cluster = Cluster(address)
+    installation.closing(cluster.close)
+    return cluster.engines(engines[0].removeprefix(IN_PROCESS), parsed_options(options), actors)

@@ -8,6 +8,7 @@ import decimal
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
@@ -43,6 +44,13 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def warn(text: str) -> None:
     """One line on standard error about an answer that is not all it could be."""
     err.print(f"tokentape: {text}", style="yellow", markup=False)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is whole or absent."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    os.replace(new, path)
 
 
 def write_table(table: pa.Table, fmt: str, *, stream: BinaryIO | None = None) -> None:

@@ -75,13 +75,17 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """One sequence that an engine generated freely; ids and logprobs are empty where it does not tell them."""
+    """One sequence that an engine generated freely; ids and logprobs are empty where it does not tell them.
+
+    `pieces` are the texts of its tokens, empty where they are not told or do not spell `text`.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     finish_reason: str | None = None
+    pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

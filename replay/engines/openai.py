@@ -17,14 +17,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-import numpy as np
-
-from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
+from replay.engines.answers import completed, generated, scored
+from replay.engines.base import Forced, Generated, Refused, Request, Scored
 from replay.words import printable, shorten
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import questions
-from schemas.requests.recorded import as_chat, as_generation
+from schemas.requests.recorded import CHAT, COMPLETIONS, as_chat, as_generation
 
 CONNECT_TIMEOUT_S = 10.0
 """An address that takes longer to connect is no engine that could be replayed against."""
@@ -32,11 +31,10 @@ ANSWER_BYTES_MAX = 1 << 30
 """A longer answer is not read: scores of a million tokens take about 150 MB."""
 REASON_CHARACTERS = 300
 """Of a server's own words, what goes into a reason."""
-NOT_SCORING = "it answers, but without prompt_logprobs: recorded tokens are scored by vLLM's /v1/completions only"
-MINUS_INFINITY = -9999.0
-"""What vLLM writes into JSON where a logprob is -inf."""
 ALTERNATIVES_MAX = 20
 """A server reports no more of the likeliest tokens than its --max-logprobs, 20 unless it was started with another."""
+BEHIND = 1
+"""vLLM's priority of work that nobody waits for; what names none has 0 and goes first."""
 PARALLEL = 32
 """Requests that are sent at once where the engine may work on several."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
@@ -55,9 +53,13 @@ class Answer(NamedTuple):
 class OpenAIEngine:
     """A server at `url` (with or without /v1). `model` stands in for the recorded model's name where it is served under another."""
 
-    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, url: str, *, model: str | None = None, api_key: str | None = None, timeout_s: float = 300.0, background: bool = False
+    ) -> None:
+        """With `background` requests go behind interactive ones, at a gateway and at a vLLM that schedules by priority."""
         self._url = _base(url)
-        self._model, self._key, self._timeout_s = model, api_key, timeout_s
+        self._model, self._key, self._timeout_s, self._background = model, api_key, timeout_s, background
+        self._ranked = background  # until the server says that it knows no such field
         self._connection: http.client.HTTPConnection | None = None
 
     @property
@@ -91,26 +93,35 @@ class OpenAIEngine:
     def generate(self, request: Request) -> Generated | Refused:
         """The answer to a request, not streamed, with ids and logprobs where the server tells them.
 
-        What went to another endpoint than chat completions is asked as the chat completion that says the same, if there is one.
+        What went to another endpoint is asked as the chat completion that says the same, if there is one; a completion of
+        token ids is asked as it is.
 
         Raises:
             EngineUnavailable: the server does not answer.
         """
+        prompt = request.document.get("prompt")
+        if request.endpoint == COMPLETIONS and isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+            answer = self._say(COMPLETIONS, request, {**request.document, "logprobs": 1})
+            return completed(answer.value, prompt) if answer.status == 200 else self._refused(answer, request)
         try:
             asked = as_chat(request.endpoint, request.document)
         except UsageError as error:
             return Refused(str(error.fault))
-        document = {**asked, "model": self._model or request.model, "stream": False, "logprobs": True, "return_token_ids": True}
+        answer = self._say(CHAT, request, {**asked, "logprobs": True})
+        if answer.status != 200:
+            return self._refused(answer, request)
+        return generated(answer.value) or Refused("its answer is no chat completion")
+
+    def _say(self, path: str, request: Request, document: dict[str, Any]) -> Answer:
+        """Ask for an answer, not streamed, with its token ids."""
+        document = {**document, "model": self._model or request.model, "stream": False, "return_token_ids": True}
         document.pop("stream_options", None)
         try:
-            answer = self._post("/v1/chat/completions", document)
+            return self._post(path, document)
         except EngineUnavailable as error:
             if document.get("seed") is not None:
                 error.hint = f"{error.hint}; {SEEDED_CRASH}"
             raise
-        if answer.status != 200:
-            return self._refused(answer, request)
-        return _generated(answer.value) or Refused("its answer is no chat completion")
 
     def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
         """Logprob, rank and top logprob of each token, by prefill.
@@ -120,23 +131,23 @@ class OpenAIEngine:
         Raises:
             EngineUnavailable: the server does not answer.
         """
-        scored = self._score(request, prompt_token_ids, token_ids)
-        if isinstance(scored, Refused) and request.alternatives > 1 and "logprobs" in scored.reason:
+        found = self._score(request, prompt_token_ids, token_ids)
+        if isinstance(found, Refused) and request.alternatives > 1 and "logprobs" in found.reason:
             return self.force(replace(request, alternatives=0), prompt_token_ids, token_ids)
-        if isinstance(scored, Refused) and _no_room(scored) and len(token_ids) > 1:
+        if isinstance(found, Refused) and _no_room(found) and len(token_ids) > 1:
             shorter = self._score(request, prompt_token_ids, token_ids[:-1])
-            return shorter.with_last_unknown() if isinstance(shorter, Scored) else scored
-        return scored
+            return shorter.with_last_unknown() if isinstance(shorter, Scored) else found
+        return found
 
     def _score(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
         ids = [*prompt_token_ids, *token_ids]
         model = self._model or request.model
         likeliest = max(1, min(request.alternatives, ALTERNATIVES_MAX))
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": likeliest}
-        answer = self._post("/v1/completions", body)
+        answer = self._post(COMPLETIONS, body)
         if answer.status != 200:
             return self._refused(answer, request)
-        return _scored(answer.value, ids, len(prompt_token_ids), alternatives=request.alternatives > 1)
+        return scored(answer.value, ids, len(prompt_token_ids), alternatives=request.alternatives > 1)
 
     def render(self, request: Request) -> tuple[int, ...] | Refused:
         """The ids of the prompt, from vLLM's /tokenize.
@@ -156,6 +167,18 @@ class OpenAIEngine:
             return tuple(tokens)
         return self._refused(answer, request) if answer.status != 404 else Refused("it has no /tokenize: prompts are rendered by vLLM only")
 
+    def models(self) -> list[str]:
+        """What it serves; none where it does not tell.
+
+        Raises:
+            EngineUnavailable: the server does not answer.
+        """
+        status, content = self._exchange("GET", "/v1/models", None)
+        try:
+            return [str(entry["id"]) for entry in json.loads(content)["data"]] if status == 200 else []
+        except (ValueError, KeyError, TypeError):
+            return []
+
     def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
         """Up to `PARALLEL` at once, each over a connection of its own."""
         return self._all(lambda engine, request: engine.generate(request), requests)
@@ -166,7 +189,7 @@ class OpenAIEngine:
 
     def _all(self, ask: Callable[[OpenAIEngine, T], R], several: Sequence[T]) -> list[R]:
         def one(each: T) -> R:
-            engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s)
+            engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s, background=self._background)
             try:
                 return ask(engine, each)
             finally:
@@ -200,6 +223,14 @@ class OpenAIEngine:
         return Refused(f"it refused model {request.model!r} (status {answer.status}): {words}{cure}")
 
     def _post(self, path: str, document: dict[str, Any]) -> Answer:
+        if self._ranked and path in (CHAT, COMPLETIONS):
+            answer = self._posted(path, {**document, "priority": BEHIND})
+            if answer.status != 400 or "priority" not in _words(answer.value).lower():
+                return answer
+            self._ranked = False
+        return self._posted(path, document)
+
+    def _posted(self, path: str, document: dict[str, Any]) -> Answer:
         status, content = self._exchange("POST", path, json.dumps(document).encode())
         try:
             return Answer(status, json.loads(content))
@@ -246,6 +277,8 @@ class OpenAIEngine:
 
     def _headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json", "accept": "application/json"}
+        if self._background:
+            headers["x-tokentape-priority"] = "batch"
         return {**headers, "authorization": f"Bearer {self._key}"} if self._key else headers
 
 
@@ -280,52 +313,3 @@ def _words(value: Any) -> str:
 
 def _no_room(refused: Refused) -> bool:
     return any(words in refused.reason for words in ("max_tokens", "context length", "max_model_len", "maximum model length"))
-
-
-def _scored(value: Any, ids: list[int], start: int, *, alternatives: bool = False) -> Scored | Refused:
-    """The scores of `ids[start:]` out of a completion's `prompt_logprobs`."""
-    try:
-        entries = value["choices"][0].get("prompt_logprobs") or value.get("prompt_logprobs")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return Refused("its answer is no completion")
-    if not isinstance(entries, list):
-        return Refused(NOT_SCORING)
-    if len(entries) != len(ids):
-        return Refused(f"it scored {len(entries)} tokens of {len(ids)}")
-    logprobs: list[float | None] = []
-    ranks: list[int | None] = []
-    tops: list[float | None] = []
-    for token_id, entry in zip(ids[start:], entries[start:], strict=True):
-        own = entry.get(str(token_id)) if isinstance(entry, dict) else None
-        logprobs.append(_number(own.get("logprob")) if own else None)
-        ranks.append(own.get("rank") if own else None)
-        tops.append(max((_number(other["logprob"]) for other in entry.values()), default=None) if own else None)
-    others = tuple(_alternatives(entry) for entry in entries[start:]) if alternatives else ()
-    return Scored(tuple(logprobs), tuple(ranks), tuple(tops), others)
-
-
-def _alternatives(entry: Any) -> Alternatives | None:
-    if not isinstance(entry, dict):
-        return None
-    logprobs = [_number(other["logprob"]) for other in entry.values()]
-    return Alternatives(np.array([int(token) for token in entry], np.int64), np.array(logprobs, np.float32), whole=False)
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    return float("-inf") if number <= MINUS_INFINITY else number
-
-
-def _generated(value: Any) -> Generated | None:
-    try:
-        spoken = [_spoken(choice) for choice in value["choices"]]
-        return Generated(tuple(spoken), tuple(value.get("prompt_token_ids") or ()))
-    except (KeyError, TypeError, AttributeError):
-        return None
-
-
-def _spoken(choice: dict[str, Any]) -> Spoken:
-    entries = (choice.get("logprobs") or {}).get("content") or []
-    logprobs = tuple(_number(entry["logprob"]) for entry in entries)
-    text = choice["message"].get("content") or ""
-    return Spoken(choice.get("index", 0), text, tuple(choice.get("token_ids") or ()), logprobs, choice.get("finish_reason"))

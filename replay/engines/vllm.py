@@ -130,7 +130,7 @@ class VllmEngine:
         fields = {name: document[name] for name in PASSED_ON if document.get(name) is not None}
         fields.setdefault("max_tokens", document.get("max_completion_tokens") or self.context - len(prompt))
         try:
-            return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0))
+            return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0, detokenize=True))
         except (ValueError, TypeError) as error:
             return Refused(f"it takes no such request: {said(error)}")
 
@@ -240,7 +240,7 @@ class VllmEngine:
 def _parameters(**fields: Any) -> Any:
     from vllm import SamplingParams
 
-    return SamplingParams(**fields, detokenize=False, flat_logprobs=True)
+    return SamplingParams(**{"detokenize": False, **fields}, flat_logprobs=True)
 
 
 def _plain(message: Any) -> Any:
@@ -277,17 +277,15 @@ def _own(place: tuple[Any, Any, list[int | None]] | None, token: int) -> tuple[f
 
 
 def _generated(output: Any) -> Generated:
-    spoken = [
-        Spoken(
-            each.index,
-            each.text,
-            tuple(each.token_ids),
-            tuple(each.logprobs.logprobs[b] for b in each.logprobs.start_indices),
-            each.finish_reason,
-        )
-        for each in output.outputs
-    ]
-    return Generated(tuple(spoken), tuple(output.prompt_token_ids))
+    return Generated(tuple(map(_spoken, output.outputs)), tuple(output.prompt_token_ids))
+
+
+def _spoken(each: Any) -> Spoken:
+    told, begins = each.logprobs, each.logprobs.start_indices
+    pieces = tuple(told.decoded_tokens[b] or "" for b in begins)
+    spelled = pieces if "".join(pieces) == each.text else ()
+    logprobs = tuple(told.logprobs[b] for b in begins)
+    return Spoken(each.index, each.text, tuple(each.token_ids), logprobs, each.finish_reason, spelled)
 
 
 def _likeliest(place: Alternatives) -> np.int64:

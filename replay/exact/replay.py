@@ -177,7 +177,7 @@ class ExactReplay:
         if other:
             place = other[0].place
             return DIVERGED, f"{count(len(other), 'sequence')} of {len(compared)} otherwise, first generation {uuid(place[0])}, {place[1]}"
-        scored = sum(len(c.recorded.logprobs) for c in compared if c.scored)
+        scored = sum(c.logprobs_equal for c in compared)  # of sequences that were still under way at `until` only what came
         tokens = sum(c.tokens_equal for c in compared)
         said = f"{count(len(compared), 'sequence')}, {count(tokens, 'token')} and {count(scored, 'logprob')}"
         return REPRODUCED, f"{said} bit for bit in {count(steps, 'step')}"

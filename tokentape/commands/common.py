@@ -55,3 +55,18 @@ def with_installation(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(installation, *args, **kwargs)
 
     return wrapper
+
+
+def id_of(text: str, option: str, *, operation: str) -> bytes:
+    """The id that an option names.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        value = bytes.fromhex(text.replace("-", ""))
+    except ValueError:
+        value = b""
+    if len(value) != 16:
+        raise UsageError(f"{text!r} is no id", operation=operation, place=option, hint="a UUID, as the timeline and SQL show it")
+    return value

@@ -17,7 +17,7 @@ from replay.words import uuid
 from schemas.enginerun.sessions import steps_session
 from schemas.errors import TokentapeError, UsageError
 from schemas.sink import SessionContext, new_id
-from tokentape.commands.common import format_option, with_installation
+from tokentape.commands.common import format_option, id_of, with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out, write_table
 
@@ -70,8 +70,8 @@ def play_again(installation: Installation, asked: ExactOptions, fmt: str) -> Non
     """
     if asked.changed and not asked.forced:
         raise UsageError("--engine-arg changes the schedule", operation="replay-batch", hint="add --forced")
-    engine_run = id_of(asked.run_id, operation="replay-batch", place="--engine-run")
-    generation = id_of(asked.until, operation="replay-batch", place="--until") if asked.until else None
+    engine_run = id_of(asked.run_id, "--engine-run", operation="replay-batch")
+    generation = id_of(asked.until, "--until", operation="replay-batch") if asked.until else None
     installation.freshen()
     with installation.accessing("replay-batch", f"replay-batch --exact --engine-run {asked.run_id}") as access:
         run = load(engine_run, installation.reader.session(engine_run), installation.reader.session(steps_session(engine_run)))
@@ -107,21 +107,6 @@ def _print(outcome: Outcome, fmt: str) -> None:
     for key, before, after in outcome.differences:
         out.print(f"  [dim]{key.removeprefix('config.')}: recorded {before}, now {after}[/dim]")
     out.print(f"[dim]replay {uuid(outcome.replay_id)}, recorded in session {uuid(outcome.session_id)}[/dim]")
-
-
-def id_of(text: str, *, operation: str, place: str) -> bytes:
-    """The 16 bytes of a UUID.
-
-    Raises:
-        UsageError: it is none.
-    """
-    try:
-        value = bytes.fromhex(text.replace("-", ""))
-    except ValueError:
-        value = b""
-    if len(value) != 16:
-        raise UsageError(f"{text!r} is no id", operation=operation, place=place, hint="a UUID as `engine-runs` and SQL show it")
-    return value
 
 
 def _argument(text: str) -> tuple[str, Any]:

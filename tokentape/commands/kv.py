@@ -12,8 +12,7 @@ import orjson
 from replay.kv import Call, Report, report
 from replay.words import printable, uuid
 from store.views import literal
-from tokentape.commands.common import with_installation
-from tokentape.commands.exact import id_of
+from tokentape.commands.common import id_of, with_installation
 from tokentape.installation import Installation
 from tokentape.output import out, write_rows
 
@@ -46,7 +45,7 @@ def kv(installation: Installation, session: str, fmt: str) -> None:
     SESSION is an engine run (see `engine-runs`) or a client's session, of which only the requests are listed then. Flagged are lookups
     over 10 ms at p99, memory that grows, calls that failed and calls that did not come back.
     """
-    name = uuid(id_of(session, operation="kv", place="SESSION"))
+    name = uuid(id_of(session, "SESSION", operation="kv"))
     installation.freshen()
     with installation.accessing("kv", f"kv {name}") as access:
         found = _report(installation, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import uuid
@@ -18,7 +17,7 @@ from schemas.errors import UsageError
 from store.ledger.proof import Proof
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, write_rows
+from tokentape.output import err, write_rows, write_whole
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -119,9 +118,7 @@ def _put(data: bytes, out: Path | None) -> None:
     if out is None:
         sys.stdout.buffer.write(data)
         return
-    new = out.with_name(f".{out.name}.new")
-    new.write_bytes(data)
-    os.replace(new, out)
+    write_whole(out, data)
     err.print(f"[dim]wrote {out}[/dim]")
 
 

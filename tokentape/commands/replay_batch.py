@@ -14,17 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from replay.batch import Batch, Summary
 from replay.compare import Outcome
+from replay.engines.base import Engine
 from replay.words import count, uuid
 from schemas.errors import UsageError
 from tokentape.commands.common import with_installation
 from tokentape.commands.exact import ExactOptions, play_again
-from tokentape.engines import calibrations, open_engine
+from tokentape.engines import calibrations, open_cluster, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err
+from tokentape.selection import column, sessions_where
 
-CHOSEN = (
-    "SELECT session_id FROM sessions WHERE coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where}) ORDER BY started_at, session_id"
-)
 DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -37,6 +36,8 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 @click.option("--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32.")
 @click.option("--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: its folder.")
 @click.option("--at-once", default=32, show_default=True, type=click.IntRange(1, 1024), help="Sessions beside one another on each engine.")
+@click.option("--ray", metavar="ADDRESS|local", help="Load vllm:MODEL into actors of a Ray cluster, an engine each; local starts one here.")
+@click.option("--actors", type=click.IntRange(1), help="--ray: how many.  [default: as many as the cluster's GPUs serve, without any 1]")
 @click.option("--run", metavar="NAME", help="Name of the run; a run of that name goes on where it stopped.  [default: the time]")
 @click.option("--exact", is_flag=True, help="Instead of --where: a recorded engine run again, every token and logprob bit for bit.")
 @click.option("--engine-run", "run_id", metavar="RUN", help="With --exact: which run; see engine-runs.")
@@ -53,6 +54,8 @@ def replay_batch(
     options: tuple[str, ...],
     model: str | None,
     at_once: int,
+    ray: str | None,
+    actors: int | None,
     run: str | None,
     exact: bool,
     run_id: str | None,
@@ -67,12 +70,14 @@ def replay_batch(
     A run that was killed, or whose engines died, goes on when the same command is given again with its --run: what was
     finished is not done again. SQL finds the results: SELECT * FROM replays JOIN sessions USING (session_id) WHERE workflow = 'RUN'.
 
+    Work goes behind interactive requests: it names itself batch work to gateways, and takes a lower priority where vLLM has them.
+
     With --exact a whole engine run is played again instead, in this process: the same traffic between the same calls of the
     engine. Needs vLLM and the recorded model here. Refused before it starts, with the difference named: another model,
     version, number of threads or schedule. Exit code 6 when it diverges; the first step that did is named.
     """
     if exact:
-        if where or engines or options or run or not run_id:
+        if where or engines or options or run or ray or actors or not run_id:
             hint = "--exact goes with --engine-run, --until, --model, --forced, --engine-arg and --debug"
             fault = "--exact needs --engine-run" if not run_id else "--exact replays an engine run, not sessions"
             raise UsageError(fault, operation="replay-batch", hint=hint)
@@ -81,15 +86,23 @@ def replay_batch(
     if where is None or run_id or until or forced or changed or debug:
         fault = "nothing says which sessions" if where is None else "--engine-run, --until, --forced, --engine-arg and --debug need --exact"
         raise UsageError(fault, operation="replay-batch", hint="--where SQL for sessions, or --exact --engine-run RUN")
-    _compare_all(installation, where, engines, options, model, at_once, run, fmt)
+    if (ray and model) or (actors and not ray):
+        fault = "--model is for engines behind a URL" if ray else "--actors is for --ray"
+        raise UsageError(fault, operation="replay-batch", hint="leave it out")
+
+    def opened() -> list[Engine]:
+        if ray is not None:
+            return open_cluster(installation, ray, actors, engines, options)
+        return [open_engine(installation, engine, model, options, background=True) for engine in engines or (None,)]
+
+    _compare_all(installation, where, engines, opened, at_once, run, fmt)
 
 
 def _compare_all(
     installation: Installation,
     where: str,
     engines: tuple[str, ...],
-    options: tuple[str, ...],
-    model: str | None,
+    opened: Callable[[], list[Engine]],
     at_once: int,
     run: str | None,
     fmt: str,
@@ -105,12 +118,11 @@ def _compare_all(
         )
     installation.freshen()
     with installation.accessing("replay-batch", f"{name}: {where}") as access:
-        chosen = _column(installation, CHOSEN.format(where=where))
-        done = set(_column(installation, DONE.format(run=name)))
+        chosen = sessions_where(installation, where)
+        done = set(column(installation, DONE.format(run=name)))
         left = [session for session in chosen if session not in done]
         access["rows"] = len(left)
         err.print(f"run {name}: {count(len(chosen), 'session')}, {len(chosen) - len(left):,} done before", markup=False)
-        opened = [open_engine(installation, engine, model, options) for engine in engines or (None,)] if left else []
         with _progress(len(chosen), len(chosen) - len(left)) as told:
             batch = Batch(
                 left,
@@ -122,16 +134,12 @@ def _compare_all(
                 told=told,
             )
             try:
-                summary = batch.run(opened, at_once=at_once)
+                summary = batch.run(opened() if left else [], at_once=at_once)
             finally:
                 if batch.summary.verdicts:
                     _print(name, batch.summary, fmt)
         if not summary.verdicts:
             _print(name, summary, fmt)
-
-
-def _column(installation: Installation, statement: str) -> list[str]:
-    return [str(row) for row in installation.sql.query(statement).table.column(0).to_pylist()]
 
 
 @contextmanager

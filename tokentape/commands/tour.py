@@ -10,8 +10,7 @@ import click
 from rich.markup import escape
 
 from schemas.errors import UsageError
-from tokentape.commands.common import with_installation
-from tokentape.commands.exact import id_of
+from tokentape.commands.common import id_of, with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out
 from tokentape.tours.pages import PAIRS, SINGLE, Page
@@ -54,7 +53,7 @@ def _pages(installation: Installation, name: str, model: Path | None, engine_run
     Raises:
         UsageError: it takes another number of runs.
     """
-    runs = [id_of(text.strip(), operation="tour", place="--engine-run") for text in engine_run.split(",")] if engine_run else []
+    runs = [id_of(text.strip(), "--engine-run", operation="tour") for text in engine_run.split(",")] if engine_run else []
     wanted = 1 if name in SINGLE else 2
     if runs and len(runs) != wanted:
         fault = f"{name} explains {wanted} run{'s' if wanted > 1 else ''}, not {len(runs)}"
