@@ -46,7 +46,7 @@ def open_engine(
     Raises:
         UsageError: it cannot be, or vLLM does not start.
     """
-    made = _made(installation, engine, model, tuple(options), state)
+    made = made_engine(installation, engine, model, tuple(options), state)
     installation.closing(made.close)
     return made
 
@@ -56,9 +56,14 @@ def calibrations(installation: Installation) -> Calibrations:
     return Calibrations(installation.settings.data / "calibrations")
 
 
-def _made(
+def made_engine(
     installation: Installation, engine: str | None, model: str | None, options: tuple[str, ...], state: SessionState | None
 ) -> Engine:
+    """The same, for one who closes it.
+
+    Raises:
+        UsageError: as `open_engine`.
+    """
     if engine and engine.startswith(IN_PROCESS):
         if model:
             raise UsageError(
