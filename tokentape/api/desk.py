@@ -74,6 +74,10 @@ class Desks:
                 self.installation.freshen()
                 self._fresh_at = time.monotonic()
 
+    def written(self) -> None:
+        """Something was recorded for a caller, who will look for it: the next look is a fresh one."""
+        self._fresh_at = float("-inf")
+
     def completeness(self) -> dict[str, Any]:
         """How complete an answer is."""
         return completeness_document(completeness(self.installation.catalog))

@@ -32,7 +32,7 @@ WRITERS: frozenset[Role] = frozenset({"analyst", "debugger"})
 """Who adds to what others see."""
 NDJSON = "application/x-ndjson"
 
-Tag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^,\x00-\x1f]*\S[^,\x00-\x1f]*$")]
+Tag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^,\x00-\x1f]*[^,\s\x00-\x1f][^,\x00-\x1f]*$")]
 Visibility = Literal["private", "team", "public"]
 
 
@@ -121,6 +121,7 @@ def import_one(call: Call) -> Reply:
     owner = Owner(principal.tenant or installation.settings.tenant, principal.name, tuple(asked.tags), asked.visibility)
     with call.desks.log() as log:
         made, call.rows = import_session(asked.session_data, owner, log=log, registry=installation.registry, settings=installation.settings)
+    call.desks.written()
     where = f"/api/v1/debug-sessions/{uuid_text(made)}"
     answer = {"session_id": uuid_text(made), "events": call.rows, "tags": asked.tags, "visibility": asked.visibility}
     return Reply(answer, 201, {"location": where})
@@ -192,6 +193,7 @@ def annotate(call: Call) -> Reply:
     labels = asked.model_dump(exclude={"note"})
     said = SessionAnnotated(**labels, content=AnnotationContent(note=asked.note) if asked.note else None)
     call.desks.installation.annotate(session_id.hex(), said, actor=call.principal.name)
+    call.desks.written()
     return Reply({"session_id": call.ids["id"], **asked.model_dump()}, 201)
 
 
