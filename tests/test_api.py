@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import subprocess
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +19,7 @@ from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.gateway_rig import until
+from tests.program import ROOT
 from tests.tape import incident
 from tokentape.api.app import ROUTES
 from tokentape.api.routing import Route
@@ -416,3 +419,21 @@ def test_the_document_says_what_is_served(guarded: Api) -> None:
     assert len({route.name for route in ROUTES}) == len(ROUTES)
     assert httpx.get(f"{guarded.url}/health").json() == {"status": "ok"}
     assert httpx.get(f"{guarded.url}/ready", timeout=DEADLINE_S).json() == {"status": "ready"}
+
+
+def test_the_calls_of_the_readme(tmp_path: Any) -> None:
+    """Each call of curl in the section on the API is answered; a stream is left after a moment."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Look at it")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    settings = configured(Settings(data=tmp_path), auth="off")
+    put(settings, EVENTS)
+    ended = {}
+    with serving(settings) as api:
+        for line in re.sub(r" {2,}# .*", "", block).splitlines():
+            words = line.replace("http://127.0.0.1:8401", api.url).replace("SESSION", SESSION).replace("curl ", "curl -f -m 10 ")
+            stream = "follow=true" in line
+            ran = subprocess.run(["sh", "-c", words.replace("-m 10", "-m 3") if stream else words], capture_output=True, check=False)
+            ended[line] = ran.returncode == (28 if stream else 0) and bool(ran.stdout)
+
+    assert len(ended) == 6
+    assert ended == dict.fromkeys(ended, True)

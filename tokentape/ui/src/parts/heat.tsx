@@ -60,9 +60,9 @@ export function Heat({ tokens, measure }: { tokens: Tokens; measure: Measure }) 
           );
         })}
       </p>
-      <div class="token-facts mono" aria-live="polite">
+      <div class={`token-facts mono${at === null ? " resting" : ""}`} aria-live="polite">
         {at === null ? (
-          <span class="dim">{tokens.token_id ? "point at a token" : "no token ids were recorded"}</span>
+          <span class="dim">{tokens.token_id ? "point at a token, or walk with the arrows" : "no token ids were recorded"}</span>
         ) : (
           <>
             <b>{JSON.stringify(visible(tokens.text?.[at] ?? "erased"))}</b> · token {at} · id {tokens.token_id?.[at] ?? "?"} ·{" "}

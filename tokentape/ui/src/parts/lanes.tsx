@@ -120,7 +120,7 @@ function ticks(pen: CanvasRenderingContext2D, scale: Axis, x: (at: number) => nu
     pen.fillRect(place, TOP - 4, 1, height - TOP);
     pen.fillStyle = of("dim");
     pen.textAlign = i === 0 ? "left" : i === many ? "right" : "center";
-    pen.fillText(clock(new Date(at / 1000).toISOString()).slice(0, 10), place, 11);
+    pen.fillText(clock(new Date(at / 1000).toISOString()).slice(0, scale.last - scale.first < 20_000_000 ? 12 : 10), place, 11);
   }
 }
 
@@ -183,7 +183,7 @@ export function Lanes({ rows, at, onMove }: { rows: TimelineRow[]; at: number; o
       }}
     >
       <canvas ref={canvas} style={{ height: `${height}px` }} aria-hidden="true" />
-      <div class="playhead" style={{ transform: `translateX(${place}px)` }}>
+      <div class={`playhead${place > width - 60 ? " late" : place < 60 ? " early" : ""}`} style={{ transform: `translateX(${place}px)` }}>
         <span class="mono">{clock(new Date(at / 1000).toISOString())}</span>
       </div>
     </div>

@@ -1,7 +1,7 @@
 // Custody: what is held, what goes next, who asked to be forgotten, whether the record verifies, and where it lies.
 import { useState } from "preact/hooks";
 import { type Me, type Problem, Refused, type Work, ask, job } from "../api";
-import { Badge, Empty, Head, Table, Trouble, When } from "../parts/bits";
+import { Badge, Head, Table, Trouble, When } from "../parts/bits";
 import { useAsk } from "../parts/use";
 import { bytes, count, visible } from "../words";
 
@@ -97,7 +97,9 @@ function Tiers() {
       {(["hot", "cold"] as const).map((tier) => (
         <div class="tier">
           <b>{tier}</b>
-          <meter min={0} max={most} value={sum(tiers.data?.[tier], "bytes")} aria-label={`Bytes in the ${tier} tier`} />
+          <span class="bar" role="img" aria-label={`${tier}: ${bytes(sum(tiers.data?.[tier], "bytes"))}`}>
+            <i style={{ width: `${(100 * sum(tiers.data?.[tier], "bytes")) / most}%` }} />
+          </span>
           <span class="mono">{bytes(sum(tiers.data?.[tier], "bytes"))}</span>
           <span class="dim">{count(sum(tiers.data?.[tier], "rows"), "event")} in {count(tiers.data?.[tier].length ?? 0, "file")}</span>
         </div>
@@ -203,9 +205,7 @@ function Coverage() {
       {days.size ? (
         <Table label="Coverage by day" columns={["day", "events", "quarantined", "in no entry", "checkpoint"]} rows={[...days].sort().reverse().map(([name, one]) => [name, one.rows.toLocaleString("en"), one.quarantined, one.gap, one.signed ? <Badge level="good">signed</Badge> : <Badge level="warn">next checkpoint</Badge>])} />
       ) : (
-        <Empty title="Nothing is in the ledger yet">
-          <p>A day is entered when it moves to the cold tier.</p>
-        </Empty>
+        <p class="dim">Nothing is in the ledger yet: a day is entered when it moves to the cold tier.</p>
       )}
     </section>
   );

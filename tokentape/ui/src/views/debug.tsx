@@ -5,7 +5,7 @@ import { Empty, Head, Trouble } from "../parts/bits";
 import { Diff } from "../parts/diff";
 import { fault, patch } from "../parts/patch";
 import { useAsk, useKeys, useNow } from "../parts/use";
-import { visible } from "../words";
+import { count, visible } from "../words";
 
 interface Stopped {
   generation: string;
@@ -56,7 +56,7 @@ export function Debug() {
   return (
     <>
       <Head title="Debug console">
-        <span class="whole">{waiting.length ? `${waiting.length} wait for a decision` : "nothing waits"}</span>
+        <span class="whole">{waiting.length ? `${waiting.length} ${waiting.length === 1 ? "waits" : "wait"} for a decision` : "nothing waits"}</span>
       </Head>
       <Trouble problem={list.problem} />
       <div class="console">
@@ -68,7 +68,7 @@ export function Debug() {
                 <li>
                   <button type="button" class={row.generation === current?.generation ? "on" : ""} aria-pressed={row.generation === current?.generation} onClick={() => setChosen(row.generation)}>
                     <span class="mono">…{row.generation.slice(-8)}</span> <b>{visible(row.model ?? "?")}</b>
-                    <span class="dim">{visible(row.actor)} · {row.messages} messages</span>
+                    <span class="dim">{visible(row.actor)} · {count(row.messages, "message")}</span>
                     <Deadline row={row} />
                   </button>
                 </li>
@@ -210,7 +210,7 @@ function Breakpoints({ all, changed, problem }: { all: Breakpoint[]; changed: ()
         {all.length ? null : <li class="dim">none is set</li>}
       </ul>
       <form class="row" onSubmit={(event) => { event.preventDefault(); void act(ask("breakpoints", { body: kind === "every" ? {} : { [kind]: value } })); }}>
-        <select aria-label="Stops" value={kind} onChange={(event) => setKind(event.currentTarget.value)}>
+        <select class="narrow" aria-label="Stops" value={kind} onChange={(event) => setKind(event.currentTarget.value)}>
           <option value="where">where</option>
           <option value="tag">tag</option>
           <option value="model">model</option>

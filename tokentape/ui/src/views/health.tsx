@@ -56,7 +56,7 @@ export function Health() {
                 <b>{job.name}</b>,
                 job.does,
                 last ? <When iso={new Date(last.started_at * 1000).toISOString()} /> : <span class="dim">—</span>,
-                last ? <Badge level={last.outcome === "ok" ? "good" : last.outcome === "running" ? "plain" : "bad"}>{last.outcome}</Badge> : <span class="dim">has not run</span>,
+                last ? <Badge level={last.outcome === "ok" ? "good" : last.outcome === "running" ? "plain" : "bad"}>{last.outcome}</Badge> : <span class="dim nowrap">has not run</span>,
               ];
             })}
           />

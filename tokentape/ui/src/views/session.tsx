@@ -46,8 +46,8 @@ export function SessionView({ id }: { id: string }) {
       <Trouble problem={state.problem} />
       {rows.length ? <Lanes rows={rows} at={moment} onMove={(to) => setAt(Math.min(last, to))} /> : null}
       <div class="travel">
-        <button type="button" onClick={() => step(-1)} aria-label="One row back">◂ k</button>
-        <button type="button" onClick={() => step(1)} aria-label="One row on">j ▸</button>
+        <button type="button" onClick={() => step(-1)} title="One row back (k)">◂ back</button>
+        <button type="button" onClick={() => step(1)} title="One row on (j)">on ▸</button>
         <span class="mono">{shown ? `event ${shown.position} of ${shown.of}` : ""}</span>
         {at !== null && at < last ? (
           <>
@@ -69,7 +69,7 @@ export function SessionView({ id }: { id: string }) {
         <Legend measure={measure} />
       </div>
       <div class="two">
-        <Rows rows={rows} current={current} onPick={(row) => setAt(us(row.at))} />
+        <Rows rows={rows} current={current} moved={at !== null} onPick={(row) => setAt(us(row.at))} />
         <section class="talk" aria-label="Conversation">
           {shown?.generations.map((generation, i) => (
             <One key={generation.request.generation_id} id={id} at={at === null || at >= last ? null : iso(at)} number={i + 1} generation={generation} before={shown.generations.slice(0, i)} measure={measure} />
@@ -214,7 +214,7 @@ export function download(name: string, data: BlobPart): void {
 // Rows that are in view are drawn; the list may have a hundred thousand.
 const ROW = 46;
 
-function Rows({ rows, current, onPick }: { rows: TimelineRow[]; current: number; onPick: (row: TimelineRow) => void }) {
+function Rows({ rows, current, moved, onPick }: { rows: TimelineRow[]; current: number; moved: boolean; onPick: (row: TimelineRow) => void }) {
   const box = useRef<HTMLDivElement>(null);
   const [top, setTop] = useState(0);
   const height = box.current?.clientHeight ?? 800;
@@ -222,7 +222,7 @@ function Rows({ rows, current, onPick }: { rows: TimelineRow[]; current: number;
   const shown = rows.slice(first, first + Math.ceil(height / ROW) + 10);
   useEffect(() => {
     const list = box.current;
-    if (!list || current < 0) return;
+    if (!list || current < 0 || !moved) return;
     const place = current * ROW;
     if (place < list.scrollTop || place > list.scrollTop + list.clientHeight - 2 * ROW) list.scrollTo({ top: Math.max(0, place - list.clientHeight / 2) });
   }, [current]);

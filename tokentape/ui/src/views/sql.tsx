@@ -147,7 +147,7 @@ export function Sql() {
               <div class="scroll result" tabIndex={0} role="region" aria-label="Result">
                 <table>
                   <thead>
-                    <tr>{result.columns.map((column) => <th scope="col" title={column.type}>{column.name}</th>)}</tr>
+                    <tr>{result.columns.map((column) => <th scope="col" title={column.type} class={/int|double|float|decimal/.test(column.type) ? "number" : ""}>{column.name}</th>)}</tr>
                   </thead>
                   <tbody>
                     {rows.map((row) => (
