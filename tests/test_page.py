@@ -62,8 +62,15 @@ def _complains(kind: str, text: str) -> bool:
     return kind == "error" and "the server responded with a status of" not in text
 
 
+@pytest.fixture
+def site(shared: Site) -> Site:
+    """The one of the file, of whose pages nothing was complained yet."""
+    shared.complaints.clear()
+    return shared
+
+
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """One gateway, one API and one browser for the file."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert program, "no Chromium on the PATH; `make setup` installs Debian's package"

@@ -8,15 +8,17 @@ const AROUND = 2;
 // Longest common subsequence; documents of requests are short enough for the plain table.
 function lines(a: string[], b: string[]): Line[] {
   const width = b.length + 1;
+  // A comma comes and goes with the line after it, and is no change of its own.
+  const alike = (i: number, j: number): boolean => a[i]!.replace(/,$/, "") === b[j]!.replace(/,$/, "");
   const table = new Uint32Array((a.length + 1) * width);
   for (let i = a.length - 1; i >= 0; i--)
     for (let j = b.length - 1; j >= 0; j--)
-      table[i * width + j] = a[i] === b[j] ? table[(i + 1) * width + j + 1]! + 1 : Math.max(table[(i + 1) * width + j]!, table[i * width + j + 1]!);
+      table[i * width + j] = alike(i, j) ? table[(i + 1) * width + j + 1]! + 1 : Math.max(table[(i + 1) * width + j]!, table[i * width + j + 1]!);
   const found: Line[] = [];
   let i = 0;
   let j = 0;
   while (i < a.length || j < b.length) {
-    if (i < a.length && j < b.length && a[i] === b[j]) found.push({ left: a[i++]!, right: b[j++]!, same: true });
+    if (i < a.length && j < b.length && alike(i, j)) found.push({ left: a[i++]!, right: b[j++]!, same: true });
     else if (i < a.length && (j === b.length || table[(i + 1) * width + j]! >= table[i * width + j + 1]!)) found.push({ left: a[i++]!, right: null, same: false });
     else found.push({ left: null, right: b[j++]!, same: false });
   }

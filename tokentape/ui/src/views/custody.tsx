@@ -27,7 +27,7 @@ export function Custody() {
   );
 }
 
-function useAct(after: () => void): [Problem | undefined, (path: string, body?: unknown) => Promise<void>] {
+function useAct(after: () => void): [Problem | undefined, (path: string, body?: unknown) => Promise<boolean>] {
   const [problem, setProblem] = useState<Problem>();
   return [
     problem,
@@ -36,8 +36,10 @@ function useAct(after: () => void): [Problem | undefined, (path: string, body?: 
       try {
         await ask(path, { method: "POST", body });
         after();
+        return true;
       } catch (error) {
         if (error instanceof Refused) setProblem(error.problem);
+        return false;
       }
     },
   ];
@@ -133,7 +135,7 @@ function Holds({ may }: { may: boolean }) {
         <p class="dim">Nothing is held.</p>
       )}
       {may ? (
-        <form class="row" onSubmit={(event) => { event.preventDefault(); void act("custody/holds", what.startsWith("#") ? { tag: what.slice(1), reason } : { sessions: [what], reason }); }}>
+        <form class="row" onSubmit={async (event) => { event.preventDefault(); if (await act("custody/holds", what.startsWith("#") ? { tag: what.slice(1), reason } : { sessions: [what], reason })) { setWhat(""); setReason(""); } }}>
           <input class="grow mono" required placeholder="session id, or #tag" aria-label="What to hold" value={what} onInput={(event) => setWhat(event.currentTarget.value.trim())} />
           <input class="grow" required placeholder="why" aria-label="Why to hold it" value={reason} onInput={(event) => setReason(event.currentTarget.value)} />
           <button type="submit">Hold</button>

@@ -273,7 +273,7 @@ function One({ id, at, number, generation, before, measure }: { id: string; at: 
       </header>
       {messages.length > fresh.length ? <p class="dim small">{count(messages.length - fresh.length, "message")} as before</p> : null}
       {fresh.map((message) => <Message message={message} />)}
-      {parameters.length ? <p class="parameters mono">{parameters.map(([name, value]) => <span>{name}={JSON.stringify(value)}</span>)}</p> : null}
+      {parameters.length ? <p class="parameters mono">{request.document === "as edited" ? <span>after the edits:</span> : null}{parameters.map(([name, value]) => <span>{name}={JSON.stringify(value)}</span>)}</p> : null}
       {generation.pauses.map((pause) => (
         <p class="event warn-text">
           stopped at <b>{visible(pause.breakpoint)}</b> {clock(pause.at)}
