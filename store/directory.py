@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from schemas.errors import TokentapeError
 from store.catalog import Catalog, Segment, Shard, Snapshot
 from store.reader import EventReader, blob
 from store.views import literal
@@ -151,8 +152,8 @@ class SessionDirectory:
         self._catalog = catalog
         self._reader = reader
         self._lock = threading.Lock()
-        self._known: set[str] = set()
-        self._searches: OrderedDict[tuple[tuple[str, ...], frozenset[str]], dict[str, int]] = OrderedDict()
+        self._known: dict[str, Shard | Segment] = {}
+        self._searches: OrderedDict[tuple[str, ...], dict[str, dict[str, int]]] = OrderedDict()
         self._connection = duckdb.connect(":memory:", config={"threads": 1})
         self._made = False
 
@@ -168,11 +169,11 @@ class SessionDirectory:
             if not self._made:
                 return Listing([], 0)
             condition += self._saying(wanted.words)
-            found = f"SELECT *, count(*) OVER () AS total FROM ({_SESSIONS}) WHERE {condition}"
+            found = f"SELECT *, count(*) OVER () AS total FROM session WHERE {condition}"
             page = f"{found} ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
             rows = self._connection.execute(page).to_arrow_table().to_pylist()
             if not rows and offset:
-                total = self._connection.execute(f"SELECT count(*) FROM ({_SESSIONS}) WHERE {condition}").fetchall()[0][0]
+                total = self._connection.execute(f"SELECT count(*) FROM session WHERE {condition}").fetchall()[0][0]
                 return Listing([], int(total))
         total = rows[0]["total"] if rows else 0
         return Listing([{name: value for name, value in row.items() if name != "total"} for row in rows], int(total))
@@ -184,7 +185,7 @@ class SessionDirectory:
             if not self._made:
                 return None
             where = f"{viewer.condition} AND session_id = {blob(session_id)}"
-            rows = self._connection.execute(f"SELECT * FROM ({_SESSIONS}) WHERE {where}").to_arrow_table().to_pylist()
+            rows = self._connection.execute(f"SELECT * FROM session WHERE {where}").to_arrow_table().to_pylist()
         return dict(rows[0]) if rows else None
 
     def close(self) -> None:
@@ -197,21 +198,35 @@ class SessionDirectory:
         snapshot = self._catalog.snapshot()
         sources: dict[str, Shard | Segment] = {shard.name: shard for shard in snapshot.shards if shard.rows}
         sources |= {segment.key: segment for segment in snapshot.segments}
-        for name in sources.keys() - self._known:
-            self._read(name, sources[name])
-        for name in self._known - sources.keys():
+        if sources.keys() == self._known.keys():
+            return
+        gone = self._known.keys() - sources.keys()
+        read = {name: sources[name] for name in sources.keys() - self._known.keys() if self._read(name, sources[name])}
+        for name in gone:
             for table in ("part", "replay"):
                 self._connection.execute(f"DELETE FROM {table} WHERE source = {literal(name)}")
-        self._known = set(sources)
+        self._known = {name: source for name, source in self._known.items() if name not in gone} | read
+        if self._known or self._made:
+            # Put together once for all looks until the next part comes, which is a second away at least.
+            self._connection.execute(f"CREATE OR REPLACE TABLE session AS {_SESSIONS}")
+            self._made = True
 
-    def _read(self, name: str, source: Shard | Segment) -> None:
-        """Read one shard or segment; one that was merged away meanwhile is in the next snapshot under another name."""
-        one = Snapshot((source,), ()) if isinstance(source, Shard) else Snapshot((), (source,))
-        for table, sql in (("part", _PART), ("replay", _REPLAYS)):
-            rows = self._reader.ask(one, sql.format(source=literal(name)), "tenant <> '_platform'", _COLUMNS)
+    def _read(self, name: str, source: Shard | Segment) -> bool:
+        """Read one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""
+        one = _alone(source)
+        try:
+            parts = {
+                table: self._reader.ask(one, sql.format(source=literal(name)), "tenant <> '_platform'", _COLUMNS)
+                for table, sql in (("part", _PART), ("replay", _REPLAYS))
+            }
+        except TokentapeError:
+            now = self._catalog.snapshot()
+            if name in {*(shard.name for shard in now.shards), *(segment.key for segment in now.segments)}:
+                raise
+            return False
+        for table, rows in parts.items():
             self._insert(table, rows)
-        self._known.add(name)
-        self._made = True
+        return True
 
     def _insert(self, table: str, rows: pa.Table) -> None:
         self._connection.register("rows", rows)
@@ -224,21 +239,34 @@ class SessionDirectory:
         if not words:
             return ""
         said = self._said(tuple(words))
-        near = "lower(concat_ws(' ', uuid, replace(uuid, '-', ''), title, owner, \"user\", workflow, purpose, array_to_string(tags, ' ')))"
+        ids = [bytes.fromhex(session) for session in said]
+        table = pa.table({"session_id": pa.array(ids, pa.binary()), "mask": pa.array(said.values(), pa.int64())})
+        self._connection.register("said", table)
         uuid = "CAST(CAST(session_id AS UUID) AS VARCHAR)"
-        parts = []
-        for i, word in enumerate(words):
-            ids = ", ".join(blob(bytes.fromhex(session)) for session, mask in said.items() if mask >> i & 1)
-            heard = f" OR session_id IN ({ids})" if ids else ""
-            parts.append(f"(contains({near.replace('uuid', uuid)}, {literal(word)}){heard})")
-        return f" AND {' AND '.join(parts)}"
+        names = f"{uuid}, replace({uuid}, '-', ''), title, owner, \"user\", workflow, purpose, array_to_string(tags, ' ')"
+        return "".join(
+            f" AND (contains(lower(concat_ws(' ', {names})), {literal(word)})"
+            f" OR session_id IN (SELECT session_id FROM said WHERE mask & {1 << i} <> 0))"
+            for i, word in enumerate(words)
+        )
 
     def _said(self, words: tuple[str, ...]) -> dict[str, int]:
-        """By session (hex), a bit for each word that it says."""
-        key = (words, frozenset(self._known))
-        if key not in self._searches:
-            self._searches[key] = dict(self._reader.saying(words))
-            while len(self._searches) > _SEARCHES_KEPT:
-                self._searches.popitem(last=False)
-        self._searches.move_to_end(key)
-        return self._searches[key]
+        """By session (hex), a bit for each word that it says; what was looked through before is not looked through again."""
+        found = self._searches.setdefault(words, {})
+        self._searches.move_to_end(words)
+        while len(self._searches) > _SEARCHES_KEPT:
+            self._searches.popitem(last=False)
+        for name in found.keys() - self._known.keys():
+            del found[name]
+        for name in self._known.keys() - found.keys():
+            found[name] = dict(self._reader.saying(_alone(self._known[name]), words))
+        masks: dict[str, int] = {}
+        for part in found.values():
+            for session, mask in part.items():
+                masks[session] = masks.get(session, 0) | mask
+        return masks
+
+
+def _alone(source: Shard | Segment) -> Snapshot:
+    """One shard or segment, as a part of the catalog."""
+    return Snapshot((source,), ()) if isinstance(source, Shard) else Snapshot((), (source,))

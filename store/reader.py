@@ -156,8 +156,8 @@ class EventReader:
         """A query of one's own over `events` in a part of the catalog; `where` and `only` as in `store.views.events_sql`."""
         return self._read(lambda: snapshot, lambda taken: self._query(taken, sql, where, only))
 
-    def saying(self, words: Sequence[str]) -> Iterator[tuple[str, int]]:
-        """Sessions (hex) in whose messages or answers one of some words (lower case) stands, with a bit for each word."""
+    def saying(self, snapshot: Snapshot, words: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Sessions (hex) of a part of the catalog in whose messages or answers some words (lower case) stand, a bit for each word."""
         bits = " + ".join(f"CASE WHEN bool_or(contains(said, {literal(word)})) THEN {1 << i} ELSE 0 END" for i, word in enumerate(words))
         sql = (
             "SELECT lower(hex(session_id)) AS session, mask FROM (SELECT session_id, " + bits + " AS mask FROM ("
@@ -168,7 +168,7 @@ class EventReader:
         )
         only = ("kind", "session_id", "source", "request_submitted", "token_chunk")
         kinds = "kind IN ('request_submitted', 'token_chunk')"
-        table = self._read(self._catalog.snapshot, lambda snapshot: self._query(snapshot, sql, kinds, only))
+        table = self.ask(snapshot, sql, kinds, only)
         yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
     def blob_names(self) -> set[str]:

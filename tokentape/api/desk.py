@@ -15,7 +15,7 @@ from lifecycle.runs import RunLedger
 from replay.fold import Until
 from replay.player import Player
 from replay.state import SessionState
-from schemas.errors import UsageError
+from schemas.errors import TokentapeError, UsageError
 from store.control import ControlLog
 from store.directory import SessionDirectory
 from store.log import open_log
@@ -28,6 +28,9 @@ from tokentape.installation import Installation
 
 FRESH_S = 1.0
 """How old the index may be when it is asked: looking more often would seal a shard for every look."""
+
+STALE_S = 5.0
+"""An older index is waited for; between the two it is made fresh behind the answer."""
 
 TAPES_KEPT = 8
 """Sessions kept in memory, so that a scrubber does not read one again for every step."""
@@ -63,16 +66,35 @@ class Desks:
     runs: RunLedger
     _fresh: threading.Lock = field(default_factory=threading.Lock)
     _fresh_at: float = float("-inf")
+    _closed: bool = False
     _tapes: OrderedDict[tuple[bytes, frozenset[str]], Tape] = field(default_factory=OrderedDict)
     _tapes_lock: threading.Lock = field(default_factory=threading.Lock)
     custody: threading.Lock = field(default_factory=threading.Lock)
 
     def freshen(self) -> None:
-        """Have indexed what the log holds, unless that was done a moment ago. One at a time: a log is used by one thread."""
+        """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older."""
+        age = time.monotonic() - self._fresh_at
+        if age >= STALE_S:
+            self._look()
+        elif age >= FRESH_S and not self._fresh.locked():
+            threading.Thread(target=self._look_behind, name="freshen", daemon=True).start()
+
+    def _look(self) -> None:
+        """One at a time: a log is used by one thread."""
         with self._fresh:
-            if time.monotonic() - self._fresh_at >= FRESH_S:
+            if not self._closed and time.monotonic() - self._fresh_at >= FRESH_S:
                 self.installation.freshen()
                 self._fresh_at = time.monotonic()
+
+    def _look_behind(self) -> None:
+        """What is wrong is told to whoever waits for the next look."""
+        with contextlib.suppress(TokentapeError):
+            self._look()
+
+    def close(self) -> None:
+        """Return when nobody looks any more."""
+        with self._fresh:
+            self._closed = True
 
     def written(self) -> None:
         """Something was recorded for a caller, who will look for it: the next look is a fresh one."""

@@ -29,7 +29,7 @@ _GRACE_S = 3
 
 
 @contextlib.contextmanager
-def opened(installation: Installation) -> Iterator[tuple[Desks, Keyring]]:
+def opened(installation: Installation) -> Iterator[Desks]:
     """The parts of the API over an installation.
 
     Raises:
@@ -47,7 +47,9 @@ def opened(installation: Installation) -> Iterator[tuple[Desks, Keyring]]:
         works = Works()
         stack.callback(works.close)
         gate = Gate(settings, keyring, directory)
-        yield Desks(installation, control, directory, gate, works, RunLedger(settings.data / "jobs.sqlite")), keyring
+        desks = Desks(installation, control, directory, gate, works, RunLedger(settings.data / "jobs.sqlite"))
+        stack.callback(desks.close)
+        yield desks
 
 
 def serve(
@@ -64,7 +66,7 @@ def serve(
     listener = listen(settings.api.host, settings.api_port, section="api")
     with ExitStack() as stack:
         stack.callback(listener.close)
-        desks, _ = stack.enter_context(opened(installation))
+        desks = stack.enter_context(opened(installation))
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
