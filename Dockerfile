@@ -1,4 +1,4 @@
-# tokentape itself: gateway, indexer and scheduler are this image with another command.
+# tokentape itself: gateway, API, indexer and scheduler are this image with another command.
 FROM python:3.12-slim AS build
 WORKDIR /src
 COPY locks/boot.txt locks/core.txt locks/
@@ -23,7 +23,7 @@ ENV PATH=/opt/tokentape/bin:$PATH PYTHONUNBUFFERED=1 TOKENTAPE_DATA=/data
 USER tokentape
 WORKDIR /data
 VOLUME /data
-EXPOSE 8400
+EXPOSE 8400 8401
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tokentape"]
 CMD ["up"]

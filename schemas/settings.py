@@ -211,6 +211,13 @@ class DebugSettings(_Section):
     token: SecretStr | None = Field(default=None, description="bearer token of /api/v1; without one only this machine may ask")
 
 
+class ApiSettings(_Section):
+    """The REST API and the page, in a process of their own: no look at the tape can slow a token."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on; who may come in is gateway.auth's and debug.token's")
+    port: int | None = Field(default=None, ge=0, le=65535, description="by default the gateway's and one; 0 picks a free port")
+
+
 class SnapshotSettings(_Section):
     """Versions of sessions that stopped at breakpoints, derived from the tape."""
 
@@ -404,6 +411,7 @@ class Settings(_Section):
     engine: EngineSettings = EngineSettings()
     weights: WeightsSettings = WeightsSettings()
     debug: DebugSettings = DebugSettings()
+    api: ApiSettings = ApiSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     batch: BatchSettings = BatchSettings()
     index: IndexSettings = IndexSettings()
@@ -417,6 +425,13 @@ class Settings(_Section):
     jobs: JobsSettings = JobsSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+
+    @property
+    def api_port(self) -> int:
+        """Where the API listens: what is set, else beside the gateway."""
+        if self.api.port is not None:
+            return self.api.port
+        return self.gateway.port + 1 if 0 < self.gateway.port < 65535 else 0
 
     @model_validator(mode="after")
     def _locks_end(self) -> Settings:

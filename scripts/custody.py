@@ -41,6 +41,7 @@ from scripts.native import tools
 from scripts.native.processes import ServiceError
 from scripts.services import Services
 from store.control import ControlLog, open_control
+from store.ledger.rotation import rotate
 from store.sql import query
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, tiering_of, verification
@@ -144,6 +145,11 @@ class Year:
         done = erasures.approve(asked, by="bob")
         return f"session {self.forgotten[:8]}, content of {done['contents']} events; {'; '.join(done['pending']) or 'nothing is pending'}"
 
+    def rotate(self) -> str:
+        """The ledger's key is handed over to a new one; who trusts the first follows."""
+        entry = rotate(self.installation.settings, self.installation.objects)
+        return f"ledger entry {entry.sequence}, signed by the old key, names the new one"
+
     def _rows(self, session: str, where: str = "true") -> int:
         sql = f"SELECT count(*) AS n FROM events WHERE lower(hex(session_id)) = '{session}' AND {where}"
         return int(query(self.installation.settings, sql).table.column("n")[0].as_py())
@@ -188,14 +194,15 @@ class Year:
         proofs.append(prover.consistency(self.first_checkpoint).to_json())
         with tempfile.TemporaryDirectory() as folder:
             program = tools.go_verifier(Path(folder), self.say)
-            checked = [_checked(program, Path(folder), str(installation.verifier), proof) for proof in proofs]
-            forged = [_checked(program, Path(folder), str(installation.verifier), _forged(proof)) for proof in proofs]
+            checked = [_checked(program, Path(folder), str(installation.ledger.verifier), proof) for proof in proofs]
+            forged = [_checked(program, Path(folder), str(installation.ledger.verifier), _forged(proof)) for proof in proofs]
         return sum(checked), forged.count(False)
 
 
 CHAPTERS: list[tuple[float, str, Callable[[Year], str]]] = [
     (0.10, "hold", Year.hold),
     (0.30, "erasure", Year.erase),
+    (0.50, "key rotation", Year.rotate),
     (0.75, "release", Year.release),
 ]
 """What happens when this share of the year has passed. The rotation of a key and a restore are two more lines here."""

@@ -435,6 +435,8 @@ def run(deployment: str) -> None:
     say(f"The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger.")
     if deployment == "embedded":
         say(f"Nothing runs any more, and everything still answers: {TOKENTAPE} --config {CONFIG} timeline {session}")
+        page = f"{TOKENTAPE} --config {CONFIG} --set api.port=8401 up --only api"
+        say(f"To look at it: {page}   then http://127.0.0.1:8401/#/session/{session}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

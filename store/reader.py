@@ -143,6 +143,16 @@ class EventReader:
         near = self._catalog.snapshot(time=(at - _ID_SPREAD_US, at + _ID_SPREAD_US))
         return self._holder(near, event_id) or self._holder(self._catalog.snapshot(), event_id)
 
+    def session_of(self, event_id: bytes) -> bytes | None:
+        """The session that an event belongs to; None where there is no such event."""
+        place = self.place_of(event_id)
+        if place is None:
+            return None
+        where = f"event_id BETWEEN {blob(event_id)} AND {blob(event_id)}"
+        one = Snapshot((), (place,)) if isinstance(place, Segment) else Snapshot((place,), ())
+        found = self.ask(one, "SELECT session_id FROM events", where, ("event_id", "session_id")).column(0).to_pylist()
+        return bytes(found[0]) if found else None
+
     def _holder(self, snapshot: Snapshot, event_id: bytes) -> Segment | Shard | None:
         """The first part of a snapshot with this event: hot ones first, which are quick to ask."""
         for shard in snapshot.shards:
@@ -161,6 +171,25 @@ class EventReader:
         found = self._summaries(self._hot_only, condition, limit)
         # A session of the cold tier is only of interest when hot has too few.
         return found if len(found) == limit else self._summaries(self._catalog.snapshot, condition, limit)
+
+    def ask(self, snapshot: Snapshot, sql: str, where: str, only: Collection[str] | None = None) -> pa.Table:
+        """A query of one's own over `events` in a part of the catalog; `where` and `only` as in `store.views.events_sql`."""
+        return self._read(lambda: snapshot, lambda taken: self._query(taken, sql, where, only))
+
+    def saying(self, snapshot: Snapshot, words: Sequence[str]) -> Iterator[tuple[str, int]]:
+        """Sessions (hex) of a part of the catalog in whose messages or answers some words (lower case) stand, a bit for each word."""
+        bits = " + ".join(f"CASE WHEN bool_or(contains(said, {literal(word)})) THEN {1 << i} ELSE 0 END" for i, word in enumerate(words))
+        sql = (
+            "SELECT lower(hex(session_id)) AS session, mask FROM (SELECT session_id, " + bits + " AS mask FROM ("
+            "SELECT session_id, lower(message.body) AS said FROM (SELECT session_id, unnest(request_submitted.content.messages) AS message "
+            "FROM events WHERE kind = 'request_submitted') UNION ALL SELECT session_id, lower(string_agg(token_chunk.content.text, '' "
+            "ORDER BY token_chunk.\"position\")) FROM events WHERE kind = 'token_chunk' "
+            'GROUP BY session_id, token_chunk.generation_id, token_chunk."index", source) GROUP BY session_id) WHERE mask > 0'
+        )
+        only = ("kind", "session_id", "source", "request_submitted", "token_chunk")
+        kinds = "kind IN ('request_submitted', 'token_chunk')"
+        table = self.ask(snapshot, sql, kinds, only)
+        yield from zip(*(column.to_pylist() for column in table.columns), strict=True)
 
     def blob_names(self) -> set[str]:
         """The names of all blobs that an event refers to, in hexadecimal."""

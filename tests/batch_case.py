@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ class BatchCase:
         until(lambda: _queued(rig.url) == WAITING + 1)
         for turns in (1, 2):
             upstream.passes = 1
-            until(lambda turns=turns: len(upstream.order) == AT_WORK + turns)
+            until(partial(_asked, upstream, AT_WORK + turns))
         upstream.open.set()
         asking.join(30)
         ended(client, made.id)
@@ -473,6 +474,10 @@ def shared_with(settings: Settings, pid: int) -> None:
 
     until(half, 60.0)
     control.close()
+
+
+def _asked(upstream: Upstream, count: int) -> bool:
+    return len(upstream.order) == count
 
 
 def _queued(url: str) -> int:

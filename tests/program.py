@@ -172,7 +172,7 @@ class Up:
         """Everything on standard output and error so far."""
         return self._log.read_text(errors="replace")
 
-    def ready(self, parts: Sequence[str] = ("gateway", "indexer", "scheduler")) -> Up:
+    def ready(self, parts: Sequence[str] = ("gateway", "api", "indexer", "scheduler")) -> Up:
         """Return when all of these parts run."""
         until(lambda: set(parts) <= self.program.parts().keys() or self._failed())
         return self

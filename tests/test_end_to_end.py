@@ -156,7 +156,7 @@ def test_cold_answers_as_hot_did_and_is_proved(recording: Recording) -> None:
 
     assert cold == hot
     assert status["storage"]["cold"]["files"] > 0
-    assert {part["part"] for part in status["running"]} == {"gateway", "indexer", "scheduler"}
+    assert {part["part"] for part in status["running"]} == {"gateway", "api", "indexer", "scheduler"}
 
     program.run("verify")
     with flipped_bit(program.settings):

@@ -185,14 +185,14 @@ def test_every_container_has_a_health_check_and_a_place_for_its_data() -> None:
 
     assert all("test" in service["healthcheck"] for service in tree["services"].values())
     assert set(mounts.values()) == set(tree["volumes"])
-    assert set(mounts) == {"kafka", "minio", "gateway", "indexer", "scheduler"}
+    assert set(mounts) == {"kafka", "minio", "gateway", "api", "indexer", "scheduler"}
 
 
 def test_no_port_is_reachable_from_outside() -> None:
     """Every published port is bound to the loopback address."""
     ports = [port for service in compose_file()["services"].values() for port in service.get("ports", [])]
 
-    assert len(ports) == 3
+    assert len(ports) == 4
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 

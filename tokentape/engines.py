@@ -54,7 +54,7 @@ def open_engine(
     Raises:
         UsageError: it cannot be, or vLLM does not start.
     """
-    made = _made(installation, engine, model, tuple(options), state, background)
+    made = made_engine(installation, engine, model, tuple(options), state, background=background)
     installation.closing(made.close)
     return made
 
@@ -69,14 +69,20 @@ def calibrations(installation: Installation) -> Calibrations:
     return Calibrations(installation.settings.data / "calibrations")
 
 
-def _made(
+def made_engine(
     installation: Installation,
     engine: str | None,
     model: str | None,
     options: tuple[str, ...],
     state: SessionState | None,
-    background: bool,
+    *,
+    background: bool = False,
 ) -> Engine:
+    """The same, for one who closes it.
+
+    Raises:
+        UsageError: as `open_engine`.
+    """
     if engine and engine.startswith(IN_PROCESS):
         if model:
             raise UsageError(

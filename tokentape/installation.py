@@ -179,8 +179,10 @@ class Installation:
             warn(f"large bodies are not shown, their store does not answer: {error}")
             return events
 
-    def annotate(self, text: str, event: SessionAnnotated) -> None:
+    def annotate(self, text: str, event: SessionAnnotated, *, actor: str = "") -> None:
         """Record an annotation in a session, under its own tenant, retention class and salt; it is in the log when this returns.
+
+        `actor` is who annotates, by default who runs this process.
 
         Raises:
             UnknownSession: as `session_id`.
@@ -190,7 +192,7 @@ class Installation:
         salt = {"salt": first.salt} if first.salt else {}
         content = self.settings.redaction.of(first.tenant).content == "full"
         session = SessionContext(
-            first.session_id, first.tenant, "api", self.person(), first.retention_class, content=content, sample_rate=1.0, **salt
+            first.session_id, first.tenant, "api", actor or self.person(), first.retention_class, content=content, sample_rate=1.0, **salt
         )
         redactor = Redactor.of(self.settings).for_tenant(first.tenant)
         if event.content is not None:
@@ -209,8 +211,11 @@ class Installation:
             return "user:unknown"
 
     @contextlib.contextmanager
-    def accessing(self, operation: str, statement: str) -> Iterator[dict[str, Any]]:
-        """Record that somebody looked: the block fills in `rows`; a failure is recorded as such and raised on."""
+    def accessing(self, operation: str, statement: str, *, actor: str = "", tenant: str = "") -> Iterator[dict[str, Any]]:
+        """Record that somebody looked: the block fills in `rows`; a failure is recorded as such and raised on.
+
+        `actor` is who looks, by default who runs this process; `tenant` whose the record is, by default that of the settings.
+        """
         answer: dict[str, Any] = {"outcome": "ok", "rows": None}
         began = time.perf_counter_ns()
         try:
@@ -219,7 +224,8 @@ class Installation:
             answer["outcome"] = type(error).__name__
             raise
         finally:
-            session = SessionContext(new_id(), self.settings.tenant, "api", self.person(), self.settings.retention_class)
+            owner = tenant or self.settings.tenant
+            session = SessionContext(new_id(), owner, "api", actor or self.person(), self.settings.retention_class)
             content = AccessContent(statement=statement)
             took = (time.perf_counter_ns() - began) // 1000
             event = AccessLogged(operation=operation, outcome=answer["outcome"], rows=answer["rows"], duration_us=took, content=content)

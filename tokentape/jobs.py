@@ -13,6 +13,7 @@ from lifecycle.compaction import Compaction
 from lifecycle.erasure import Erasures
 from lifecycle.iceberg import Iceberg
 from lifecycle.log_retention import trim
+from lifecycle.proving import Prover
 from lifecycle.retention import Retention
 from lifecycle.scheduler import Job
 from lifecycle.tiering import Tiering
@@ -181,6 +182,11 @@ def versioning(installation: Installation) -> Versioning:
     """What derives the snapshots of the installation's sessions."""
     settings = installation.settings
     return Versioning(installation.reader, installation.catalog, open_versions(settings.data), settings.snapshots.session_bytes_max)
+
+
+def prover(installation: Installation) -> Prover:
+    """What makes proofs of the installation's events and of its ledger's growth."""
+    return Prover(installation.reader, installation.objects, installation.ledger, installation.registry)
 
 
 def verification(installation: Installation) -> Verification:

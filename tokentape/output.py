@@ -60,7 +60,7 @@ def write_table(table: pa.Table, fmt: str, *, stream: BinaryIO | None = None) ->
         _print_rich(table)
     elif fmt == "json":
         for row in table.to_pylist():
-            stream.write(orjson.dumps(row, default=_plain, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NAIVE_UTC))
+            stream.write(orjson.dumps(row, default=plain, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NAIVE_UTC))
     elif fmt == "csv":
         pa.csv.write_csv(_flat(table), stream)
     elif fmt == "arrow":
@@ -123,12 +123,12 @@ def _cell(value: Any) -> Text:
     elif isinstance(value, dt.datetime):
         text = value.strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
     else:
-        text = str(_plain(value)) if isinstance(value, bytes) else str(value)
+        text = str(plain(value)) if isinstance(value, bytes) else str(value)
     text = text.replace("\n", "⏎")
     return Text(text if len(text) <= CELL_WIDTH_MAX else text[: CELL_WIDTH_MAX - 1] + "…")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Bytes for machine-readable texts: 16 bytes are an id and become UUID text, others hex up to 32 bytes, then base64."""
     if isinstance(value, bytes):
         if len(value) == 16:
@@ -151,4 +151,4 @@ def _flat(table: pa.Table) -> pa.Table:
 
 
 def _text(value: Any) -> str:
-    return str(_plain(value)) if isinstance(value, bytes) else orjson.dumps(value, default=_plain).decode()
+    return str(plain(value)) if isinstance(value, bytes) else orjson.dumps(value, default=plain).decode()

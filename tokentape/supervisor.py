@@ -21,7 +21,7 @@ from schemas.errors import Fenced, TokentapeError
 
 log = structlog.get_logger()
 
-PARTS = ("gateway", "indexer", "scheduler")
+PARTS = ("gateway", "api", "indexer", "scheduler")
 """Parts in the order in which they stop: what brings events in first, so that the others see the last of them."""
 
 RESTARTS_MAX = 5

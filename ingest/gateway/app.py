@@ -364,8 +364,8 @@ def serve(
             runner.run(server.serve(sockets=[listener]))
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+def listen(host: str, port: int, *, section: str = "gateway") -> socket.socket:
+    """A listening socket; `section` of the settings says where.
 
     Raises:
         ConflictError: the port is in use.
@@ -376,7 +376,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise SettingsError(error.strerror or str(error), operation="listen", place=place, hint="set gateway.host") from error
+        raise SettingsError(error.strerror or str(error), operation="listen", place=place, hint=f"set {section}.host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -385,9 +385,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if isinstance(error, PermissionError) or "assign" in str(error).lower():
             raise SettingsError(
-                error.strerror or str(error), operation="listen", place=place, hint="set gateway.host and gateway.port"
+                error.strerror or str(error), operation="listen", place=place, hint=f"set {section}.host and {section}.port"
             ) from error
-        hint = "stop what uses it, or set gateway.port (0 picks a free one)"
+        hint = f"stop what uses it, or set {section}.port (0 picks a free one)"
         raise ConflictError("the port is in use", operation="listen", place=place, hint=hint) from error
     return listener
 

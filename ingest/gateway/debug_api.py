@@ -8,10 +8,8 @@ is refused.
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from collections.abc import Awaitable, Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import structlog
 
@@ -19,8 +17,10 @@ from ingest.debug import breakpoints, commands, workers
 from ingest.debug.desk import check_known, listed, new_breakpoint, waiting
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange
+from ingest.gateway.local import from_here
 from ingest.gateway.parts import Parts
-from schemas.errors import ConflictError, TokentapeError, Unavailable, UnknownName, UsageError
+from ingest.gateway.problems import PROBLEM_JSON, Problem, problem_document, status_of
+from schemas.errors import TokentapeError, Unavailable, UsageError
 from schemas.requests import dump, load
 
 log = structlog.get_logger(__name__)
@@ -28,30 +28,8 @@ log = structlog.get_logger(__name__)
 PREFIX = "/api/v1/"
 ACTOR_CHARACTERS_MAX = 200
 
-_PROBLEM = (b"content-type", b"application/problem+json")
+_PROBLEM = (b"content-type", PROBLEM_JSON.encode())
 _JSON = (b"content-type", b"application/json")
-_PASSED_ON = ("forwarded", "x-forwarded-for", "x-real-ip")
-_TITLES = {
-    400: "Not valid",
-    401: "Not authenticated",
-    403: "Not allowed",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Conflict",
-    413: "Too large",
-    415: "Not JSON",
-    500: "Unexpected error",
-    503: "Not available",
-}
-
-
-class Problem(Exception):
-    """An error answer that is no `TokentapeError`."""
-
-    def __init__(self, status: int, detail: str, hint: str = "", allow: str = "") -> None:
-        """`allow` are the methods that would do, for a 405."""
-        super().__init__(detail)
-        self.status, self.detail, self.hint, self.allow = status, detail, hint, allow
 
 
 async def debug_api(parts: Parts, exchange: Exchange) -> None:
@@ -65,24 +43,16 @@ async def debug_api(parts: Parts, exchange: Exchange) -> None:
     except Failure as failure:
         await _refuse(exchange, failure.status, failure.message, "")
     except TokentapeError as error:
-        await _refuse(exchange, _status_of(error), str(error), error.hint)
+        await _refuse(exchange, status_of(error), str(error), error.hint)
     except Exception as error:
         log.exception("debug API failed")
         await _refuse(exchange, 500, f"unexpected {type(error).__name__}", "the gateway's log says where")
 
 
 async def _refuse(exchange: Exchange, status: int, detail: str, hint: str, allow: str = "") -> None:
-    problem = {"type": "about:blank", "title": _TITLES.get(status, "Error"), "status": status, "detail": detail}
-    problem |= {"instance": exchange.scope["path"]} | ({"hint": hint} if hint else {})
+    problem = problem_document(status, detail, hint, exchange.scope["path"])
     headers = [_PROBLEM, *([(b"www-authenticate", b"Bearer")] if status == 401 else []), *([(b"allow", allow.encode())] if allow else [])]
     await exchange.respond(status, dump(problem), headers)
-
-
-def _status_of(error: TokentapeError) -> int:
-    for kind, status in ((UnknownName, 404), (UsageError, 400), (ConflictError, 409), (Unavailable, 503)):
-        if isinstance(error, kind):
-            return status
-    return 500
 
 
 # Who may ask
@@ -104,26 +74,9 @@ async def _admit(parts: Parts, exchange: Exchange) -> str:
         return f"key:{(await parts.keyring.require(exchange, 'debugger')).owner}"
     if token is not None:
         raise Problem(401, "the debug API needs its token", "send Authorization: Bearer with the value of debug.token")
-    if not _from_here(exchange):
+    if not from_here(exchange.header, exchange.client):
         raise Problem(403, "without a token only this machine may use the debug API", "set debug.token")
     return f"api:{named[:ACTOR_CHARACTERS_MAX]}"
-
-
-def _from_here(exchange: Exchange) -> bool:
-    """Whether a program on this machine asks: its address, the name it used, and no page of another site behind it."""
-    names = [urlsplit(f"//{exchange.header('host') or ''}").hostname or ""]
-    if origin := exchange.header("origin"):
-        names.append(urlsplit(origin).hostname or "")
-    if any(exchange.header(name) for name in _PASSED_ON) or not _loopback(exchange.client or ""):
-        return False
-    return all(name == "localhost" or _loopback(name) for name in names)
-
-
-def _loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def _actor(exchange: Exchange) -> str:

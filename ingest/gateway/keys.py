@@ -154,7 +154,7 @@ class Keyring:
         if not self._required:
             return Caller(None, credential, authorization)
         try:
-            return Caller(await self._key(credential), credential)
+            return Caller(await self.key_of(credential), credential)
         except Failure as failure:
             return Caller(None, credential, refusal=failure)
 
@@ -174,13 +174,18 @@ class Keyring:
         Raises:
             Failure: no valid key (401), or not with this role (403).
         """
-        key = await self._key(_credential(exchange))
+        key = await self.key_of(_credential(exchange))
         if not key.has(role):
             held = ", ".join(key.roles) or "none"
             raise Failure(errors.FORBIDDEN, f"This needs a key with the role {role}; this key has {held}.")
         return key
 
-    async def _key(self, credential: str | None) -> VirtualKey:
+    async def key_of(self, credential: str | None) -> VirtualKey:
+        """The key whose token this is.
+
+        Raises:
+            Failure: there is none that is valid now (401), or it cannot be read now (503).
+        """
         if not credential:
             raise _unknown("A key is needed: send it as 'Authorization: Bearer tt-…'.")
         found = TOKEN.fullmatch(credential)

@@ -12,11 +12,11 @@ import click
 import orjson
 
 from lifecycle.coverage import coverage_rows
-from lifecycle.proving import Prover
 from schemas.errors import UsageError
 from store.ledger.proof import Proof
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
+from tokentape.jobs import prover
 from tokentape.output import err, write_rows, write_whole
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -39,7 +39,7 @@ def prove(installation: Installation, event: str, out: Path | None) -> None:
         raise UsageError(f"{event!r} is no event id", operation="prove", hint="a UUID, the event_id of the view events") from None
     installation.freshen()
     with installation.accessing("prove", f"prove {event}") as access:
-        proof = _prover(installation).event(event_id)
+        proof = prover(installation).event(event_id)
         access["rows"] = 1
     _write(proof, out)
 
@@ -102,11 +102,7 @@ def ledger_checkpoint(installation: Installation, out: Path | None) -> None:
 @with_installation
 def ledger_consistency(installation: Installation, old: Path, new: Path | None, out: Path | None) -> None:
     """The proof that the ledger under checkpoint NEW (default: the newest) begins with all that stood under OLD."""
-    _write(_prover(installation).consistency(old.read_bytes(), new.read_bytes() if new else None), out)
-
-
-def _prover(installation: Installation) -> Prover:
-    return Prover(installation.reader, installation.objects, installation.ledger, installation.registry)
+    _write(prover(installation).consistency(old.read_bytes(), new.read_bytes() if new else None), out)
 
 
 def _write(proof: Proof, out: Path | None) -> None:

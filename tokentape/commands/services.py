@@ -29,7 +29,7 @@ log = structlog.get_logger()
 @click.option("--only", metavar="PARTS", help=f"Run only these, comma-separated: {', '.join(PARTS)}.")
 @click.pass_context
 def up(ctx: click.Context, only: str | None) -> None:
-    """Run gateway, indexer and scheduler until SIGTERM or Ctrl-C; nothing acknowledged is lost by stopping."""
+    """Run gateway, API and page, indexer and scheduler until SIGTERM or Ctrl-C; nothing acknowledged is lost by stopping."""
     settings: Settings = ctx.obj
     parts = [part.strip() for part in only.split(",")] if only else list(PARTS)
     for part in parts:
@@ -67,6 +67,18 @@ def _gateway(settings: Settings, stop: threading.Event) -> None:
         serve(settings, installation.recorder, stop, ready=ready)
 
 
+def _api(settings: Settings, stop: threading.Event) -> None:
+    from tokentape.api.server import serve as serve_api  # the other parts need none of it
+
+    with Installation(settings, source="api") as installation:
+
+        def ready(url: str) -> Any:
+            log.info("api.ready", url=url, page=f"{url}/")
+            return announced(settings.data, "api", url=url)
+
+        serve_api(installation, stop, ready=ready)
+
+
 def _indexer(settings: Settings, stop: threading.Event) -> None:
     with Installation(settings) as installation, announced(settings.data, "indexer"):
         installation.publish_schemas()
@@ -83,6 +95,6 @@ def _scheduler(settings: Settings, stop: threading.Event) -> None:
         scheduler.close()
 
 
-_RUN = {"gateway": _gateway, "indexer": _indexer, "scheduler": _scheduler}
+_RUN = {"gateway": _gateway, "api": _api, "indexer": _indexer, "scheduler": _scheduler}
 
 COMMANDS = [up]

@@ -1,0 +1,226 @@
+"""A session taken in whole: an export of one, or a conversation that was held elsewhere, as events of source `import`.
+
+It becomes a session of its own, with new ids for itself and its generations, so that one that is taken back into the installation
+it came from stands beside the original. Its events keep the times at which they were recorded. They are written as those of one
+producer that ends with them, in one batch: the log has all of them or, where it fails, some may be there and the answer is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from ingest.redaction import Redactor
+from schemas import clock
+from schemas import events as e
+from schemas.codec import decode, encode
+from schemas.errors import DataError, UsageError
+from schemas.registry import SchemaRegistry
+from schemas.requests.jsontext import dump
+from schemas.settings import Settings
+from schemas.sink import new_id
+from store.log.base import Entry, Log, partition_of
+from store.rows import StoredEvent
+
+FORMAT = "tokentape.session"
+VERSION = 1
+"""Of the export; raised when an older importer could not read it."""
+
+_HINT = 'session_data is what `export` gives, or {"request": {"model": …, "messages": […]}, "response": {"content": …}}'
+_NOT_TAKEN = frozenset({"access_logged", "producer_heartbeat", "records_lost"})
+"""Kinds that tell of the installation they were recorded in."""
+_LINKS = ("generation_id", "parent_generation", "history_generation")
+"""Fields that name a generation of the same session."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose the new session is, and how it is labelled."""
+
+    tenant: str
+    actor: str
+    tags: tuple[str, ...] = ()
+    visibility: str | None = None
+
+
+def export_document(events: Sequence[StoredEvent], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The export of a session: each of `lines` (its events as people read them) with the very event in Avro beside it."""
+    told = [{**line, "avro": base64.b64encode(encode(stored.event)).decode()} for line, stored in zip(lines, events, strict=True)]
+    return {"format": FORMAT, "version": VERSION, "session_id": events[0].event.session_id.hex(), "events": told}
+
+
+def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistry, settings: Settings) -> tuple[bytes, int]:
+    """Take a session in; its new id and the number of its events. They are durable when this returns.
+
+    Raises:
+        UsageError: neither an export nor a conversation, or of a later version.
+        LogUnavailable: the log does not take it.
+    """
+    found = list(_exported(data, registry) if _is_export(data) else _conversation(data))
+    if not found:
+        raise UsageError("the session has no events", operation="import", hint=_HINT)
+    found += _labels(owner, found[-1][1])
+    session, salt, producer = new_id(), os.urandom(16), os.urandom(8)
+    redactor = Redactor.of(settings).for_tenant(owner.tenant)
+    content = settings.redaction.of(owner.tenant).content == "full"
+    entries = []
+    for number, (payload, at) in enumerate(found):
+        event = e.Event(
+            event_id=new_id(),
+            session_id=session,
+            salt=salt,
+            tenant=owner.tenant,
+            retention_class=settings.retention_class,
+            actor=owner.actor,
+            source="import",
+            producer_id=producer,
+            producer_seq=number,
+            recorded_at=at,
+            payload=_redacted(payload, redactor) if content else _without_content(payload),
+        )
+        entries.append(Entry(partition_of(session, log.partitions), session, encode(event)))
+    log.append(entries)
+    return session, len(entries)
+
+
+Recorded = tuple[e.Payload, int]
+
+
+def _labels(owner: Owner, at: int) -> list[Recorded]:
+    if not owner.tags and owner.visibility is None:
+        return []
+    return [(e.SessionAnnotated(tags_added=list(owner.tags), visibility=owner.visibility), at)]
+
+
+# An export
+
+
+def _is_export(data: Any) -> bool:
+    if not isinstance(data, Mapping):
+        raise UsageError("session_data is no object", operation="import", hint=_HINT)
+    if "format" not in data:
+        return False
+    if data["format"] != FORMAT or not isinstance(data.get("events"), list):
+        raise UsageError(f"this is no {FORMAT}", operation="import", hint=_HINT)
+    if data.get("version") != VERSION:
+        hint = "use the version of tokentape that made it, or a newer one"
+        raise UsageError(f"an export of version {data.get('version')!r}; this reads {VERSION}", operation="import", hint=hint)
+    return True
+
+
+def _exported(data: Mapping[str, Any], registry: SchemaRegistry) -> Iterator[Recorded]:
+    """The events of an export, by the source that counts, with new ids for its generations."""
+    events = [_event(i, line, registry) for i, line in enumerate(data["events"])]
+    counts = {
+        event.payload.generation_id: event.payload.authoritative for event in events if isinstance(event.payload, e.GenerationStarted)
+    }
+    renamed: dict[bytes, bytes] = {}
+    for event in events:
+        generation = getattr(event.payload, "generation_id", None)
+        if event.kind in _NOT_TAKEN or counts.get(generation or b"", event.source) != event.source:
+            continue
+        yield _renamed(event.payload, renamed), event.recorded_at
+
+
+def _event(number: int, line: Any, registry: SchemaRegistry) -> e.Event:
+    try:
+        return decode(base64.b64decode(line["avro"], validate=True), registry)
+    except (ValueError, KeyError, TypeError, DataError) as error:
+        raise UsageError(f"event {number} does not read: {error}", operation="import", hint=_HINT) from error
+
+
+def _renamed(payload: e.Payload, renamed: dict[bytes, bytes]) -> e.Payload:
+    links = {name: getattr(payload, name) for name in _LINKS if getattr(payload, name, None) is not None}
+    changes: dict[str, Any] = {name: renamed.setdefault(value, new_id()) for name, value in links.items()}
+    if isinstance(payload, e.GenerationStarted):
+        changes["authoritative"] = "import"
+    return payload.model_copy(update=changes) if changes else payload
+
+
+# A conversation
+
+
+def _conversation(data: Mapping[str, Any]) -> Iterator[Recorded]:
+    """The events of a request and its answer as they are known afterwards: without ids, logprobs and times of tokens."""
+    request, response = data.get("request"), data.get("response") or {}
+    messages = request.get("messages") if isinstance(request, Mapping) else None
+    if (
+        not isinstance(request, Mapping)
+        or not isinstance(messages, list)
+        or not all(isinstance(m, Mapping) for m in messages)
+        or not messages
+    ):
+        raise UsageError("session_data has no request with messages", operation="import", hint=_HINT)
+    if not isinstance(response, Mapping):
+        raise UsageError("response is no object", operation="import", hint=_HINT)
+    text, model, title = response.get("content"), request.get("model"), data.get("title")
+    for name, value in (("response.content", text), ("request.model", model), ("title", title)):
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"{name} is no text", operation="import", hint=_HINT)
+    at, generation = clock.now_us(), new_id()
+    yield e.SessionOpened(content=e.SessionContent(title=title) if title else None), at
+    bodies = [e.Message(message_id=new_id(), role=str(message.get("role", "?")), body=_json(message)) for message in messages]
+    rest = {name: value for name, value in request.items() if name != "messages"}
+    content = e.RequestContent(messages=bodies, parameters=_json(rest))
+    ids = [body.message_id for body in bodies]
+    yield e.RequestSubmitted(generation_id=generation, endpoint="/v1/chat/completions", model=model, message_ids=ids, content=content), at
+    if text is None:
+        return
+    yield e.GenerationStarted(generation_id=generation, status=200, authoritative="import", offset_us=0), at
+    said = e.ChunkContent(text=text, lengths=[len(text)])
+    yield e.TokenChunk(generation_id=generation, index=0, position=0, offsets_us=[0], content=said), at
+    reason = response.get("finish_reason")
+    yield e.SequenceFinished(generation_id=generation, index=0, tokens=1, finish_reason=str(reason or "stop"), offset_us=0), at
+    yield e.GenerationFinished(generation_id=generation, sequences=1, tokens_recorded=1, offset_us=0), at
+
+
+def _json(value: Any) -> str:
+    try:
+        return dump(value).decode()
+    except (TypeError, ValueError, orjson.JSONEncodeError) as error:
+        raise UsageError(f"a part of the request is no JSON: {error}", operation="import", hint=_HINT) from error
+
+
+# Redaction comes before the log, whoever brings an event
+
+
+def _without_content(payload: e.Payload) -> e.Payload:
+    return payload.model_copy(update={"content": None}) if "content" in type(payload).model_fields else payload
+
+
+def _redacted(payload: e.Payload, redactor: Redactor) -> e.Payload:
+    content = getattr(payload, "content", None)
+    if content is None or not redactor.searches:
+        return payload
+    plain = content.model_dump()
+    cleaned = _cleaned(plain, redactor)
+    if cleaned == plain:
+        return payload
+    if isinstance(payload, e.TokenChunk):
+        # Ids would give back what was taken, and lengths no longer fit.
+        cleaned |= {"token_ids": [], "logprobs": [], "lengths": []}
+    return payload.model_copy(update={"content": type(content).model_validate(cleaned)})
+
+
+def _cleaned(value: Any, redactor: Redactor) -> Any:
+    if isinstance(value, str):
+        return _cleaned_text(value, redactor)
+    if isinstance(value, list):
+        return [_cleaned(item, redactor) for item in value]
+    return {name: _cleaned(item, redactor) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _cleaned_text(text: str, redactor: Redactor) -> str:
+    """JSON text is searched as the document it is, so that what stands there stays JSON."""
+    if text[:1] in "{[":
+        try:
+            return redactor.document(json.loads(text))[0]
+        except ValueError:
+            pass
+    return redactor.clean(text) or ""

@@ -1,0 +1,325 @@
+"""The page in a real Chromium over a tape that a gateway and a test wrote: every view walked, looked at by axe, and played tricks on."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from schemas import events as e
+from schemas.settings import ApiSettings
+from tests.api_rig import Api, put, serving
+from tests.debug_rig import Debugged, debugging
+from tests.tape import EVIL, QUESTION, SYSTEM, Tape, finish, incident, stream
+from tokentape.api.page import BUNDLE, POLICY
+
+UI = BUNDLE.parent
+TAPE = incident()
+SESSION = str(uuid.UUID(bytes=TAPE.session_id))
+TIMEOUT_MS = 60_000
+GZIP_BYTES_MAX = 500_000
+XSS = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass
+class Site:
+    """A page over one installation, the gateway that records into it, and a way to make somebody with a key."""
+
+    made: Debugged
+    api: Api
+    browser: Browser
+
+    def open(self, view: str = "", *, token: str | None = None, dark: bool = False, width: int = 1440) -> Page:
+        """A tab on a view; whatever the page's console complains of fails the test at `close`."""
+        scheme: Any = "dark" if dark else "light"
+        page = self.browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, reduced_motion="reduce")
+        page.set_default_timeout(TIMEOUT_MS)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", lambda said: self.complaints.append(said.text) if _complains(said.type, said.text) else None)
+        if token:
+            page.add_init_script(f"sessionStorage.setItem('tokentape.token', '{token}')")
+        page.goto(f"{self.api.url}/#/{view}")
+        return page
+
+    def __post_init__(self) -> None:
+        self.complaints: list[str] = []
+
+
+def _complains(kind: str, text: str) -> bool:
+    """Whether the console says that something is wrong; an answer that is a problem is told on the page itself."""
+    return kind == "error" and "the server responded with a status of" not in text
+
+
+@pytest.fixture
+def site(shared: Site) -> Site:
+    """The one of the file, of whose pages nothing was complained yet."""
+    shared.complaints.clear()
+    return shared
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One gateway, one API and one browser for the file."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert program, "no Chromium on the PATH; `make setup` installs Debian's package"
+    with debugging(tmp_path_factory.mktemp("page")) as made:
+        settings = made.rig.settings.model_copy(update={"api": ApiSettings(port=0)})
+        put(settings, [stored.event for stored in TAPE.events])
+        put(settings, [stored.event for stored in _hostile().events])
+        expect.set_options(timeout=TIMEOUT_MS)
+        with serving(settings) as api, sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            yield Site(made, api, browser)
+            browser.close()
+
+
+def _hostile() -> Tape:
+    """A session whose every text wants to be run, or to mislead."""
+    tape = Tape("hostile")
+
+    content = e.SessionContent(title=f"hostile {XSS}")
+    tape.add(e.SessionOpened(client=XSS, user=XSS, workflow="'\"--><b>", tags=[XSS, "javascript:alert(1)"], content=content), 0)
+    message = {"role": "user", "content": f"{XSS} {EVIL['content']}"}
+    g = tape.request("h1", [SYSTEM, QUESTION, message], 5, parameters={"model": XSS, "stop": [XSS]}, model=XSS)
+    tape.started(g, 60, 50, range(9))
+    end = stream(tape, g, 9, 80, 12)
+    call = e.ToolCallContent(call_id=XSS, name=XSS, arguments=XSS)
+    tape.add(e.ToolCall(generation_id=g, index=0, call_index=0, offset_us=round(end * 1000), content=call), 9 + end)
+    finish(tape, g, 9, [12], end + 2, XSS)
+    return tape
+
+
+def _look(page: Page, name: str) -> None:
+    """A picture for who wants to look: the folder is named in the environment."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(400)
+        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def _axe() -> str | None:
+    """The source of axe-core, where a build of the page or the test group brought it."""
+    return next((path.read_text(encoding="utf-8") for path in (UI / "node_modules" / "axe-core" / "axe.min.js",) if path.exists()), None)
+
+
+def _sound(page: Page) -> None:
+    """No violation that axe calls serious or critical."""
+    source = _axe()
+    if source is None:
+        return
+    page.evaluate(source)  # through the debugger, which the page's policy does not stop
+    found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
+    serious = [(one["id"], one["nodes"][0]["html"][:200], len(one["nodes"])) for one in found if one["impact"] in ("serious", "critical")]
+
+    assert serious == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_view(site: Site, dark: bool) -> None:
+    """Each view is asked for by its key, shows what is on the tape, and is sound for who cannot see it or has no mouse."""
+    page = site.open(dark=dark)
+    said = {"1": "Morning slowness", "3": "generations", "4": "Storage by tier", "5": "behind the log", "2": "No request is stopped"}
+    for key, text in said.items():
+        page.locator("body").press(key)
+        expect(page.locator("main")).to_contain_text(text)
+        expect(page.locator("[aria-current=page]")).to_contain_text(key)
+        _look(page, f"view-{key}-{'dark' if dark else 'light'}")
+        _sound(page)
+    page.close()
+
+    assert site.complaints == []
+
+
+def test_search_and_filters(site: Site) -> None:
+    """Words find a session by what was said in it; the address keeps the question, and a tag narrows it."""
+    page = site.open()
+    page.locator("body").press("/")
+    page.keyboard.type("lisbon 4711")
+    expect(page.locator(".sessions li")).to_have_count(1)
+    page.get_by_role("button", name="incident").click()
+    expect(page).to_have_url(re.compile(r"#/sessions\?q=lisbon\+4711&tag=incident"))
+    page.reload()
+    expect(page.locator(".sessions li")).to_have_count(1)
+    page.get_by_label("Search sessions").fill("zebra")
+    expect(page.locator("main")).to_contain_text("No session is like that")
+    page.close()
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_time_travel(site: Site, dark: bool) -> None:
+    """The scrubber moves the conversation back and on; tokens tell themselves, edits stand side by side, failures are marked."""
+    page = site.open(f"session/{SESSION}", dark=dark)
+    slider = page.get_by_role("slider")
+    expect(page.locator(".travel")).to_contain_text("event 105 of 105")
+    expect(page.locator(".generation")).to_have_count(4)
+    expect(page.locator(".diff .gone").first).to_contain_text('"temperature": 0.8')
+    expect(page.locator(".generation .trouble").last).to_contain_text("upstream timeout")
+    _look(page, f"session-{'dark' if dark else 'light'}")
+    _sound(page)
+    page.locator(".tokens [data-i='3']").first.hover()
+    expect(page.locator(".token-facts").first).to_contain_text(re.compile(r"token 3 · id \d+ · p [\d.]+ %"))
+    slider.press("Home")
+    expect(page.locator(".travel")).to_contain_text("event 1 of 105")
+    expect(page.locator("main")).to_contain_text("No request had come yet")
+    for _ in range(7):
+        slider.press("ArrowRight")
+    expect(page.locator(".generation")).to_have_count(1)
+    _look(page, f"session-then-{'dark' if dark else 'light'}")
+    page.locator("body").press("Escape")
+    expect(page.locator(".travel")).to_contain_text("as it stands")
+    if not dark:
+        page.locator(".edit").scroll_into_view_if_needed()
+        _look(page, "session-edit")
+        page.set_viewport_size({"width": 420, "height": 860})
+        _look(page, "session-narrow")
+    page.close()
+
+    assert site.complaints == []
+
+
+def test_a_hostile_session(site: Site) -> None:
+    """Markup in titles, messages, tags, models and tool calls is shown as text, and nothing of it runs."""
+    hostile = str(uuid.UUID(bytes=Tape("hostile").session_id))
+    for view in (f"session/{hostile}", "sessions"):
+        page = site.open(view)
+        expect(page.locator("main")).to_contain_text("<img src=x onerror=")
+        expect(page.locator("main img, main script")).to_have_count(0)
+        _look(page, f"hostile-{view.split('/')[0]}")
+
+        assert page.title() != "owned"
+        assert page.locator("a[href^='javascript']").count() == 0
+        page.close()
+
+    assert site.complaints == []
+
+
+def test_two_people_on_one_request(site: Site) -> None:
+    """A stopped request is edited with validation; somebody else's edit is seen; who releases lets it go as edited."""
+    site.made.stop(breakpoint_id="page", tag="page")
+    answer = site.made.ask(headers={"x-tokentape-tags": "page"})
+    page = site.open("debug")
+    editor = page.get_by_label("The request as JSON")
+    expect(page.locator(".stopped li")).to_have_count(1)
+    expect(editor).to_have_value(re.compile("Say something about the sea"))
+    _look(page, "debug")
+    _sound(page)
+    text = editor.input_value()
+    editor.fill(text.replace('"model": "m"', '"model": 1'))
+    expect(page.locator(".editor")).to_contain_text("model: a name is needed")
+    expect(page.get_by_role("button", name="Release", exact=True)).to_be_disabled()
+    editor.fill(text.replace("the sea", "the moon"))
+    expect(page.locator(".diff .come")).to_contain_text("the moon")
+    (generation,) = site.made.waiting()
+    site.made.other.ask(generation, "edit", patch=[{"op": "add", "path": "/temperature", "value": 0}], reason="mine", version=0)
+    expect(page.locator(".editor")).to_contain_text("Somebody else has edited this request")
+    _look(page, "debug-overtaken")
+    page.get_by_role("button", name="take theirs").click()
+    expect(editor).to_have_value(re.compile('"temperature": 0'))
+    editor.fill(editor.input_value().replace("the sea", "the moon"))
+    page.get_by_label("Reason").fill("the moon it is")
+    page.get_by_role("button", name="Save and release").click()
+    expect(page.locator("main")).to_contain_text("No request is stopped")
+    page.get_by_role("button", name="Remove page").click()
+    expect(page.locator(".points")).to_contain_text("none is set")
+    page.close()
+
+    assert "the moon" in answer.result(60)
+    assert site.complaints == []
+
+
+def test_sql(site: Site) -> None:
+    """A statement is run from the keyboard, shown, charted and taken away; what is refused is said as such."""
+    page = site.open("sql")
+    editor = page.get_by_label("SQL statement")
+    editor.fill('SELECT "position", avg(gap_ms) AS gap_ms, min(logprob) AS logprob FROM tokens GROUP BY 1 ORDER BY 1')
+    editor.press("Control+Enter")
+    expect(page.locator(".result tbody tr")).to_have_count(64)
+    page.get_by_role("button", name="Chart").click()
+    expect(page.locator(".chart canvas")).to_be_visible()
+    _look(page, "sql-chart")
+    _sound(page)
+    with page.expect_download() as taken:
+        page.get_by_role("button", name="CSV").click()
+    saved = Path(taken.value.path()).read_text()
+    editor.fill("COPY events TO 'x'")
+    editor.press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("COPY is not allowed")
+    page.close()
+
+    assert saved.startswith('"position","gap_ms","logprob"')
+    assert site.complaints == []
+
+
+def test_a_custodian(site: Site) -> None:
+    """With a key the page signs acts of custody: a hold is placed and stands; without one it offers none."""
+    anybody = site.open("custody")
+    expect(anybody.locator("main")).to_contain_text("need a key")
+    expect(anybody.get_by_role("button", name="Hold")).to_have_count(0)
+    anybody.close()
+    token = site.api.by("custodian", "reader", owner="ann", tenant="acme").headers["authorization"].removeprefix("Bearer ")
+    page = site.open("custody", token=token)
+    page.get_by_label("What to hold").fill(SESSION)
+    page.get_by_label("Why to hold it").fill("matter 4711")
+    page.get_by_role("button", name="Hold", exact=True).click()
+    expect(page.locator("section", has_text="Legal holds")).to_contain_text("matter 4711")
+    page.get_by_role("button", name="Verify everything").click()
+    expect(page.locator("main")).to_contain_text("good")
+    _look(page, "custody")
+    _sound(page)
+    page.close()
+
+    assert site.complaints == []
+
+
+def test_a_page_that_is_not_let_in(site: Site) -> None:
+    """A key that opens nothing is told, and the page asks for another one; it stays with the tab."""
+    page = site.open(token="tt-000000000000-" + "x" * 43)
+    expect(page.locator("main")).to_contain_text("This key is not known here")
+    token = site.api.by("reader", owner="eve", tenant="acme").headers["authorization"].removeprefix("Bearer ")
+    page.locator("main").get_by_label("Key").fill(token)
+    page.get_by_role("button", name="come in").click()
+    expect(page.locator(".rail-foot")).to_contain_text("key:eve")
+    expect(page.locator(".rail a", has_text="SQL")).to_have_count(0)
+    other = site.open()
+    expect(other.locator(".rail-foot")).to_contain_text("api:somebody")
+    other.close()
+    page.close()
+
+
+def test_what_the_page_is_served_with(site: Site) -> None:
+    """A strict policy, nothing inline, nothing from elsewhere, and no way out of the bundle's folder."""
+    answer = httpx.get(site.api.url)
+    assets = [httpx.get(f"{site.api.url}/{path}") for path in re.findall(r'(?:src|href)="\./([^"]+)"', answer.text)]
+    away = [httpx.get(f"{site.api.url}/assets/{name}").status_code for name in ("..%2findex.html", "%2e%2e", "none.js", "..%5cx")]
+
+    assert answer.headers["content-security-policy"] == POLICY
+    assert "'unsafe" not in POLICY
+    assert not re.search(r"<script(?![^>]*\ssrc=)|\sstyle=|\son\w+=|https?://", answer.text)
+    assert [asset.status_code for asset in assets] == [200] * 3
+    assert away == [404] * 4
+
+
+def test_the_bundle_is_built_from_these_sources() -> None:
+    """The committed bundle carries the digest of the sources it was built from, and is small."""
+    names = ["index.html", "package-lock.json", "package.json", "tsconfig.json", "vite.config.mjs"]
+    names += [path.relative_to(UI).as_posix() for path in (UI / "src").rglob("*") if path.is_file()]
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + b"\n" + (UI / name).read_bytes() + b"\n")
+
+    size = sum(len(gzip.compress(path.read_bytes())) for path in BUNDLE.rglob("*") if path.is_file())
+
+    assert (BUNDLE / "sources.sha256").read_text().strip() == digest.hexdigest(), "run `make page`"
+    assert size < GZIP_BYTES_MAX
+    assert "resolved" not in (UI / "package-lock.json").read_text()

@@ -1,0 +1,150 @@
+"""What the handlers work with: one installation, opened for many callers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ingest.debug.desk import Desk
+from lifecycle.runs import RunLedger
+from replay.fold import Until
+from replay.player import Player
+from replay.state import SessionState
+from schemas.errors import TokentapeError, UsageError
+from store.control import ControlLog
+from store.directory import SessionDirectory
+from store.log import open_log
+from store.log.base import Log
+from store.rows import StoredEvent
+from store.sql import Completeness, completeness
+from tokentape.api.access import Gate, Principal
+from tokentape.api.work import Works
+from tokentape.installation import Installation
+
+FRESH_S = 1.0
+"""How old the index may be when it is asked: looking more often would seal a shard for every look."""
+
+STALE_S = 5.0
+"""An older index is waited for; between the two it is made fresh behind the answer."""
+
+TAPES_KEPT = 8
+"""Sessions kept in memory, so that a scrubber does not read one again for every step."""
+
+
+class Tape:
+    """One session's events, played to any of them."""
+
+    def __init__(self, events: list[StoredEvent]) -> None:
+        self.events = events
+        self._player = Player(events)
+        self._lock = threading.Lock()
+
+    def at(self, text: str | None) -> SessionState:
+        """The session at a moment, or at its end.
+
+        Raises:
+            UsageError: no such event, or no moment.
+        """
+        with self._lock:
+            return self._player.seek(len(self.events)) if text is None else self._player.to(Until.parse(text))
+
+
+@dataclass
+class Desks:
+    """The parts of the API; every method may be called from several threads."""
+
+    installation: Installation
+    control: ControlLog
+    directory: SessionDirectory
+    gate: Gate
+    works: Works
+    runs: RunLedger
+    _fresh: threading.Lock = field(default_factory=threading.Lock)
+    _fresh_at: float = float("-inf")
+    _closed: bool = False
+    _tapes: OrderedDict[tuple[bytes, frozenset[str]], Tape] = field(default_factory=OrderedDict)
+    _tapes_lock: threading.Lock = field(default_factory=threading.Lock)
+    custody: threading.Lock = field(default_factory=threading.Lock)
+
+    def freshen(self) -> None:
+        """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older."""
+        age = time.monotonic() - self._fresh_at
+        if age >= STALE_S:
+            self._look()
+        elif age >= FRESH_S and not self._fresh.locked():
+            threading.Thread(target=self._look_behind, name="freshen", daemon=True).start()
+
+    def _look(self) -> None:
+        """One at a time: a log is used by one thread."""
+        with self._fresh:
+            if not self._closed and time.monotonic() - self._fresh_at >= FRESH_S:
+                self.installation.freshen()
+                self._fresh_at = time.monotonic()
+
+    def _look_behind(self) -> None:
+        """What is wrong is told to whoever waits for the next look."""
+        with contextlib.suppress(TokentapeError):
+            self._look()
+
+    def close(self) -> None:
+        """Return when nobody looks any more."""
+        with self._fresh:
+            self._closed = True
+
+    def written(self) -> None:
+        """Something was recorded for a caller, who will look for it: the next look is a fresh one."""
+        self._fresh_at = float("-inf")
+
+    def completeness(self) -> dict[str, Any]:
+        """How complete an answer is."""
+        return completeness_document(completeness(self.installation.catalog))
+
+    @contextlib.contextmanager
+    def log(self) -> Iterator[Log]:
+        """A log to append to: the installation's own is the recorder's."""
+        log = open_log(self.installation.settings.log, self.installation.settings.data)
+        try:
+            yield log
+        finally:
+            log.close()
+
+    def tape(self, session_id: bytes) -> Tape:
+        """The events of a session as they are stored now."""
+        snapshot = self.installation.catalog.snapshot(session=session_id)
+        key = session_id, frozenset({*(shard.name for shard in snapshot.shards), *(segment.key for segment in snapshot.segments)})
+        with self._tapes_lock:
+            if key in self._tapes:
+                self._tapes.move_to_end(key)
+                return self._tapes[key]
+        tape = Tape(self.installation.session_events(session_id.hex()))
+        with self._tapes_lock:
+            self._tapes[key] = tape
+            while len(self._tapes) > TAPES_KEPT:
+                self._tapes.popitem(last=False)
+        return tape
+
+    def debug(self, principal: Principal) -> Desk:
+        """Breakpoints and stopped requests, as this person decides about them."""
+        return Desk(self.control, principal.name, answer_timeout_s=self.installation.settings.debug.answer_timeout_s)
+
+
+def completeness_document(found: Completeness) -> dict[str, Any]:
+    """Completeness as JSON types."""
+    names = ("gaps", "lost", "quarantined", "duplicates", "erased", "sampled_out")
+    return {"fresh_to": found.fresh_to.isoformat() if found.fresh_to else None, **{name: getattr(found, name) for name in names}}
+
+
+def custodian(principal: Principal) -> str:
+    """The name under which an act of custody is signed.
+
+    Raises:
+        UsageError: a caller without a key has none.
+    """
+    if principal.owner is None:
+        raise UsageError("an act of custody needs a key of its own", operation="custody", hint="`tokentape keys create --role custodian`")
+    return principal.owner

@@ -1,0 +1,214 @@
+// Custody: what is held, what goes next, who asked to be forgotten, whether the record verifies, and where it lies.
+import { useState } from "preact/hooks";
+import { type Me, type Problem, Refused, type Work, ask, job } from "../api";
+import { Badge, Head, Table, Trouble, When } from "../parts/bits";
+import { useAsk } from "../parts/use";
+import { bytes, count, visible } from "../words";
+
+const AT = 15_000;
+
+export function Custody() {
+  const me = useAsk<Me>("me");
+  const custodian = me.data?.keyed === true && me.data.roles.some((role) => role === "custodian" || role === "admin");
+  return (
+    <>
+      <Head title="Custody">
+        <span class="whole">{custodian ? `acts are signed by ${me.data!.name}` : "acts of custody need a key with the role custodian"}</span>
+      </Head>
+      <div class="grid">
+        <Verify may={custodian} />
+        <Tiers />
+        <Holds may={custodian} />
+        <Erasures may={custodian} me={me.data} />
+        <Retention />
+        <Coverage />
+      </div>
+    </>
+  );
+}
+
+function useAct(after: () => void): [Problem | undefined, (path: string, body?: unknown) => Promise<boolean>] {
+  const [problem, setProblem] = useState<Problem>();
+  return [
+    problem,
+    async (path, body) => {
+      setProblem(undefined);
+      try {
+        await ask(path, { method: "POST", body });
+        after();
+        return true;
+      } catch (error) {
+        if (error instanceof Refused) setProblem(error.problem);
+        return false;
+      }
+    },
+  ];
+}
+
+function Verify({ may }: { may: boolean }) {
+  const ledger = useAsk<{ entries: any[]; checkpoint: string | null; public_key: string }>("custody/ledger", AT);
+  const jobs = useAsk<{ runs: any[] }>("jobs", AT);
+  const [work, setWork] = useState<Work>();
+  const [problem, setProblem] = useState<Problem>();
+  const last = jobs.data?.runs.find((run) => run.job === "verify" && run.finished_at);
+  const run = async (): Promise<void> => {
+    setProblem(undefined);
+    try {
+      const begun = await ask<Work>("custody/verify", { body: {} });
+      setWork(begun);
+      const done = await job(begun);
+      setWork(done);
+      setProblem(done.problem ?? undefined);
+    } catch (error) {
+      if (error instanceof Refused) setProblem(error.problem);
+    }
+  };
+  const result = work?.result;
+  return (
+    <section class="card" aria-labelledby="proof">
+      <header>
+        <h2 id="proof">Proof</h2>
+        <span class="grow" />
+        {may ? <button type="button" disabled={work?.ended_at === null} onClick={run}>{work?.ended_at === null ? `verifying, ${work.progress.done} segments` : "Verify everything"}</button> : null}
+      </header>
+      <Trouble problem={problem ?? ledger.problem} />
+      <dl class="facts">
+        <dt>verified now</dt>
+        <dd>{result ? <><Badge level={result.outcome === "good" ? "good" : "bad"}>{result.outcome}</Badge> {count((result.findings ?? []).length, "finding")}</> : <span class="dim">not in this sitting</span>}</dd>
+        <dt>last job</dt>
+        <dd>{last ? <><Badge level={last.outcome === "ok" ? "good" : "bad"}>{last.outcome}</Badge> <When iso={new Date(last.finished_at * 1000).toISOString()} /></> : <span class="dim">has not run yet</span>}</dd>
+        <dt>ledger</dt>
+        <dd>{count(ledger.data?.entries[0] ? ledger.data.entries[0].number + 1 : 0, "entry").replace("entrys", "entries")}</dd>
+        <dt>public key</dt>
+        <dd class="mono wrap">{ledger.data?.public_key}</dd>
+        <dt>checkpoint</dt>
+        <dd>{ledger.data?.checkpoint ? <pre class="mono" tabIndex={0} aria-label="Newest checkpoint">{ledger.data.checkpoint}</pre> : <span class="dim">none is signed yet</span>}</dd>
+      </dl>
+    </section>
+  );
+}
+
+function Tiers() {
+  const tiers = useAsk<{ hot: any[]; cold: any[] }>("custody/tiers", AT);
+  const sum = (rows: any[] | undefined, name: string): number => (rows ?? []).reduce((all, row) => all + row[name], 0);
+  const most = Math.max(1, sum(tiers.data?.hot, "bytes"), sum(tiers.data?.cold, "bytes"));
+  return (
+    <section class="card" aria-labelledby="tiers">
+      <h2 id="tiers">Storage by tier</h2>
+      <Trouble problem={tiers.problem} />
+      {(["hot", "cold"] as const).map((tier) => (
+        <div class="tier">
+          <b>{tier}</b>
+          <span class="bar" role="img" aria-label={`${tier}: ${bytes(sum(tiers.data?.[tier], "bytes"))}`}>
+            <i style={{ width: `${(100 * sum(tiers.data?.[tier], "bytes")) / most}%` }} />
+          </span>
+          <span class="mono">{bytes(sum(tiers.data?.[tier], "bytes"))}</span>
+          <span class="dim">{count(sum(tiers.data?.[tier], "rows"), "event")} in {count(tiers.data?.[tier].length ?? 0, "file")}</span>
+        </div>
+      ))}
+    </section>
+  );
+}
+
+function Holds({ may }: { may: boolean }) {
+  const holds = useAsk<{ holds: any[] }>("custody/holds", AT);
+  const [problem, act] = useAct(holds.again);
+  const [what, setWhat] = useState("");
+  const [reason, setReason] = useState("");
+  return (
+    <section class="card" aria-labelledby="holds">
+      <h2 id="holds">Legal holds</h2>
+      <Trouble problem={holds.problem ?? problem} />
+      {holds.data?.holds.length ? (
+        <Table
+          label="Legal holds"
+          columns={["what", "by", "since", "why", ...(may ? [""] : [])]}
+          rows={holds.data.holds.map((hold) => [
+            visible(hold.what),
+            visible(hold.by),
+            <When iso={hold.since} />,
+            visible(hold.reason ?? "—"),
+            ...(may ? [<button type="button" class="quiet" onClick={() => { const why = prompt("What allows the release?"); if (why) void act(`custody/holds/${hold.hold}/release`, { reason: why }); }}>release</button>] : []),
+          ])}
+        />
+      ) : (
+        <p class="dim">Nothing is held.</p>
+      )}
+      {may ? (
+        <form class="row" onSubmit={async (event) => { event.preventDefault(); if (await act("custody/holds", what.startsWith("#") ? { tag: what.slice(1), reason } : { sessions: [what], reason })) { setWhat(""); setReason(""); } }}>
+          <input class="grow mono" required placeholder="session id, or #tag" aria-label="What to hold" value={what} onInput={(event) => setWhat(event.currentTarget.value.trim())} />
+          <input class="grow" required placeholder="why" aria-label="Why to hold it" value={reason} onInput={(event) => setReason(event.currentTarget.value)} />
+          <button type="submit">Hold</button>
+        </form>
+      ) : null}
+    </section>
+  );
+}
+
+function Erasures({ may, me }: { may: boolean; me: Me | undefined }) {
+  const erasures = useAsk<{ erasures: any[] }>("custody/erasures", AT);
+  const [problem, act] = useAct(erasures.again);
+  const mine = me?.name.replace(/^key:/, "");
+  return (
+    <section class="card" aria-labelledby="erasures">
+      <h2 id="erasures">Erasures</h2>
+      <Trouble problem={erasures.problem ?? problem} />
+      {erasures.data?.erasures.length ? (
+        <Table
+          label="Erasures"
+          columns={["erasure", "state", "asked by", "approved by", "when"]}
+          rows={erasures.data.erasures.map((one) => [
+            <span class="mono">…{one.erasure.slice(-8)}</span>,
+            <>
+              <Badge level={one.state === "requested" ? "warn" : "plain"}>{one.state === "requested" ? "waits for a second custodian" : one.state}</Badge>{" "}
+              {may && one.state === "requested" && one.requested_by !== mine ? <button type="button" onClick={() => act(`custody/erasures/${one.erasure}/approve`)}>approve</button> : null}
+            </>,
+            visible(one.requested_by),
+            visible(one.approved_by ?? "—"),
+            <When iso={one.requested_at} />,
+          ])}
+        />
+      ) : (
+        <p class="dim">Nobody asked to be forgotten.</p>
+      )}
+    </section>
+  );
+}
+
+function Retention() {
+  const found = useAsk<{ policies: any[]; due: any[] }>("custody/retention", AT * 4);
+  const due = found.data?.due ?? [];
+  return (
+    <section class="card" aria-labelledby="retention">
+      <h2 id="retention">Retention</h2>
+      <Trouble problem={found.problem} />
+      {found.data?.policies.length ? (
+        <Table label="Policies" columns={["policy", "keeps at least", "at most", "content"]} rows={found.data.policies.map((policy) => [policy.name, `${policy.min_days} d`, policy.max_days === undefined ? "—" : `${policy.max_days} d`, policy.content_days === undefined ? "—" : `${policy.content_days} d`])} />
+      ) : (
+        <p class="dim">No policy is set: everything is kept.</p>
+      )}
+      {due.length ? <Table label="What goes next" columns={["day", "policy", "events go", "content goes", "held"]} rows={due.map((row) => [row.day, row.policy, row.events, row.contents, row.held])} /> : found.data ? <p class="dim">Nothing is due.</p> : null}
+    </section>
+  );
+}
+
+function Coverage() {
+  const found = useAsk<{ coverage: any[] }>("custody/coverage", AT * 4);
+  const days = new Map<string, { rows: number; signed: boolean; quarantined: number; spans: number; gap: number }>();
+  for (const row of found.data?.coverage ?? []) {
+    const kept = days.get(row.day) ?? { rows: 0, signed: true, quarantined: 0, spans: 0, gap: 0 };
+    if (row.entry === null) kept.gap += row.offset_next - row.offset_first;
+    days.set(row.day, { ...kept, rows: kept.rows + (row.rows ?? 0), quarantined: kept.quarantined + (row.quarantined ?? 0), signed: kept.signed && (row.entry === null || row.covered_by !== null), spans: kept.spans + 1 });
+  }
+  return (
+    <section class="card" aria-labelledby="coverage">
+      <h2 id="coverage">Coverage by day</h2>
+      <Trouble problem={found.problem} />
+      {days.size ? (
+        <Table label="Coverage by day" columns={["day", "events", "quarantined", "in no entry", "checkpoint"]} rows={[...days].sort().reverse().map(([name, one]) => [name, one.rows.toLocaleString("en"), one.quarantined, one.gap, one.signed ? <Badge level="good">signed</Badge> : <Badge level="warn">next checkpoint</Badge>])} />
+      ) : (
+        <p class="dim">Nothing is in the ledger yet: a day is entered when it moves to the cold tier.</p>
+      )}
+    </section>
+  );
+}

@@ -1,0 +1,83 @@
+// Health: what runs, how far the index is behind, what is missing, and what the jobs did.
+import { type Completeness } from "../api";
+import { Badge, Head, Table, Trouble, When, Whole } from "../parts/bits";
+import { useAsk } from "../parts/use";
+import { ago, bytes, count } from "../words";
+
+interface Status {
+  running: { part: string; pid: number; url?: string; started_at: number }[];
+  log: any;
+  storage: any;
+  missing: Record<string, number>;
+  object_store: any;
+  checkpoint: any;
+  completeness: Completeness;
+}
+
+const PARTS = ["gateway", "api", "indexer", "scheduler"];
+
+export function Health() {
+  const status = useAsk<Status>("status", 3000);
+  const jobs = useAsk<{ jobs: any[]; runs: any[]; work: any[] }>("jobs", 3000);
+  const found = status.data;
+  const runs = jobs.data?.runs ?? [];
+  return (
+    <>
+      <Head title="Health">
+        <Whole completeness={found?.completeness} />
+      </Head>
+      <Trouble problem={status.problem} />
+      <div class="tiles">
+        {PARTS.map((part) => {
+          const up = found?.running.find((one) => one.part === part);
+          return (
+            <div class="tile">
+              <span class="dim">{part}</span>
+              <b>{up ? <Badge level="good">runs</Badge> : <Badge level="plain">not here</Badge>}</b>
+              <span class="dim small">{up ? `since ${ago(new Date(up.started_at * 1000).toISOString()).replace(" ago", "")}${up.url ? ` · ${up.url.replace("http://", "")}` : ""}` : "commands do its work"}</span>
+            </div>
+          );
+        })}
+        <Figure name="behind the log" value={found?.log.error ? "?" : count(found?.log.lag ?? 0, "event")} bad={Boolean(found?.log.error)} note={found?.log.error ?? `${found?.log.kind ?? ""}, ${found?.log.partitions?.length ?? 0} partitions`} />
+        <Figure name="lost in gaps" value={String(found?.missing.lost_in_gaps ?? "…")} bad={(found?.missing.lost_in_gaps ?? 0) > 0} note="numbered by producers, never seen" />
+        <Figure name="quarantined" value={String(found?.missing.quarantined ?? "…")} bad={(found?.missing.quarantined ?? 0) > 0} note="no known schema explains them" />
+        <Figure name="on the tape" value={bytes((found?.storage.hot?.bytes ?? 0) + (found?.storage.cold?.bytes ?? 0))} bad={false} note={count((found?.storage.hot?.events ?? 0) + (found?.storage.cold?.events ?? 0), "event")} />
+      </div>
+      <div class="grid">
+        <section class="card" aria-labelledby="jobs">
+          <h2 id="jobs">Jobs</h2>
+          <Trouble problem={jobs.problem} />
+          <Table
+            label="Jobs"
+            columns={["job", "does", "last run", "outcome"]}
+            rows={(jobs.data?.jobs ?? []).map((job) => {
+              const last = runs.find((run) => run.job === job.name);
+              return [
+                <b>{job.name}</b>,
+                job.does,
+                last ? <When iso={new Date(last.started_at * 1000).toISOString()} /> : <span class="dim">—</span>,
+                last ? <Badge level={last.outcome === "ok" ? "good" : last.outcome === "running" ? "plain" : "bad"}>{last.outcome}</Badge> : <span class="dim nowrap">has not run</span>,
+              ];
+            })}
+          />
+        </section>
+        <section class="card" aria-labelledby="partitions">
+          <h2 id="partitions">Partitions</h2>
+          <Table label="Partitions" columns={["partition", "end of the log", "indexed", "behind"]} rows={(found?.log.partitions ?? []).map((row: any) => [row.partition, row.end.toLocaleString("en"), row.indexed.toLocaleString("en"), row.lag.toLocaleString("en")])} />
+          <h2>Object store</h2>
+          <p class="small">{found?.object_store.detail ?? found?.object_store.error}</p>
+          <h2>Work asked for here</h2>
+          {jobs.data?.work.length ? <Table label="Work" columns={["what", "by", "state"]} rows={jobs.data.work.map((work) => [work.kind, work.by, <Badge level={work.state === "done" ? "good" : work.state === "failed" ? "bad" : "plain"}>{work.state}</Badge>])} /> : <p class="dim">none</p>}
+        </section>
+      </div>
+    </>
+  );
+}
+
+const Figure = ({ name, value, bad, note }: { name: string; value: string; bad: boolean; note: string }) => (
+  <div class="tile">
+    <span class="dim">{name}</span>
+    <b class={bad ? "bad-text" : ""}>{value}</b>
+    <span class="dim small">{note}</span>
+  </div>
+);
