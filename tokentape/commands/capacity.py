@@ -10,7 +10,7 @@ from lifecycle.capacity import Figure, forecast, sample
 from schemas.errors import UsageError
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.output import warn, write_rows
+from tokentape.output import err, write_rows
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -30,7 +30,7 @@ def capacity(installation: Installation, day: str | None, fmt: str) -> None:
     installation.freshen()
     taken = sample(installation.catalog, installation.objects, day=day)
     if not taken.over:
-        warn(f"{taken.day} is not over: this is a forecast from what was recorded so far")
+        err.print(f"[dim]{taken.day} is not over: this is a forecast from what was recorded so far[/dim]")
     rows = [_row(figure, exact=fmt != "table") for figure in forecast(taken, installation.settings)]
     write_rows([row | {"day": taken.day} for row in rows], fmt, ["figure", "a_day", "a_year", "day"])
 
