@@ -44,21 +44,22 @@ def operations(events: list[Event]) -> list[KvOperation]:
     return [event.payload for event in events if isinstance(event.payload, KvOperation)]
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Path, list[list[int]], list[Event]]:
+    """The data directory, what each request got, and the tape."""
+    folder = tmp_path_factory.mktemp("kv")
+    transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    transfer |= {"kv_connector_extra_config": {"shared_storage_path": str(folder / "store")}}  # type: ignore[dict-item]  # JSON
+    (folder / "store").mkdir()
+    said = ran(folder / "data", "tests.kv_load", str(vllm.model_dir), json.dumps(transfer))
+    await_end(folder / "data")
+    return folder / "data", [json.loads(line) for line in said if line.startswith("[")], events_of(folder / "data")
+
+
 @needs_vllm
 @pytest.mark.timeout(1500)
 class TestEngine:
     """One run of a real engine with vLLM's example connector, whose class the plugin made a recording one."""
-
-    @pytest.fixture(scope="class")
-    def told(self, tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Path, list[list[int]], list[Event]]:
-        """The data directory, what each request got, and the tape."""
-        folder = tmp_path_factory.mktemp("kv")
-        transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-        transfer |= {"kv_connector_extra_config": {"shared_storage_path": str(folder / "store")}}  # type: ignore[dict-item]  # JSON
-        (folder / "store").mkdir()
-        said = ran(folder / "data", "tests.kv_load", str(vllm.model_dir), json.dumps(transfer))
-        await_end(folder / "data")
-        return folder / "data", [json.loads(line) for line in said if line.startswith("[")], events_of(folder / "data")
 
     def test_what_was_loaded_is_what_was_computed(self, told: tuple[Path, list[list[int]], list[Event]]) -> None:
         """The request whose prompt came from the store says what the one said that computed it."""

@@ -24,17 +24,18 @@ def tour(data: Path, *arguments: str, code: int = 0, stdin: str = "") -> str:
     return ran.output
 
 
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Path, str, str]:
+    """The data directory, the engine run, and what the first tour said."""
+    data = tmp_path_factory.mktemp("tour") / "data"
+    said = tour(data, "continuous-batching", "--model", str(vllm.model_dir))
+    return data, re.findall(r"engine run ([0-9a-f]{32})", said)[0], said
+
+
 @needs_vllm
 @pytest.mark.timeout(1200)
 class TestRun:
     """One run; its own tour draws it, and all others explain it again."""
-
-    @pytest.fixture(scope="class")
-    def told(self, tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Path, str, str]:
-        """The data directory, the engine run, and what the first tour said."""
-        data = tmp_path_factory.mktemp("tour") / "data"
-        said = tour(data, "continuous-batching", "--model", str(vllm.model_dir))
-        return data, re.findall(r"engine run ([0-9a-f]{32})", said)[0], said
 
     def test_who_was_in_which_step(self, told: tuple[Path, str, str]) -> None:
         """Each request has a row: it waits, computes its prompt in one step and then a token a step, three at most side by side."""
