@@ -66,6 +66,7 @@ class Desks:
     runs: RunLedger
     _fresh: threading.Lock = field(default_factory=threading.Lock)
     _fresh_at: float = float("-inf")
+    _written_at: float = float("-inf")
     _closed: bool = False
     _tapes: OrderedDict[tuple[bytes, frozenset[str]], Tape] = field(default_factory=OrderedDict)
     _tapes_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -74,7 +75,7 @@ class Desks:
     def freshen(self) -> None:
         """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older."""
         age = time.monotonic() - self._fresh_at
-        if age >= STALE_S:
+        if age >= STALE_S or self._fresh_at <= self._written_at:
             self._look()
         elif age >= FRESH_S and not self._fresh.locked():
             threading.Thread(target=self._look_behind, name="freshen", daemon=True).start()
@@ -82,9 +83,10 @@ class Desks:
     def _look(self) -> None:
         """One at a time: a log is used by one thread."""
         with self._fresh:
-            if not self._closed and time.monotonic() - self._fresh_at >= FRESH_S:
+            began = time.monotonic()
+            if not self._closed and (began - self._fresh_at >= FRESH_S or self._fresh_at <= self._written_at):
                 self.installation.freshen()
-                self._fresh_at = time.monotonic()
+                self._fresh_at = began  # what came during the look may not be in it
 
     def _look_behind(self) -> None:
         """What is wrong is told to whoever waits for the next look."""
@@ -98,7 +100,7 @@ class Desks:
 
     def written(self) -> None:
         """Something was recorded for a caller, who will look for it: the next look is a fresh one."""
-        self._fresh_at = float("-inf")
+        self._written_at = time.monotonic()
 
     def completeness(self) -> dict[str, Any]:
         """How complete an answer is."""
