@@ -24,6 +24,7 @@ from replay.timeline_html import session_page
 from schemas import events
 from schemas.errors import UnknownSession
 from schemas.settings import ColdSettings, Settings
+from scripts.native import tools
 from store.blobs import BlobStore
 from store.control import open_control
 from store.ledger.rotation import rotate
@@ -276,7 +277,7 @@ def test_the_page_tells_the_incident(tmp_path: Path) -> None:
     page = tmp_path / "timeline.html"
     page.write_text(session_page(made))
     profile = f"--user-data-dir={tmp_path / 'profile'}"
-    words = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", page.as_uri()]
+    words = [tools.chromium(print), "--headless", "--no-sandbox", "--disable-gpu", profile, "--dump-dom", page.as_uri()]
     ran = subprocess.run(words, capture_output=True, text=True, check=True, timeout=90)
 
     assert ran.stdout.count('<td class="what">') == len(made.rows)

@@ -23,7 +23,6 @@ SMALL = [word for name in ("max_model_len=256", "max_num_seqs=4") for word in ("
 @pytest.mark.timeout(1200)
 def test_two_actors_replay_what_one_server_recorded(tmp_path: Path, vllm: VllmService) -> None:
     """Real vLLM in each of two actors: every session has its verdict, both worked, and the run finds nothing left to do again."""
-    pytest.importorskip("ray")
     traffic = Traffic(Settings(data=tmp_path / "data"), vllm)
     traffic.record([ask(f"Which request came {number}th?", temperature=1.0, seed=number) for number in range(8)])
     program = Program(tmp_path, traffic.settings)

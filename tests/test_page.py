@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import axe_playwright_python
 import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from schemas import events as e
 from schemas.settings import ApiSettings
+from scripts.native import tools
 from tests.api_rig import Api, put, serving
 from tests.debug_rig import Debugged, debugging
 from tests.tape import EVIL, QUESTION, SYSTEM, Tape, finish, incident, stream
@@ -31,7 +31,7 @@ SESSION = str(uuid.UUID(bytes=TAPE.session_id))
 TIMEOUT_MS = 60_000
 GZIP_BYTES_MAX = 500_000
 XSS = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+AXE = Path(str(axe_playwright_python.__file__)).with_name("axe.min.js")
 
 
 @dataclass
@@ -73,8 +73,7 @@ def site(shared: Site) -> Site:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """One gateway, one API and one browser for the file."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert program, "no Chromium on the PATH; `make setup` installs Debian's package"
+    program = tools.chromium(print)
     with debugging(tmp_path_factory.mktemp("page")) as made:
         settings = made.rig.settings.model_copy(update={"api": ApiSettings(port=0)})
         put(settings, [stored.event for stored in TAPE.events])
@@ -109,20 +108,9 @@ def _look(page: Page, name: str) -> None:
         page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
-def _axe() -> str | None:
-    """The source of axe-core: the test group's, else the one that a build of the page brought."""
-    package = importlib.util.find_spec("axe_playwright_python")
-    folders = [Path(place) for place in (package.submodule_search_locations or [])] if package else []
-    found = [folder / "axe.min.js" for folder in (*folders, UI / "node_modules" / "axe-core")]
-    return next((path.read_text(encoding="utf-8") for path in found if path.exists()), None)
-
-
 def _sound(page: Page) -> None:
     """No violation that axe calls serious or critical."""
-    source = _axe()
-    if source is None:
-        pytest.skip("axe-core is not here: it comes with axe-playwright-python, or with `make page`")
-    page.evaluate(source)  # through the debugger, which the page's policy does not stop
+    page.evaluate(AXE.read_text(encoding="utf-8"))  # through the debugger, which the page's policy does not stop
     found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
     serious = [(one["id"], one["nodes"][0]["html"][:200], len(one["nodes"])) for one in found if one["impact"] in ("serious", "critical")]
 

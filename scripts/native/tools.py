@@ -152,20 +152,29 @@ def node_clients(folder: Path, say: Say) -> tuple[str, Path]:
 
 def maven(say: Say) -> str:
     """Path of Maven: the PATH's, or Debian's package where that may be installed."""
-    found = shutil.which("mvn")
-    if found:
+    return _program(("mvn",), "maven", say)
+
+
+def chromium(say: Say) -> str:
+    """Path of a Chromium: the PATH's, or Debian's package where that may be installed."""
+    return _program(("chromium", "chromium-browser", "google-chrome"), "chromium", say)
+
+
+def _program(names: Sequence[str], package: str, say: Say) -> str:
+    """The first of some programs that is on the PATH; without any Debian's package is installed, one run at a time."""
+    if found := next(filter(None, map(shutil.which, names)), None):
         return found
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        say("Maven is missing: installing Debian's package")
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        run(["apt-get", "update", "-q"], env=quiet)
-        run(["apt-get", "install", "-q", "-y", "--no-install-recommends", "maven"], env=quiet)
-        found = shutil.which("mvn")
-    if not found:
-        raise ServiceError(
-            "Maven is missing and may not be installed from here; install it (Debian: apt-get install maven) and run this again"
-        )
-    return found
+        with locked(cache_dir() / ".apt.lock"):
+            if not any(map(shutil.which, names)):
+                say(f"{package} is missing: installing Debian's package")
+                quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+                run(["apt-get", "update", "-q"], env=quiet)
+                run(["apt-get", "install", "-q", "-y", "--no-install-recommends", package], env=quiet)
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
+    hint = f"install it (Debian: apt-get install {package}) and run this again"
+    raise ServiceError(f"{package} is missing and may not be installed from here; {hint}")
 
 
 def kafka_jars(say: Say) -> Path:
