@@ -120,8 +120,9 @@ def _axe() -> str | None:
 def _sound(page: Page) -> None:
     """No violation that axe calls serious or critical."""
     source = _axe()
-    if source is None:
-        pytest.skip("axe-core is not here: it comes with axe-playwright-python, or with `make page`")
+
+    assert source, "axe-core is not here: it comes with axe-playwright-python of the test group, or with `make page`"
+
     page.evaluate(source)  # through the debugger, which the page's policy does not stop
     found = page.evaluate("async () => (await axe.run(document, {resultTypes: ['violations']})).violations")
     serious = [(one["id"], one["nodes"][0]["html"][:200], len(one["nodes"])) for one in found if one["impact"] in ("serious", "critical")]
