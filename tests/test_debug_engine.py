@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging.config
 import os
@@ -21,7 +20,6 @@ from tests.program import ROOT
 from tokentape import debugging
 from tokentape.cli import main
 
-needs_debugpy = pytest.mark.skipif(importlib.util.find_spec("debugpy") is None, reason="debugpy is not installed")
 STEPS = 40
 INSIDE = "vllm"
 
@@ -35,7 +33,6 @@ def started(data: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, cwd=ROOT, env=env, stdin=piped, stdout=piped, stderr=subprocess.STDOUT)
 
 
-@needs_debugpy
 @pytest.mark.timeout(1200)
 def test_generate_is_single_stepped_and_ends(tmp_path: Path, vllm: VllmService) -> None:
     """An editor attaches, steps into `LLM.generate` and on while other threads stand still, lets go, and the text comes."""
