@@ -30,12 +30,18 @@ _COLUMNS = (
     "kind", "session_id", "tenant", "recorded_at", "actor", "offset", "session_opened", "session_annotated", "request_submitted",
     "generation_failed", "request_edited", "sequence_finished", "breakpoint_hit", "replay_started", "replay_finished", "access_logged",
 )  # fmt: skip
+_SPOKEN = """
+    SELECT session_id, CAST(sum(tokens) AS BIGINT) AS tokens FROM (
+        SELECT session_id, coalesce(sequence_finished.generation_id, generation_failed.generation_id) AS generation,
+            greatest(coalesce(sum(sequence_finished.tokens), 0), coalesce(max(generation_failed.position), 0)) AS tokens
+        FROM events WHERE kind IN ('sequence_finished', 'generation_failed') GROUP BY ALL
+    ) GROUP BY session_id"""
 _PART = f"""
-    SELECT {{source}} AS source, session_id, any_value(tenant) AS tenant,
+    SELECT p.* REPLACE (coalesce(s.tokens, 0) AS tokens) FROM (SELECT {{source}} AS source, session_id, any_value(tenant) AS tenant,
         epoch_us(min(recorded_at)) AS first_at, epoch_us(max(recorded_at)) AS last_at,
         count(*) AS events, count(access_logged) AS looks, count(request_submitted) AS requests, count(generation_failed) AS failures,
         count(request_edited) AS edits, count(breakpoint_hit) AS stops, count(replay_started) AS replays,
-        CAST(coalesce(sum(sequence_finished.tokens), 0) AS BIGINT) AS tokens,
+        CAST(NULL AS BIGINT) AS tokens,
         any_value(actor) FILTER (kind = 'session_opened') AS opened_by, any_value(actor) AS actor,
         any_value(session_opened."user") AS "user",
         any_value(session_opened.workflow) AS workflow, any_value(session_opened.purpose) AS purpose,
@@ -46,7 +52,7 @@ _PART = f"""
             FILTER (len(session_annotated.tags_removed) > 0) AS removed,
         max({{{{'place': "offset", 'visibility': session_annotated.visibility, 'by': actor}}}})
             FILTER (session_annotated.visibility IS NOT NULL) AS shown
-    FROM events GROUP BY session_id"""
+    FROM events GROUP BY session_id) p LEFT JOIN ({_SPOKEN}) s ON s.session_id = p.session_id"""
 _REPLAYS = """
     SELECT {source} AS source, coalesce(replay_started.replay_id, replay_finished.replay_id) AS replay,
         replay_started.subject_session AS subject, replay_finished.verdict AS verdict, epoch_us(recorded_at) AS moment
@@ -106,6 +112,8 @@ class Viewer:
 class Wanted:
     """Which sessions: all that is given must hold. Times are µs since the epoch; a session counts by its last event.
 
+    What replays wrote of others' sessions is left out unless `replays` asks for it.
+
     Each word of `text` must stand in a message, an answer, the title, a tag, the session's id or the names of who and what for.
     """
 
@@ -117,6 +125,7 @@ class Wanted:
     tenant: str | None = None
     tags: tuple[str, ...] = ()
     failed: bool = False
+    replays: bool = False
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -133,6 +142,7 @@ class Wanted:
             f"tenant = {literal(self.tenant)}" if self.tenant else "",
             *(f"list_contains(tags, {literal(tag)})" for tag in self.tags),
             "failures > 0" if self.failed else "",
+            "" if self.replays else "coalesce(purpose, '') <> 'replay'",
         ]
         return " AND ".join(filter(None, parts)) or "true"
 

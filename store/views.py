@@ -55,6 +55,12 @@ _SESSIONS = """
         SELECT session_id, tag, arg_max(there, place * 2 + CASE WHEN there THEN 0 ELSE 1 END) AS there FROM told GROUP BY ALL
     ), labels AS (
         SELECT session_id AS session, list(tag ORDER BY tag) AS tags FROM tagged WHERE there GROUP BY ALL
+    ), ended AS (
+        SELECT session_id AS session, coalesce(sequence_finished.generation_id, generation_failed.generation_id) AS generation,
+        greatest(coalesce(sum(sequence_finished.tokens), 0), coalesce(max(generation_failed.position), 0)) AS tokens
+        FROM events WHERE kind IN ('sequence_finished', 'generation_failed') GROUP BY ALL
+    ), spoken AS (
+        SELECT session, sum(tokens) AS tokens FROM ended GROUP BY session
     ), summed AS (
         SELECT session_id AS session, uuid_text(session_id) AS session_id, any_value(tenant) AS tenant,
         any_value(retention_class) AS retention_class,
@@ -65,11 +71,12 @@ _SESSIONS = """
         any_value(session_opened.content.title) AS title,
         CAST(NULL AS VARCHAR[]) AS tags,
         count(*) AS events, count(request_submitted) AS requests, count(generation_failed) AS failures, count(request_edited) AS edits,
-        CAST(coalesce(sum(sequence_finished.tokens), 0) AS BIGINT) AS tokens, count(replay_started) AS replays,
+        CAST(NULL AS BIGINT) AS tokens, count(replay_started) AS replays,
         uuid_text(any_value(session_opened.parent_session)) AS parent_session_id, any_value(session_closed.reason) AS closed
         FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)
     )
-    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags) FROM summed s LEFT JOIN labels l ON l.session = s.session"""
+    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags, CAST(coalesce(t.tokens, 0) AS BIGINT) AS tokens)
+    FROM summed s LEFT JOIN labels l ON l.session = s.session LEFT JOIN spoken t ON t.session = s.session"""
 
 _GENERATION_KINDS = (
     *("request_submitted", "generation_started", "sequence_started", "token_chunk", "sequence_finished"),

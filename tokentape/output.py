@@ -34,7 +34,7 @@ PAGE_WIDTH = 118
 
 
 def _page_width() -> int | None:
-    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else PAGE_WIDTH
+    return None if (sys.stdout is not None and sys.stdout.isatty()) or "COLUMNS" in os.environ else PAGE_WIDTH
 
 
 out = Console(highlight=False, width=_page_width())

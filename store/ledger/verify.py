@@ -12,17 +12,20 @@ Works on the live store and on a copy (`LocalStore` over a folder), offline. Wha
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
 
 from schemas.errors import CorruptStore, UsageError
+from schemas.registry import Schema
 from store.ledger.chain import LOST, KeyChain
 from store.ledger.entry import CHECKPOINTS, Checkpoint, Digest, Entry, checkpoint_size, decode_entry, entry_key, entry_number, is_checkpoint
 from store.ledger.merkle import CompactRange, leaf_hash
 from store.ledger.note import ModifiedNote, UnsignedNote, Verifier, signers
 from store.objects.base import ObjectStore
+from store.stored_schemas import schema_key
 
 LEDGER = "ledger/"
 NAMED = ("events/", "schemas/")  # where every object should be named by an entry
@@ -289,8 +292,18 @@ class _Run:
                     self.findings += self.check_segment(entry)
         for prefix in NAMED:
             for info in self.store.list(prefix):
-                if info.key not in named:
+                if info.key not in named and not self._explains_itself(info.key):
                     self._add("orphan", info.key, "no entry names it; nothing reads it")
+
+    def _explains_itself(self, key: str) -> bool:
+        """Whether it is a schema under its own fingerprint: all known ones are stored before any segment needs them."""
+        if not key.startswith("schemas/"):
+            return False
+        data = self.store.get(key)
+        try:
+            return schema_key(Schema(json.loads(data)).fingerprint) == key
+        except Exception:  # whatever else stands there leads to: it is no schema of ours
+            return False
 
     def _erased(self) -> dict[str, Entry]:
         """Objects that a signed entry says were erased: its body lists their keys under `erased`."""

@@ -49,6 +49,7 @@ class Listed(Taken):
     tenant: str | None = Field(default=None, max_length=100)
     tag: tuple[Tag, ...] = Field(default=(), description="A tag that the session has; several: all of them.")
     failed: bool = Field(default=False, description="Only sessions with a failure.")
+    replays: bool = Field(default=False, description="Those too in which replays of others are recorded.")
 
 
 class At(Taken):
@@ -106,7 +107,15 @@ def list_sessions(call: Call) -> Reply:
     asked: Listed = call.query
     call.desks.freshen()
     wanted = Wanted(
-        asked.q, at_us(asked.since), at_us(asked.until), asked.model, asked.verdict, asked.tenant, tuple(asked.tag), asked.failed
+        text=asked.q,
+        since=at_us(asked.since),
+        until=at_us(asked.until),
+        model=asked.model,
+        verdict=asked.verdict,
+        tenant=asked.tenant,
+        tags=tuple(asked.tag),
+        failed=asked.failed,
+        replays=asked.replays,
     )
     found = call.desks.directory.sessions(call.principal.viewer, wanted, limit=asked.limit, offset=asked.offset)
     call.rows = len(found.rows)

@@ -194,7 +194,12 @@ def _rows(found: Verified) -> str:
 
 
 def _good(found: Verified) -> str:
-    return "nothing was changed, removed or left unsigned" if found.ledger.entries else "there is nothing in the ledger yet"
+    if not found.ledger.entries:
+        return "there is nothing in the ledger yet"
+    proven = sum(finding.kind == "erased-with-proof" for finding in found.findings)
+    if proven:
+        return f"nothing was changed or left unsigned; what is gone ({_count(proven, 'object')}) went with proof"
+    return "nothing was changed, removed or left unsigned"
 
 
 def _bad(found: Verified) -> str:

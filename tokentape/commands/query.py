@@ -28,7 +28,7 @@ from tokentape.output import err, out, write_rows, write_table
 SESSIONS = """
     SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
         requests, tokens, failures, tags
-    FROM sessions WHERE (requests > 0 OR replays > 0){tagged} ORDER BY started_at DESC LIMIT {limit}"""
+    FROM sessions WHERE {kinds}{tagged} ORDER BY started_at DESC LIMIT {limit}"""
 
 
 @click.command()
@@ -53,12 +53,14 @@ def sql(installation: Installation, query: str | None, source: Path | None, tena
 @click.command()
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="Newest sessions to list.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions that have this tag; several: that have all of them.")
+@click.option("--replays", is_flag=True, help="List the sessions too in which replays of others are recorded.")
 @format_option
 @with_installation
-def sessions(installation: Installation, limit: int, tags: tuple[str, ...], fmt: str) -> None:
+def sessions(installation: Installation, limit: int, tags: tuple[str, ...], replays: bool, fmt: str) -> None:
     """The newest sessions."""
     tagged = "".join(f" AND list_contains(tags, {views.literal(tag)})" for tag in tags)
-    _answer(installation, SESSIONS.format(limit=limit, tagged=tagged), fmt, tenant=None, operation="sessions")
+    kinds = "(requests > 0 OR replays > 0)" if replays else "requests > 0"
+    _answer(installation, SESSIONS.format(limit=limit, kinds=kinds, tagged=tagged), fmt, tenant=None, operation="sessions")
 
 
 @click.command()

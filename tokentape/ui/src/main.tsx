@@ -99,7 +99,11 @@ function Shell({ path, asked, children }: { path: string; asked: Problem | null;
         {asked && !me.data ? (
           <section class="sign-in">
             <h1>Who is there?</h1>
-            <p>This installation asks for a key. An administrator makes one with <code>tokentape keys create</code>.</p>
+            {token.get() ? (
+              <p>This key is not taken. <button type="button" class="quiet" onClick={() => token.set("")}>go on without one</button></p>
+            ) : (
+              <p>This installation asks for a key. An administrator makes one with <code>tokentape keys create</code>.</p>
+            )}
             <Trouble problem={asked} />
             <SignIn />
           </section>

@@ -104,7 +104,7 @@ export function Sessions() {
       ) : (
         <ul class="sessions" aria-label="Sessions" aria-busy={page.busy && !page.data}>
           {rows.map((row, i) => (
-            <li class={i === at ? "on" : ""} key={row.session_id}>
+            <li class={`${i === at ? "on" : ""}${row.tags.length ? " tagged" : ""}`} key={row.session_id}>
               <a href={`#/session/${row.session_id}`} onFocus={() => setAt(i)}>
                 <span class="session-title">{visible(row.title ?? (row.user || row.owner || "session"))}</span>
                 <span class="session-id mono dim">{row.session_id.slice(-12)}</span>

@@ -151,7 +151,7 @@ export function Sql() {
                   </thead>
                   <tbody>
                     {rows.map((row) => (
-                      <tr>{row.map((value, i) => <td class={/int|double|float|decimal/.test(result.columns[i]!.type) ? "number" : ""}>{cell(value)}</td>)}</tr>
+                      <tr>{row.map((value, i) => <td class={/int|double|float|decimal/.test(result.columns[i]!.type) ? "number" : ""} title={typeof value === "string" && value.length > 40 ? value.slice(0, 2000) : undefined}>{cell(value)}</td>)}</tr>
                     ))}
                   </tbody>
                 </table>
