@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from store.blobs import BlobStore
 from store.catalog import open_catalog
 from store.control import open_control
 from store.crashpoints import VARIABLE, watched
+from store.fences import FileLock
 from store.ledger import keys
 from store.ledger.keys import PRIVATE
 from store.log import open_log
@@ -360,3 +362,181 @@ class TestDrill:
 
         assert ran.exit_code == 6
         assert "the restore is not the original: rows of partition" in ran.stderr
+
+
+class TestRefused:
+    """One line that says what is wrong, and nothing is written."""
+
+    def test_a_directory_that_is_not_empty(self, settings: Settings) -> None:
+        """Nothing is ever restored over data."""
+        back_up(settings)
+        before = sorted(settings.data.rglob("*"))
+        ran = run("restore", folder_of(settings), "--data", settings.data)
+
+        assert (ran.exit_code, sorted(settings.data.rglob("*"))) == (2, before)
+        assert "restore: the directory is not empty" in ran.stderr
+
+    def test_a_partial_folder_of_somebody_else(self, settings: Settings) -> None:
+        """Only a folder that a restore made is emptied."""
+        back_up(settings)
+        thesis = settings.data.parent / "restored.partial" / "thesis.txt"
+        thesis.parent.mkdir()
+        thesis.write_text("years of work")
+        ran = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert (ran.exit_code, thesis.read_text()) == (2, "years of work")
+        assert "there is a folder that no restore made" in ran.stderr
+
+    @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+    @pytest.mark.parametrize("pattern", ["log.sqlite", "*.parquet", "*.avsc", "000000000000.json"])
+    def test_a_damaged_file_of_the_backup(self, harm: str, pattern: str, settings: Settings) -> None:
+        """It is named, and there is neither directory nor rest of one."""
+        back_up(settings)
+        path = max(
+            (path for path in folder_of(settings).rglob(pattern) if ".locks" not in path.parts), key=lambda path: path.stat().st_size
+        )
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.unlink()
+        if harm != "remove":
+            path.write_bytes(data if harm == "flip" else data[:-1])
+        ran = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert ran.exit_code == 5
+        assert str(path) in ran.stderr
+        assert sorted(path.name for path in settings.data.parent.iterdir()) == ["backup", "data"]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "fault", "code"),
+        [
+            (b'"format":1', b'"format":2', "the backup has format 2, written by tokentape 0.1.0; this one reads up to format 1", 5),
+            (b'"with_keys":false', b'"with_keys":true', "the manifest is damaged: its SHA-256 is another", 5),
+            (b'"path":"log/log.sqlite"', b'"path":"../../passwd"', "the manifest is damaged: '../../passwd' leads out of the folder", 5),
+            (b"{", b"", "the manifest is damaged", 5),
+        ],
+    )
+    def test_a_manifest_that_is_newer_or_damaged(self, old: bytes, new: bytes, fault: str, code: int, settings: Settings) -> None:
+        """Nothing is restored by it."""
+        back_up(settings)
+        path = folder_of(settings) / manifest.NAME
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+        ran = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert (ran.exit_code, elsewhere(settings).data.exists()) == (code, False)
+        assert fault in ran.stderr
+
+    def test_data_of_a_newer_version(self, settings: Settings) -> None:
+        """A backup made by a newer program whose data this one would misread."""
+        (settings.data / "format.json").write_text('{"format": 2, "written_by": "9.9.0"}')
+        back_up(settings)
+        ran = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert (ran.exit_code, elsewhere(settings).data.exists()) == (5, False)
+        assert "written by tokentape 9.9.0" in ran.stderr
+
+    def test_no_room(self, settings: Settings) -> None:
+        """Refused before anything is copied: an object of 8 TiB, of which the file system keeps only the length."""
+        back_up(settings)
+        with (settings.data / "cold" / "blobs" / "huge").open("wb") as huge:
+            huge.truncate(8 << 40)
+        first = manifest.read(folder_of(settings))
+        ran = run("--data", settings.data, "backup", folder_of(settings))
+
+        assert ran.exit_code == 8
+        assert "bytes are to be copied, the disk has" in ran.stderr
+        assert manifest.read(folder_of(settings)) == first
+
+    @pytest.mark.parametrize("where", [".", "data", "data/inner", ".."])
+    def test_a_folder_that_holds_the_data_or_lies_in_it(self, where: str, settings: Settings) -> None:
+        """It would back itself up, or be lost with the data."""
+        ran = run("--data", settings.data, "backup", settings.data.parent / where)
+
+        assert ran.exit_code == 2
+        assert "lie in one another" in ran.stderr
+
+    def test_a_folder_with_something_else_in_it(self, settings: Settings) -> None:
+        """Which would not be a backup's, and might be pruned."""
+        (settings.data.parent / "photos").mkdir()
+        (settings.data.parent / "photos" / "cat.jpg").write_bytes(b"meow")
+        ran = run("--data", settings.data, "backup", settings.data.parent / "photos")
+
+        assert ran.exit_code == 2
+        assert "there is something else in the folder: cat.jpg" in ran.stderr
+
+    def test_the_backup_of_another_installation(self, settings: Settings, tmp_path: Path) -> None:
+        """The older one stays as it is."""
+        back_up(settings)
+        other = Settings(data=tmp_path / "other")
+        append(other, 1)
+        ran = run("--data", other.data, "backup", folder_of(settings))
+
+        assert ran.exit_code == 2
+        assert "the folder holds the backup of another log" in ran.stderr
+        assert restored(settings).faults() == []
+
+    def test_a_ledger_that_was_rolled_back(self, settings: Settings) -> None:
+        """It does not begin with what was backed up, so the backup is not brought to it."""
+        with tiered(settings) as rig:
+            rig.tier()
+        back_up(settings)
+        for path in (settings.data / "cold" / "ledger").rglob("000000000001*"):
+            path.unlink()
+        ran = run("--data", settings.data, "backup", folder_of(settings))
+
+        assert ran.exit_code == 6
+        assert "does not begin with the 2 entries that were backed up before" in ran.stderr
+
+    def test_nothing_to_back_up(self, tmp_path: Path) -> None:
+        """No installation is made by asking for its backup."""
+        ran = run("--data", tmp_path / "none", "backup", tmp_path / "backup")
+
+        assert (ran.exit_code, list(tmp_path.iterdir())) == (2, [])
+        assert "there is nothing to back up" in ran.stderr
+
+    @pytest.mark.parametrize(
+        ("setting", "fault"),
+        [
+            ("log.kind=kafka", "the log is a Kafka topic"),
+            ("cold.kind=minio", "the cold tier is a bucket"),
+            ("log.partitions=7", "the backup's log has 4 partitions, the settings say 7"),
+            ("ledger.origin=example.org/other", "the settings say example.org/other"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, setting: str, fault: str, settings: Settings) -> None:
+        """What lies in servers is theirs to back up; the rest must be what was backed up."""
+        back_up(settings)
+        ran = run("--set", setting, "restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert (ran.exit_code, elsewhere(settings).data.exists()) == (2, False)
+        assert fault in ran.stderr
+
+    @pytest.mark.parametrize("command", [["backup", "elsewhere"], ["drill"]])
+    def test_distributed(self, command: list[str], tmp_path: Path) -> None:
+        """Said before a server is asked for anything."""
+        ran = run("--data", tmp_path / "data", "--set", "log.kind=kafka", "--set", "log.bootstrap_servers=127.0.0.1:1", *command)
+
+        assert (ran.exit_code, list(tmp_path.iterdir())) == (2, [])
+        assert "back the topic and its `.control` topic up by its own means" in ran.stderr
+
+    def test_two_at_once(self, settings: Settings) -> None:
+        """The second backup into a folder, and the second restore into a directory, wait for the first to end."""
+        back_up(settings)
+        with held(folder_of(settings) / "lock"):
+            second = run("--data", settings.data, "backup", folder_of(settings))
+        with held(settings.data.parent / "restored.partial" / ".restoring"):
+            third = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
+
+        assert (second.exit_code, third.exit_code) == (7, 7)
+        assert "another backup into this folder is at work" in second.stderr
+        assert "another restore is at work" in third.stderr
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Somebody else holds a lock."""
+    lock = FileLock.take(path, "somebody else")
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
