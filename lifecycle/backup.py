@@ -25,6 +25,7 @@ from store.catalog import Catalog, Position, Shard
 from store.crashpoints import crash_point
 from store.fences import FileLock, tier_lock_path, waiting
 from store.ledger import Ledger, open_ledger
+from store.ledger.entry import ENTRIES, entry_key
 from store.log.embedded import EmbeddedLog
 from store.log.sqlite import connect, mapped
 from store.objects.local import LOCKS, TEMPORARY, LocalStore
@@ -120,9 +121,11 @@ class Backup:
         return log_id, ledger
 
     def _snapshot(self, parts: _Parts, log_id: str, ledger: Ledger) -> Manifest:
-        """Copy what changes, then what came since; nobody makes anything cold meanwhile."""
-        proven = [path for path in parts.cold() if _key(path).startswith("ledger/")]
-        items = parts.keep_all(proven)
+        """Copy what changes, then what came since; nobody makes anything cold meanwhile, but holds may be entered in the ledger."""
+        signed = [path for path in parts.cold() if _key(path).startswith("ledger/") and not _key(path).startswith(ENTRIES)]
+        size = ledger.head()
+        entries = [f"cold/{folder}{entry_key(number)}" for number in range(size) for folder in ("", f"{LOCKS}/")]
+        items = parts.keep_all([*signed, *entries])
         for path in sorted({_CATALOG, "control/control.sqlite", "jobs.sqlite", *parts.found("work/*/log/log.sqlite")}):
             items += parts.keep_sqlite(path)
         taken_at = clock.now_us()
@@ -143,7 +146,7 @@ class Backup:
             origin=self.settings.ledger.origin,
             offsets=offsets,
             indexed=tuple(indexed),
-            ledger_size=(size := ledger.head()),
+            ledger_size=size,
             ledger_root=ledger.root(size).hex(),
             with_keys=self.with_keys,
             items=tuple(sorted(items, key=lambda item: item.path)),
@@ -267,7 +270,7 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = FileLock.take(folder / LOCK, secrets.token_hex(8))
     if lock is None:
-        raise ConflictError("another backup into this folder is at work", operation="backup", place=str(folder), hint="wait until it ends")
+        raise ConflictError("another backup or restore uses this folder", operation="backup", place=str(folder), hint="wait until it ends")
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ and the next one begins again. What was recorded after the backup is gone, and a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lifecycle.backup import LOCK
 from lifecycle.manifest import Item, Manifest, check_apart, check_embedded, check_room, copy, read
 from lifecycle.tiering import Tiering
 from lifecycle.verification import Verification, Verified, outcome
@@ -79,14 +81,13 @@ def restore(settings: Settings, source: Path, version: str) -> Restored:
         CorruptStore: a file of the backup is damaged. NewerFormat: a newer program made it.
         StorageFull: no room. ConflictError: another restore into the directory is at work.
     """
-    began, target = time.monotonic(), settings.data
+    began, target = time.monotonic(), Path(os.path.abspath(settings.data))
     check_embedded(settings, "restore")
-    manifest = read(source)
     check_apart(target, source, "restore")
     _check_empty(target)
-    _check_fits(settings, manifest, source)
     folder = target.with_name(target.name + PARTIAL)
-    with _partial(folder):
+    with _unchanging(source) as manifest, _partial(folder):
+        _check_fits(settings, manifest, source)
         check_room(folder, manifest.size, "restore")
         _copy(manifest, source, folder, version)
         crash_point("restore.copied")
@@ -106,9 +107,30 @@ def _check_empty(target: Path) -> None:
         return
     except NotADirectoryError:
         found = target
+    if os.path.ismount(target):
+        hint = "name a directory in it: the restore takes its name when it is whole, which nothing can do with a mount point"
+        raise UsageError("the directory is a mount point", operation="restore", place=str(target), hint=hint)
     if found is not None:
         hint = "name a directory that is empty or not there yet; nothing is ever restored over data"
         raise UsageError(f"the directory is not empty: {found.name}", operation="restore", place=str(target), hint=hint)
+
+
+@contextlib.contextmanager
+def _unchanging(source: Path) -> Iterator[Manifest]:
+    """A backup that no run brings further, or prunes, meanwhile; also where it cannot be written to.
+
+    Raises:
+        ConflictError: a run is at work.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # somebody copied all but the lock
+            lock = stack.enter_context((source / LOCK).open("rb"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fault = "a backup into this folder is at work"
+                raise ConflictError(fault, operation="restore", place=str(source), hint="wait until it ends") from None
+        yield read(source)
 
 
 def _check_fits(settings: Settings, manifest: Manifest, source: Path) -> None:

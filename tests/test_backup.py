@@ -167,6 +167,15 @@ class TestRestore:
         assert tried.exit_code == 2
         assert "no usable key" in tried.stderr
 
+    def test_what_was_never_indexed(self, tmp_path: Path) -> None:
+        """A log and nothing else: the restore has its events, and an index."""
+        settings = Settings(data=tmp_path / "data")
+        count = append(settings, 2)
+        back_up(settings)
+        back = restored(settings)
+
+        assert (back.faults(), back.rebuilt["events"]) == ([], count)
+
     def test_what_was_damaged_before_comes_back_and_is_said(self, settings: Settings) -> None:
         """A restore in an emergency gives what there is, and ends with exit code 6 and the first fault."""
         segment = next((settings.data / "cold" / "events").rglob("*.parquet"))
@@ -245,6 +254,27 @@ class TestBackup:
 
         assert "was left as it is" in refused.value.hint
         assert restored(settings).faults() == []
+
+    def test_what_comes_between_the_copies_waits_for_the_next(self, settings: Settings) -> None:
+        """A hold enters the ledger and is signed for, and events come, while the log is copied: each is whole or not there."""
+        steps: list[str] = []
+
+        def meanwhile(step: str) -> None:
+            if step.startswith("backup.") and step not in steps:
+                steps.append(step)
+                with tiered(settings, seed=12) as rig:
+                    rig.ledger.append("hold", {"number": len(steps)})
+                    rig.ingest(list(conversation(rig.producer, chunks=2)))
+                    rig.checkpoint()
+
+        with watched(meanwhile):
+            first = back_up(settings)
+        second = back_up(settings)
+        back = restored(settings)
+
+        assert (steps, first.manifest.ledger_size) == (["backup.log_copied", "backup.copied", "backup.written"], 1)
+        assert (back.faults(), second.manifest.ledger_size) == ([], 4)
+        assert _total(second.manifest) > _total(first.manifest)
 
     def test_while_it_works(self, settings: Settings) -> None:
         """Somebody records, tiers and signs all the while: each backup has what was acknowledged before it, and verifies."""
@@ -375,6 +405,18 @@ class TestRefused:
 
         assert (ran.exit_code, sorted(settings.data.rglob("*"))) == (2, before)
         assert "restore: the directory is not empty" in ran.stderr
+
+    def test_a_place_that_can_be_no_directory(self, settings: Settings) -> None:
+        """A mount point, which nothing can take the name of, or a file: said before anything is copied."""
+        back_up(settings)
+        file = settings.data.parent / "file"
+        file.write_text("mine")
+        mounted = run("restore", folder_of(settings), "--data", "/proc")
+        taken = run("restore", folder_of(settings), "--data", file)
+
+        assert (mounted.exit_code, taken.exit_code, file.read_text()) == (2, 2, "mine")
+        assert "restore: the directory is a mount point" in mounted.stderr
+        assert "restore: the directory is not empty: file" in taken.stderr
 
     def test_a_partial_folder_of_somebody_else(self, settings: Settings) -> None:
         """Only a folder that a restore made is emptied."""
@@ -519,15 +561,17 @@ class TestRefused:
         assert "back the topic and its `.control` topic up by its own means" in ran.stderr
 
     def test_two_at_once(self, settings: Settings) -> None:
-        """The second backup into a folder, and the second restore into a directory, wait for the first to end."""
+        """A second backup into a folder, a restore from it, and a second restore into a directory, are told of the first."""
         back_up(settings)
         with held(folder_of(settings) / "lock"):
             second = run("--data", settings.data, "backup", folder_of(settings))
+            from_it = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
         with held(settings.data.parent / "restored.partial" / ".restoring"):
             third = run("restore", folder_of(settings), "--data", elsewhere(settings).data)
 
-        assert (second.exit_code, third.exit_code) == (7, 7)
-        assert "another backup into this folder is at work" in second.stderr
+        assert (second.exit_code, from_it.exit_code, third.exit_code) == (7, 7, 7)
+        assert "another backup or restore uses this folder" in second.stderr
+        assert "a backup into this folder is at work" in from_it.stderr
         assert "another restore is at work" in third.stderr
 
 
