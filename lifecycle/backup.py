@@ -221,8 +221,12 @@ class _Parts:
         item = self._known.get(path)
         if item is None or (item.size, item.modified_ns) != (status.st_size, status.st_mtime_ns):
             return None
+        return item if self._has(item) else None
+
+    def _has(self, item: Item) -> bool:
+        """Whether a file of the older backup is still there, and as long as it was."""
         there = self.folder / item.at
-        return item if there.is_file() and there.stat().st_size == item.size else None
+        return there.is_file() and there.stat().st_size == item.size
 
     def _copied(self, path: str, source: Path) -> Item:
         status = source.lstat()
@@ -257,10 +261,13 @@ class _Parts:
         return [shard.path.name for shard in self.shards if all(span.log_id != log_id for span in shard.ranges)]
 
     def enter(self, path: str, copied: Path) -> Item:
-        """A file that stands in the run's folder already."""
-        status = copied.stat()
+        """A file that stands in the run's folder already; where the backup has the same bytes, those, and not the copy."""
+        status, known = copied.stat(), self._known.get(path)
         with copied.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if known is not None and (known.size, known.sha256) == (status.st_size, digest) and self._has(known):
+            copied.unlink()
+            return known
         return Item(path, f"{self.own}/{path}", status.st_size, digest, stat.S_IMODE(status.st_mode), status.st_mtime_ns)
 
 

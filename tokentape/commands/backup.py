@@ -29,6 +29,8 @@ from tokentape.output import out, write_rows
 def backup(installation: Installation, folder: Path, with_keys: bool) -> None:
     """Back the installation up into DIR while it works; into the same DIR again, only what is new is copied.
 
+    New are objects that it does not have and SQLite files that changed, the log among them, which are copied whole.
+
     Log, control log, job runs, calibrations, and the cold tier with ledger, schemas and blobs. The index is made again by
     `restore`. Not included: the settings file, and without --with-keys all keys but the public one. What was removed or
     erased leaves the backup with the next run. The data directory must be embedded: Kafka and buckets have means of their own.
