@@ -29,6 +29,7 @@ from store.ledger.entry import ENTRIES, entry_key
 from store.log.embedded import EmbeddedLog
 from store.log.sqlite import connect, mapped
 from store.objects.local import LOCKS, TEMPORARY, LocalStore
+from store.tail import sync_file
 
 PARTS = "parts"
 """Where a backup keeps its files: a folder for each run that brought any."""
@@ -160,7 +161,7 @@ class Backup:
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.folder / NAME)
-        os.sync()
+        sync_file(self.folder)
         crash_point("backup.written")
 
 

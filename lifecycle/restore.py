@@ -34,6 +34,7 @@ from store.log import open_log
 from store.objects.local import LocalStore
 from store.rebuild import rebuild
 from store.stored_schemas import fetch_schema
+from store.tail import sync_file
 
 PARTIAL = ".partial"
 """What the directory is called with until it is whole."""
@@ -92,11 +93,11 @@ def restore(settings: Settings, source: Path, version: str) -> Restored:
         _copy(manifest, source, folder, version)
         crash_point("restore.copied")
         rebuilt, verified, size, root = _revive(settings.model_copy(update={"data": folder}))
-        os.sync()
+        os.sync()  # one for all files instead of one for each
         crash_point("restore.before_rename")
         (folder / _MARK).unlink()
         folder.rename(target)
-    os.sync()
+    sync_file(target.parent)
     return Restored(manifest, rebuilt, verified, size, root, time.monotonic() - began)
 
 
