@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from schemas.errors import ConflictError, Fenced, TokentapeError
 from schemas.registry import SchemaRegistry
 from schemas.settings import Settings
@@ -66,6 +68,7 @@ def rebuild(
         ConflictError: tiering, retention or an erasure is at work.
         LogChanged: the log no longer holds the first offset that cold does not cover.
         LogUnavailable, StoreUnavailable: a part does not answer; the old index stands.
+        CorruptStore: a segment cannot be read; the old index stands.
     """
     token = f"rebuild-{secrets.token_hex(4)}"
     folder = settings.data / "hot.rebuild"
@@ -186,11 +189,14 @@ def _marks(objects: ObjectStore, keys: Sequence[str], log_id: str) -> list[tuple
     urls = [objects.read_url(key, expires_s=_URL_S) for key in keys]
     extensions = ("httpfs",) if any(url.startswith("http") for url in urls) else ()
     with duck.connect(extensions=extensions, threads=2) as connection:
-        return connection.execute(
-            'SELECT "partition", producer_id, max(producer_seq), epoch_us(max(appended_at)) FROM'
-            " read_parquet(?, hive_partitioning = false, union_by_name = true) WHERE log_id = ? GROUP BY ALL",
-            [urls, log_id],
-        ).fetchall()
+        try:
+            return connection.execute(
+                'SELECT "partition", producer_id, max(producer_seq), epoch_us(max(appended_at)) FROM'
+                " read_parquet(?, hive_partitioning = false, union_by_name = true) WHERE log_id = ? GROUP BY ALL",
+                [urls, log_id],
+            ).fetchall()
+        except duckdb.Error as problem:
+            raise duck.mapped(problem, operation="rebuild", place="events/") from problem
 
 
 def _index(

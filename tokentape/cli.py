@@ -44,6 +44,7 @@ COMMANDS = {
     "custody": ("verify",),
     "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
+    "backup": ("backup", "restore", "drill"),
     "casefile": ("case",),
     "exporting": ("export",),
     "capacity": ("capacity",),
