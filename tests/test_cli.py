@@ -253,7 +253,7 @@ def test_dry_runs_change_nothing(tmp_path: Path) -> None:
     assert [row["job"] for row in last.rows] == ["tier"]
     assert {row["job"] for row in jobs.rows} == {
         *("merge", "tier", "checkpoint", "blobs", "snapshots", "witness", "verify"),
-        *("retention", "erasures", "compact"),
+        *("retention", "erasures", "compact", "iceberg"),
     }
 
 
