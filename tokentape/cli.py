@@ -45,7 +45,7 @@ COMMANDS = {
     "retention": ("retention", "hold", "erase"),
     "ledger": ("prove", "ledger"),
     "casefile": ("case",),
-    "exporting": ("export",),
+    "exporting": ("export", "import"),
     "capacity": ("capacity",),
 }
 """Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""

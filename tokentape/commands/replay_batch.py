@@ -22,7 +22,7 @@ from tokentape.commands.exact import ExactOptions, play_again
 from tokentape.engines import calibrations, open_cluster, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err
-from tokentape.selection import column, sessions_where
+from tokentape.selection import column, replayable_sessions
 
 DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -118,7 +118,7 @@ def _compare_all(
         )
     installation.freshen()
     with installation.accessing("replay-batch", f"{name}: {where}") as access:
-        chosen = sessions_where(installation, where)
+        chosen = replayable_sessions(installation, where)
         done = set(column(installation, DONE.format(run=name)))
         left = [session for session in chosen if session not in done]
         access["rows"] = len(left)
