@@ -11,7 +11,6 @@ import zipfile
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lifecycle.proving import Prover, RowProof, SegmentRows
 from replay.timeline import Timeline, timeline
 from replay.timeline_html import index_page, session_page
 from replay.words import iso, uuid
+from schemas import clock
 from schemas.codec import decode_datum, zigzag
 from schemas.errors import UnknownSession
 from schemas.events import BlobRef, EnvironmentCaptured, RequestSubmitted
@@ -211,7 +211,7 @@ class CaseWriter:
         members.add("README.txt", README.encode())
         members.add("verify.py", resources.files("tokentape.casefile").joinpath("verify.py").read_bytes())
         members.add("index.html", index_page(self._sessions, checkpoint.data.decode() if checkpoint else "").encode())
-        facts = {"made_at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "made_by": self._installation.person()}
+        facts = {"made_at": f"{clock.now():%Y-%m-%dT%H:%M:%SZ}", "made_by": self._installation.person()}
         manifest = {"format": FORMAT, **facts, "sessions": self._sessions, "absent": sorted(set(self._absent)), "members": members.digests}
         data = orjson.dumps(manifest, option=orjson.OPT_INDENT_2)
         note = sign_note(f"{SIGNED_LINE}\n{b64encode(hashlib.sha256(data).digest()).decode()}\n", signer)

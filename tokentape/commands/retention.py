@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hmac
-import time
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -17,6 +16,7 @@ from lifecycle.holds import SESSIONS_MAX, Holds
 from lifecycle.runs import RunLedger
 from lifecycle.scheduler import find, run_job
 from lifecycle.selectors import Selector
+from schemas import clock
 from schemas.errors import UsageError
 from store.control import ControlLog, open_control
 from tokentape.commands.common import format_option, with_installation
@@ -196,7 +196,7 @@ def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:
     key = VirtualKey.model_validate(fact) if fact is not None else None
     if key is None or not hmac.compare_digest(key.digest, sha256(given.get_secret_value().encode()).hexdigest()):
         raise UsageError("the key in custody.key is not known here", operation="custody", hint=hint)
-    if (state := key.state(time.time())) != "active":
+    if (state := key.state(clock.now_s())) != "active":
         raise UsageError(f"{key.key_id} is {state}", operation="custody", hint=hint)
     if not key.has("custodian"):
         fault = f"{key.key_id} of {key.owner} has {', '.join(key.roles) or 'no role'}; custody needs custodian"
