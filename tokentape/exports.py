@@ -6,9 +6,7 @@ Events as JSON Lines or Parquet and generations as OpenTelemetry spans are for o
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +23,7 @@ from store.rows import StoredEvent, rows_to_datums, stored_events
 from store.tables import create_events
 from tokentape.installation import Installation
 from tokentape.lines import event_document, event_line
+from tokentape.output import whole
 
 SERVER, CLIENT, ERROR = 2, 3, 2
 """Numbers of OTLP: kinds of spans, and the status of one that failed."""
@@ -38,19 +37,8 @@ def export(installation: Installation, sessions: Iterable[bytes], fmt: str, out:
     Raises:
         CorruptStore, StoreUnavailable: as reading a session does.
     """
-    with _whole(out) as file:
+    with whole(out) as new, new.open("wb") as file:
         return FORMATS[fmt](installation, sessions, file)
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[BinaryIO]:
-    new = out.with_name(f".{out.name}.new")
-    try:
-        with new.open("wb") as file:
-            yield file
-        os.replace(new, out)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _jsonl(installation: Installation, sessions: Iterable[bytes], file: BinaryIO) -> int:

@@ -6,7 +6,6 @@ Sessions are written one after another and nothing but the list of members grows
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
@@ -34,6 +33,7 @@ from store.rows import StoredEvent, framed, rows_to_datums, stored_events
 from store.stored_schemas import schema_key
 from tokentape.installation import Installation
 from tokentape.lines import event_line, plain
+from tokentape.output import whole
 
 FORMAT = "tokentape-case/1"
 BLOCK_EVENTS = 1000
@@ -113,18 +113,13 @@ class CaseWriter:
             SettingsError: the ledger's private key is not here.
         """
         signer = self._signer()
-        new = out.with_name(f".{out.name}.new")
-        try:
-            with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
-                members = Members(archive)
-                for session_id in sessions:
-                    self._session(members, session_id)
-                if not self._sessions:
-                    raise UnknownSession("no session to make a case of", operation="case", hint="`tokentape sessions` lists them")
-                self._rest(members, signer)
-            os.replace(new, out)
-        finally:
-            new.unlink(missing_ok=True)
+        with whole(out) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
+            members = Members(archive)
+            for session_id in sessions:
+                self._session(members, session_id)
+            if not self._sessions:
+                raise UnknownSession("no session to make a case of", operation="case", hint="`tokentape sessions` lists them")
+            self._rest(members, signer)
         unproven = sum(session["not_in_ledger"] for session in self._sessions)
         return Made(len(self._sessions), sum(session["events"] for session in self._sessions), unproven, len(self._absent))
 

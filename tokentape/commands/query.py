@@ -24,7 +24,7 @@ from store.directory import VISIBILITIES
 from store.sql import Completeness
 from tokentape.commands.common import checked_tags, format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, out, write_rows, write_table
+from tokentape.output import err, out, write_json, write_rows, write_table
 
 SESSIONS = """
     SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
@@ -152,7 +152,7 @@ def timeline(installation: Installation, session: str, full: bool, fmt: str) -> 
         access["rows"] = len(events)
         made = make_timeline(events, rows_max=None) if full else make_timeline(events)
         if fmt == "json":
-            sys.stdout.buffer.write(orjson.dumps(made.document(), option=orjson.OPT_APPEND_NEWLINE))
+            write_json(made.document())
         else:
             out.print(TimelineView(made))
 
