@@ -11,16 +11,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner, Result
 from google.protobuf.json_format import Parse  # type: ignore[import-untyped]  # it brings no types
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from schemas.settings import Settings
 from tests.eventgen import conversation
-from tests.program import to_toml
+from tests.program import invoke
 from tests.tape import incident
 from tests.tiered import tiered
-from tokentape.cli import main
 from tokentape.exports import FORMATS, export, spans_of
 from tokentape.installation import Installation
 
@@ -71,14 +69,14 @@ def _in_base64(span: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))
-def test_the_command(settings_embedded: Settings, tmp_path: Path, fmt: str) -> None:
+def test_theinvoke(settings_embedded: Settings, tmp_path: Path, fmt: str) -> None:
     """By name and by condition the same file; what cannot be leaves none."""
     with tiered(settings_embedded) as rig:
         context = rig.producer.session()
         rig.ingest(list(conversation(rig.producer, chunks=3, session=context)))
 
     def run(*words: str) -> tuple[int, str]:
-        ran = _command(settings_embedded, "export", "--format", fmt, *words)
+        ran = invoke(settings_embedded, "export", "--format", fmt, *words)
         return ran.exit_code, ran.output
 
     session = str(uuid.UUID(bytes=context.session_id))
@@ -92,16 +90,9 @@ def test_the_command(settings_embedded: Settings, tmp_path: Path, fmt: str) -> N
     assert not (tmp_path / "c").exists()
 
 
-def _command(settings: Settings, *words: str) -> Result:
-    """A command in this process."""
-    file = settings.data.parent / "tokentape.toml"
-    file.write_text(to_toml(settings))
-    return CliRunner().invoke(main, ["--config", str(file), *words])
-
-
 def _rows(settings: Settings, *words: str) -> list[dict[str, Any]]:
     """What a command answers in JSON."""
-    ran = _command(settings, *words, "--format", "json")
+    ran = invoke(settings, *words, "--format", "json")
     assert ran.exit_code == 0, ran.output
     return [json.loads(line) for line in ran.stdout.splitlines()]
 
@@ -123,10 +114,10 @@ def test_sessions_come_back(deployment: Settings, tmp_path: Path) -> None:
         for _ in range(2):
             rig.ingest(list(conversation(rig.producer, chunks=3, session=rig.producer.session())))
             rig.tier()
-    assert _command(deployment, "export", "--where", "true", "--format", "session", "-o", str(tmp_path / "first")).exit_code == 0
+    assert invoke(deployment, "export", "--where", "true", "--format", "session", "-o", str(tmp_path / "first")).exit_code == 0
     made = _rows(deployment, "import", str(tmp_path / "first"), "--tag", "again")
     names = [row["session_id"] for row in made]
-    assert _command(deployment, "export", *names, "--format", "session", "-o", str(tmp_path / "second")).exit_code == 0
+    assert invoke(deployment, "export", *names, "--format", "session", "-o", str(tmp_path / "second")).exit_code == 0
     first, second = _told(tmp_path / "first"), _told(tmp_path / "second")
     found = _rows(deployment, "sql", "SELECT session_id, tags FROM sessions WHERE list_contains(tags, 'again')")
 
@@ -144,9 +135,8 @@ def test_a_conversation_goes_out_and_comes_back(settings_embedded: Settings, tmp
     """One that was held elsewhere, in a file over many lines, is a session; its export is taken in by another installation."""
     (tmp_path / "talk.json").write_text(json.dumps(CONVERSATION, indent=2))
     (made,) = _rows(settings_embedded, "import", str(tmp_path / "talk.json"))
-    assert _command(settings_embedded, "export", made["session_id"], "--format", "session", "-o", str(tmp_path / "out")).exit_code == 0
+    assert invoke(settings_embedded, "export", made["session_id"], "--format", "session", "-o", str(tmp_path / "out")).exit_code == 0
     other = Settings(data=tmp_path / "other" / "data")
-    other.data.mkdir(parents=True)
     (again,) = _rows(other, "import", str(tmp_path / "out"))
     said = "SELECT role, body FROM messages ORDER BY 1"
 
@@ -167,7 +157,7 @@ def test_what_cannot_be_taken_in(settings_embedded: Settings, tmp_path: Path, se
     """One line says what is wrong and where; of a file that is partly wrong nothing is taken in."""
     file = tmp_path / "both"
     file.write_text(f"{json.dumps(CONVERSATION)}\n{json.dumps(second)}\n")
-    ran = _command(settings_embedded, "import", str(file))
+    ran = invoke(settings_embedded, "import", str(file))
 
     assert ran.exit_code == 2
     assert ran.stderr.splitlines()[0] == f"tokentape: import: {complaint} ({file}, line 2)"
@@ -178,9 +168,28 @@ def test_no_json(settings_embedded: Settings, tmp_path: Path) -> None:
     """A file that is none, and a tag that is none, are each told in a line."""
     (tmp_path / "x").write_text(f"{json.dumps(CONVERSATION)}\nhello\n")
     (tmp_path / "y").write_text(json.dumps(CONVERSATION))
-    ran = _command(settings_embedded, "import", str(tmp_path / "x"))
-    tagged = _command(settings_embedded, "import", str(tmp_path / "y"), "--tag", "a,b")
+    ran = invoke(settings_embedded, "import", str(tmp_path / "x"))
+    tagged = invoke(settings_embedded, "import", str(tmp_path / "y"), "--tag", "a,b")
 
     assert (ran.exit_code, f"({tmp_path / 'x'}, line 2)" in ran.stderr) == (2, True)
     assert (tagged.exit_code, "'a,b' is no tag" in tagged.stderr) == (2, True)
     assert _rows(settings_embedded, "sql", "SELECT 1 FROM sessions WHERE requests > 0") == []
+
+
+def test_a_file_of_version_1_is_read(settings_embedded: Settings) -> None:
+    """The export that the first version of the format wrote is taken in whole; never write this file anew."""
+    (made,) = _rows(settings_embedded, "import", str(Path(__file__).parent / "exported" / "session-1.json"))
+    kinds = _rows(settings_embedded, "sql", "SELECT kind FROM events WHERE source = 'import' ORDER BY \"offset\"")
+
+    assert made["events"] == 10
+    assert [row["kind"] for row in kinds] == [
+        "session_opened",
+        "request_submitted",
+        "generation_started",
+        "sequence_started",
+        *["token_chunk"] * 2,
+        "sequence_finished",
+        "generation_finished",
+        "session_closed",
+        "session_annotated",
+    ]

@@ -24,6 +24,7 @@ from tokentape.commands.pipeline import print_summary
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, sign, tiering_of
 from tokentape.output import err, warn, write_rows
+from tokentape.selection import SESSIONS, column
 
 COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "locked_until", "key")
 ERASURE_COLUMNS = ("erasure", "state", "requested_by", "approved_by", "requested_at", "pending")
@@ -206,11 +207,10 @@ def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:
 
 def _sessions(installation: Installation, where: str) -> list[str]:
     """Sessions of a condition on the view `sessions`, asked in the sandbox."""
-    answer = installation.sql.query(f"SELECT session_id FROM sessions WHERE {where} LIMIT {SESSIONS_MAX + 1}")
-    found = [text.replace("-", "") for text in answer.table.column(0).to_pylist()]
+    found = column(installation, f"{SESSIONS.format(where=where)} LIMIT {SESSIONS_MAX + 1}")
     if not found:
         raise UsageError("no session satisfies the condition, so nothing is held", operation="hold", hint="`tokentape sql` shows the view")
-    return found
+    return [text.replace("-", "") for text in found]
 
 
 def _time(text: str | None) -> int | None:
