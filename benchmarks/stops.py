@@ -19,7 +19,8 @@ from ingest.gateway import stops
 from schemas.errors import ConflictError
 from schemas.events import BreakpointReleased
 from tests.debug_rig import debugging, payloads
-from tests.gateway_rig import HELLO, until
+from tests.gateway_rig import HELLO
+from tests.program import until
 
 REQUESTS, HOURS = 100, (1, 5, 12, 23)
 

@@ -32,7 +32,7 @@ FORMAT = "tokentape.session"
 VERSION = 1
 """Of the export; raised when an older importer could not read it."""
 
-_HINT = 'session_data is what `export` gives, or {"request": {"model": …, "messages": […]}, "response": {"content": …}}'
+_HINT = 'a session is what an export gives, or {"request": {"model": …, "messages": […]}, "response": {"content": …}}'
 _NOT_TAKEN = frozenset({"access_logged", "producer_heartbeat", "records_lost"})
 """Kinds that tell of the installation they were recorded in."""
 _LINKS = ("generation_id", "parent_generation", "history_generation")
@@ -55,16 +55,30 @@ def export_document(events: Sequence[StoredEvent], lines: Sequence[dict[str, Any
     return {"format": FORMAT, "version": VERSION, "session_id": events[0].event.session_id.hex(), "events": told}
 
 
-def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistry, settings: Settings) -> tuple[bytes, int]:
-    """Take a session in; its new id and the number of its events. They are durable when this returns.
+Recorded = tuple[e.Payload, int]
+"""What happened, and when it was recorded (µs since 1970)."""
+
+
+def read_session(data: Any, registry: SchemaRegistry) -> list[Recorded]:
+    """What `import_session` would take in, with new ids for its generations.
 
     Raises:
         UsageError: neither an export nor a conversation, or of a later version.
-        LogUnavailable: the log does not take it.
     """
     found = list(_exported(data, registry) if _is_export(data) else _conversation(data))
     if not found:
         raise UsageError("the session has no events", operation="import", hint=_HINT)
+    return found
+
+
+def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistry, settings: Settings) -> tuple[bytes, int]:
+    """Take a session in; its new id and the number of its events. They are durable when this returns.
+
+    Raises:
+        UsageError: as `read_session`.
+        LogUnavailable: the log does not take it.
+    """
+    found = read_session(data, registry)
     found += _labels(owner, found[-1][1])
     session, salt, producer = new_id(), os.urandom(16), os.urandom(8)
     redactor = Redactor.of(settings).for_tenant(owner.tenant)
@@ -89,9 +103,6 @@ def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistr
     return session, len(entries)
 
 
-Recorded = tuple[e.Payload, int]
-
-
 def _labels(owner: Owner, at: int) -> list[Recorded]:
     if not owner.tags and owner.visibility is None:
         return []
@@ -103,7 +114,7 @@ def _labels(owner: Owner, at: int) -> list[Recorded]:
 
 def _is_export(data: Any) -> bool:
     if not isinstance(data, Mapping):
-        raise UsageError("session_data is no object", operation="import", hint=_HINT)
+        raise UsageError("a session is an object", operation="import", hint=_HINT)
     if "format" not in data:
         return False
     if data["format"] != FORMAT or not isinstance(data.get("events"), list):
@@ -156,7 +167,7 @@ def _conversation(data: Mapping[str, Any]) -> Iterator[Recorded]:
         or not all(isinstance(m, Mapping) for m in messages)
         or not messages
     ):
-        raise UsageError("session_data has no request with messages", operation="import", hint=_HINT)
+        raise UsageError("there is no request with messages", operation="import", hint=_HINT)
     if not isinstance(response, Mapping):
         raise UsageError("response is no object", operation="import", hint=_HINT)
     text, model, title = response.get("content"), request.get("model"), data.get("title")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from schemas import clock
 from schemas.events import Count, RecordsLost
 from schemas.sink import SessionContext, platform_session
 
@@ -18,7 +18,7 @@ _RECHECK_S = 0.1
 _SESSIONS_MAX = 1024
 
 Item = tuple[SessionContext | None, Any, int]
-"""A session, a payload or delta, and the time in ns; a mark stands without a session."""
+"""A session, a payload or delta, and the time in µs since 1970; a mark stands without a session."""
 
 
 @dataclass(slots=True)
@@ -65,7 +65,7 @@ class Inbox:
 
     def put(self, session: SessionContext, payload: Any, kind: str) -> None:
         """Queue one payload with the time of now."""
-        now = time.time_ns()
+        now = clock.now_us()
         depth = len(self.queue)
         if depth >= self._items_max and not self._find_room(session, kind, now):
             return
@@ -105,7 +105,7 @@ class Inbox:
                 self._waiting -= 1
         if len(self.queue) < self._items_max:
             return True
-        self.lose(session, kind, "recorder_closed" if self._closed else "queue_full", now // 1000)
+        self.lose(session, kind, "recorder_closed" if self._closed else "queue_full", now)
         return False
 
     # The consumer's side
@@ -150,5 +150,5 @@ class Inbox:
     def _tell(self) -> None:
         with self._loss_lock:
             losses, self._losses = self._losses, {}
-        now = time.time_ns()
+        now = clock.now_us()
         self.queue.extend((loss.session, loss.payload(), now) for loss in losses.values())

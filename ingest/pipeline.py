@@ -239,7 +239,7 @@ class Pipeline:
                 self._take_mark(payload)
             else:
                 self.taken += 1
-                self._take(session, payload, at // 1000, now_s)
+                self._take(session, payload, at, now_s)
         self._add_chunks(self._coalescer.due(now_s))
         if self._beat_due <= now_s:
             self._beat(closed=False)

@@ -10,8 +10,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from schemas import clock
 from schemas.errors import UsageError
 from schemas.settings import Settings
 from store.blobs import BLOBS
@@ -58,7 +58,7 @@ def sample(catalog: Catalog, objects: ObjectStore, *, day: str | None = None, to
         UsageError: there are no events of that day, or none at all.
         StoreUnavailable: the store does not answer.
     """
-    snapshot, now = catalog.snapshot(), today or f"{datetime.now(UTC):%Y-%m-%d}"
+    snapshot, now = catalog.snapshot(), today or f"{clock.now():%Y-%m-%d}"
     rows: Counter[str] = Counter()
     for shard in snapshot.shards:
         rows[shard.day] += shard.rows

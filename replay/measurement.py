@@ -6,7 +6,6 @@ order. Where nothing else changed, what differs is noise, by the very causes tha
 
 from __future__ import annotations
 
-import datetime as dt
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from replay.engines.base import Engine, Forced, Generated, Refused, Request, Sco
 from replay.floors import floor_of
 from replay.noise import Noise, possible
 from replay.sampling import made_again, sampler_of
+from schemas import clock
 from schemas.errors import UsageError
 
 SEQUENCES, TOKENS = 32, 128
@@ -68,7 +68,7 @@ def measure(
     say("scoring what was said, alone and in batches of another order")
     measured, scored = _measured(engine, together, alone)
     dtype = floor_of([environment]).dtype
-    found = calibrated(environment, engine.name, measured, dtype=dtype, made_at=dt.datetime.now(dt.UTC))
+    found = calibrated(environment, engine.name, measured, dtype=dtype, made_at=clock.now())
     say("making the seeded choices again")
     return _with_noise(found, together, scored, possible(environment))
 

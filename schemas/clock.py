@@ -24,6 +24,11 @@ def now_us() -> int:
     return _source()
 
 
+def now_s() -> float:
+    """Seconds since the epoch."""
+    return _source() / 1e6
+
+
 def now() -> dt.datetime:
     """The same as a time in UTC."""
     return at(_source())

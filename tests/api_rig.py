@@ -16,7 +16,7 @@ from schemas.settings import Settings
 from store.control import ControlLog, open_control
 from store.log import open_log
 from store.log.base import Entry, partition_of
-from tests.gateway_rig import until
+from tests.program import until
 from tokentape.api.server import serve
 from tokentape.installation import Installation
 

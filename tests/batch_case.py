@@ -29,7 +29,8 @@ from schemas.events import AccessLogged, RequestSubmitted, SessionOpened
 from schemas.settings import BatchSettings, GatewaySettings, RecorderSettings, Settings
 from store.control import ControlLog, ControlView, open_control
 from store.work import WorkLogs
-from tests.gateway_rig import HELLO, BrokenUpstream, Peer, Rig, broken, until
+from tests.gateway_rig import HELLO, BrokenUpstream, Peer, Rig, broken
+from tests.program import until
 from tests.test_gateway import payloads
 
 CHAT = "/v1/chat/completions"

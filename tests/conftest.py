@@ -20,6 +20,7 @@ from schemas.settings import ColdSettings, LogSettings, Settings
 from scripts.native.component import Address
 from scripts.services import Services, load
 from tests.lender import Lender, borrow, lend, say, want
+from tests.tiered import Tiered, tiered
 
 for _name in [name for name in os.environ if name.startswith("TOKENTAPE_") and name not in ("TOKENTAPE_SERVICES", "TOKENTAPE_CACHE")]:
     del os.environ[_name]  # settings of the person who runs the tests are not settings of the tests
@@ -223,3 +224,17 @@ def deployment(request: pytest.FixtureRequest) -> Settings:
     """Settings of each deployment in turn: a test of the pipeline that takes this runs against both."""
     settings: Settings = request.getfixturevalue(f"settings_{request.param}")
     return settings
+
+
+@pytest.fixture
+def rig(deployment: Settings) -> Iterator[Tiered]:
+    """An installation from log to cold, of both deployments in turn; files about other parts have a `rig` of their own."""
+    with tiered(deployment) as made:
+        yield made
+
+
+@pytest.fixture
+def local(settings_embedded: Settings) -> Iterator[Tiered]:
+    """That of the embedded deployment, for what does not depend on it."""
+    with tiered(settings_embedded) as made:
+        yield made

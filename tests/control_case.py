@@ -11,7 +11,7 @@ import pytest
 from schemas.errors import LogChanged, LogUnavailable, UsageError
 from schemas.settings import Settings
 from store.control import ControlLog, ControlRecord, ControlView, open_control
-from tests.gateway_rig import until
+from tests.program import until
 
 # Longer than any wait here takes on a busy machine; reached only by a test that fails.
 PATIENCE_S = 30.0

@@ -17,7 +17,8 @@ from replay.state import Generation
 from schemas.events import Event
 from store.control import ControlLog, open_control
 from store.rows import StoredEvent
-from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running, until
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running
+from tests.program import until
 
 SETTINGS: dict[str, Any] = {"deadline_s": 60.0, "keepalive_s": 0.3, "answer_timeout_s": 10.0}
 

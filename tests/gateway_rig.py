@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from schemas.registry import SchemaRegistry
 from schemas.requests import load
 from schemas.settings import DebugSettings, GatewaySettings, LogSettings, RecorderSettings, Settings, TelemetrySettings
 from store.log import open_log
+from tests.program import until
 
 DEADLINE_S = 30.0
 T = TypeVar("T")
@@ -118,17 +118,6 @@ class Rig:
         assert len(failures) == 1
         assert isinstance(failures[0], GenerationFailed)
         return failures[0]
-
-
-def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
-    """The first answer that is not None or False."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        answer = ask()
-        if answer is not None and answer is not False:
-            return answer
-        time.sleep(0.01)
-    raise AssertionError(f"nothing after {seconds} s")
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 from schemas.registry import SchemaRegistry
 from store import digest, duck
 from store.catalog import Catalog
@@ -12,7 +9,7 @@ from store.hot import attach
 from store.log.base import Log
 from store.rows import framed, rows_to_datums
 
-__all__ = ["compare_digests", "offsets", "rows", "wait_until"]
+__all__ = ["compare_digests", "offsets", "rows"]
 
 
 def rows(catalog: Catalog, registry: SchemaRegistry | None = None) -> dict[tuple[int, int], bytes]:
@@ -50,11 +47,3 @@ def compare_digests(catalog: Catalog, log: Log) -> None:
 
         assert at.digest == digest.advance(digest.DIGEST_START, digest.record_hashes(records))
         assert at.offset_next == log.bounds(at.partition)[1]
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Wait for a condition; fails when the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from click.testing import CliRunner, Result
 from pydantic import BaseModel, SecretStr
 
 from schemas.settings import Settings
+from tokentape.cli import main
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 90.0
@@ -204,6 +206,14 @@ class Up:
         return self.process.wait(DEADLINE_S)
 
 
+def invoke(settings: Settings, *words: str) -> Result:
+    """A command of an installation, run in this process; its settings file lies beside the data."""
+    file = settings.data.parent / "tokentape.toml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_toml(settings))
+    return CliRunner().invoke(main, ["--config", str(file), *words])
+
+
 def _checked(ran: Ran, arguments: Sequence[str], code: int | None) -> Ran:
     assert "Traceback" not in ran.stderr + ran.stdout.decode(errors="replace"), f"{arguments}: {ran.stderr[-3000:]}"
     assert code is None or ran.code == code, f"{arguments} ended with {ran.code}: {ran.stderr[-2000:]} {ran.stdout[-500:]!r}"
@@ -217,7 +227,7 @@ def until(ask: Callable[[], T | None], seconds: float = DEADLINE_S) -> T:
         answer = ask()
         if answer is not None and answer is not False:
             return answer
-        time.sleep(0.05)
+        time.sleep(0.02)
     raise AssertionError(f"nothing after {seconds} s")
 
 

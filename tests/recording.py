@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -105,14 +104,6 @@ def seqs(events: list[Event]) -> dict[tuple[bytes, int], list[int]]:
 def whole(events: list[Event]) -> bool:
     """Whether each producer's numbers are 0, 1, 2 … in each partition."""
     return all(found == list(range(len(found))) for found in seqs(events).values())
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, "the wait is over"
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from ingest.gateway.keys import ROLES, Role
 from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
-from tests.gateway_rig import until
-from tests.program import ROOT
+from tests.program import ROOT, until
 from tests.tape import incident
 from tokentape.api.app import ROUTES
 from tokentape.api.routing import Route

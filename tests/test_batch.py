@@ -38,7 +38,8 @@ from tests.batch_case import (
     written,
 )
 from tests.conftest import KafkaService, MinioService, VllmService, distributed
-from tests.gateway_rig import Rig, broken, free_port, until
+from tests.gateway_rig import Rig, broken, free_port
+from tests.program import until
 from tests.test_gateway import payloads
 from tokentape.cli import main
 

@@ -22,8 +22,8 @@ from store.blobs import MARK, BlobStore, key_of, with_blobs
 from store.objects import open_store
 from store.rows import StoredEvent
 from tests.conftest import MinioService
-from tests.gateway_rig import DONE, Peer, Rig, broken, chunk, free_port, until
-from tests.program import Program
+from tests.gateway_rig import DONE, Peer, Rig, broken, chunk, free_port
+from tests.program import Program, until
 from tests.test_objects import nobody_at, settings_of
 
 IMAGE = os.urandom(9_000)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from lifecycle.capacity import DAYS, Sample, forecast, sample, tiering_requests, verify_requests
 from lifecycle.verification import Verification
@@ -18,9 +17,8 @@ from schemas.settings import ColdSettings, JobsSettings, LedgerSettings, Setting
 from store.ledger import open_ledger
 from store.objects.base import ObjectStore
 from tests.eventgen import conversation
-from tests.program import to_toml
+from tests.program import invoke
 from tests.tiered import tiered
-from tokentape.cli import main
 
 SAMPLE = Sample("2026-11-01", 1_000_000, 4, 200.0, 50.0, 12_500_000.0, 10, 5_000_000)
 
@@ -108,10 +106,8 @@ def test_the_command(tmp_path: Path) -> None:
     with tiered(settings) as rig:
         rig.ingest(list(conversation(rig.producer, chunks=4)))
         rig.tier()
-    file = tmp_path / "tokentape.toml"
-    file.write_text(to_toml(settings))
-    ran = CliRunner().invoke(main, ["--config", str(file), "capacity", "--format", "json"])
-    wrong = CliRunner().invoke(main, ["--config", str(file), "capacity", "--day", "yesterday"])
+    ran = invoke(settings, "capacity", "--format", "json")
+    wrong = invoke(settings, "capacity", "--day", "yesterday")
     rows = {row["figure"]: row for row in map(json.loads, ran.stdout.splitlines())}
 
     assert (ran.exit_code, wrong.exit_code) == (0, 2), ran.output

@@ -16,7 +16,6 @@ from typing import Any
 
 import cryptography
 import pytest
-from click.testing import CliRunner
 
 from lifecycle.erasure import Erasures
 from replay.timeline import timeline
@@ -29,13 +28,12 @@ from store.blobs import BlobStore
 from store.control import open_control
 from store.ledger.rotation import rotate
 from tests.eventgen import conversation
-from tests.program import to_toml
+from tests.program import invoke
 from tests.tape import Tape, incident
 from tests.tiered import Tiered, tiered
 from tokentape.casefile import archive
 from tokentape.casefile import verify as verifier
 from tokentape.casefile.archive import CaseWriter, Made
-from tokentape.cli import main
 from tokentape.installation import Installation
 
 SCRIPT = Path(verifier.__file__)
@@ -288,20 +286,12 @@ def test_the_page_tells_the_incident(tmp_path: Path) -> None:
 class TestCommand:
     """`tokentape case` as a person uses it."""
 
-    def run(self, case: Case, folder: Path, *words: str) -> Any:
-        """One command in this process."""
-        file = folder / "tokentape.toml"
-        file.write_text(to_toml(case.settings))
-        return CliRunner().invoke(main, ["--config", str(file), *words])
-
     def test_by_name_and_by_condition(self, case: Case, tmp_path: Path) -> None:
         """The same two sessions either way; each is recorded as an access."""
         ids = [session.hex() for session in case.sessions]
-        named = self.run(case, tmp_path, "case", *ids, "-o", str(tmp_path / "a.zip"))
-        where = self.run(case, tmp_path, "case", "--where", "tenant = 'acme'", "-o", str(tmp_path / "b.zip"))
-        said = self.run(
-            case, tmp_path, "sql", "SELECT count(*) AS n FROM events WHERE access_logged.operation = 'case'", "--format", "json"
-        )
+        named = invoke(case.settings, "case", *ids, "-o", str(tmp_path / "a.zip"))
+        where = invoke(case.settings, "case", "--where", "tenant = 'acme'", "-o", str(tmp_path / "b.zip"))
+        said = invoke(case.settings, "sql", "SELECT count(*) AS n FROM events WHERE access_logged.operation = 'case'", "--format", "json")
 
         assert (named.exit_code, where.exit_code) == (0, 0), named.output + where.output
         assert "a.zip: 2 sessions, 30 events" in named.output.replace("\n", "")
@@ -320,10 +310,10 @@ class TestCommand:
     )
     def test_mistakes(self, case: Case, tmp_path: Path, words: tuple[str, ...], code: int, line: str) -> None:
         """One line each, and no archive is left."""
-        ran = self.run(case, tmp_path, "case", *words, "-o", str(tmp_path / "x.zip"))
+        ran = invoke(case.settings, "case", *words, "-o", str(tmp_path / "x.zip"))
 
         assert (ran.exit_code, line in ran.output) == (code, True), ran.output
-        assert [path.name for path in tmp_path.iterdir()] == ["tokentape.toml"]
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_known(case: Case, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from schemas.settings import LogSettings, Settings
 from store.control import ControlLog, ControlView, open_control
 from tests.conftest import KafkaService
 from tests.control_case import ControlCase, Opener
-from tests.gateway_rig import free_port, until
+from tests.gateway_rig import free_port
+from tests.program import until
 
 
 class TestEmbeddedControl(ControlCase):

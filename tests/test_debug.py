@@ -14,7 +14,8 @@ import pytest
 from schemas.errors import ConflictError, UnknownName, UsageError
 from schemas.events import BreakpointHit, BreakpointReleased, RequestEdited, RequestSubmitted
 from tests.debug_rig import Debugged, debugging, documents, folded, payloads
-from tests.gateway_rig import DEADLINE_S, HELLO, Peer, broken, until
+from tests.gateway_rig import DEADLINE_S, HELLO, Peer, broken
+from tests.program import until
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pydantic import SecretStr
 
 from schemas.events import BreakpointReleased, RequestEdited
 from tests.debug_rig import Debugged, debugging, payloads
-from tests.gateway_rig import DEADLINE_S, until
+from tests.gateway_rig import DEADLINE_S
+from tests.program import until
 
 
 class Api:

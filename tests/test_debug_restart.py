@@ -33,7 +33,8 @@ from schemas.settings import DebugSettings, GatewaySettings, Settings
 from store.control import ControlView, open_control
 from store.log import open_log
 from tests.debug_rig import Debugged, debugging, echo, folded, payloads, wait_known
-from tests.gateway_rig import DEADLINE_S, HELLO, BrokenUpstream, Rig, broken, until
+from tests.gateway_rig import DEADLINE_S, HELLO, BrokenUpstream, Rig, broken
+from tests.program import until
 
 
 def events_of(settings: Settings) -> list[Event]:

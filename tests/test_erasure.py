@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,20 +25,6 @@ from store.versions import Version
 from tests.eventgen import conversation, datum
 from tests.program import Program
 from tests.tiered import Tiered, tiered
-
-
-@pytest.fixture
-def rig(deployment: Settings) -> Iterator[Tiered]:
-    """Both deployments in turn."""
-    with tiered(deployment) as made:
-        yield made
-
-
-@pytest.fixture
-def local(settings_embedded: Settings) -> Iterator[Tiered]:
-    """The embedded deployment, for what does not depend on it."""
-    with tiered(settings_embedded) as made:
-        yield made
 
 
 def erasures(rig: Tiered) -> Erasures:

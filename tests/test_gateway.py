@@ -41,7 +41,8 @@ from schemas.requests import dump, read_chat, splice
 from schemas.settings import ColdSettings, GatewaySettings, LogSettings, Settings
 from store.log import open_log
 from tests.conftest import VllmService
-from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, free_port, running, until
+from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, free_port, running
+from tests.program import until
 
 GET_WEATHER: Any = {
     "type": "function",

@@ -22,7 +22,8 @@ import zstandard
 from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted, SequenceFinished, TokenChunk
 from store.indexer import Indexer
 from tests.debug_rig import payloads
-from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, running, until
+from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, running
+from tests.program import until
 from tests.tiered import tiered
 
 ASKED: dict[str, Any] = {"model": "m", "messages": HELLO, "stream": True}

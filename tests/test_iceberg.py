@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,16 @@ from lifecycle.iceberg import CATALOG, Iceberg
 from lifecycle.register import Register
 from lifecycle.rewriting import Change, Done, rewriting
 from schemas.errors import CorruptStore, SettingsError, StoreUnavailable
-from schemas.settings import IcebergSettings, Settings
+from schemas.settings import IcebergSettings
 from scripts.native import tools
 from store.sql import query
 from tests.eventgen import conversation
-from tests.tiered import Tiered, tiered
+from tests.tiered import Tiered
 from tokentape.cli import main
 
 OPENED = [f"java.{name}" for name in ("lang", "lang.invoke", "lang.reflect", "io", "net", "nio", "util", "util.concurrent")]
 OPENED += ["java.util.concurrent.atomic", "sun.nio.ch", "sun.nio.cs", "sun.security.action", "sun.util.calendar"]
 """Packages of Java that Spark looks into."""
-
-
-@pytest.fixture
-def rig(deployment: Settings) -> Iterator[Tiered]:
-    """Both deployments in turn."""
-    with tiered(deployment) as made:
-        yield made
-
-
-@pytest.fixture
-def local(settings_embedded: Settings) -> Iterator[Tiered]:
-    """The embedded deployment, for what does not depend on it."""
-    with tiered(settings_embedded) as made:
-        yield made
 
 
 def iceberg(rig: Tiered, **changes: str) -> Iceberg:

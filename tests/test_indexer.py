@@ -25,7 +25,8 @@ from store.log import open_log
 from store.log.base import Entry, Log, partition_of
 from store.requeue import requeue
 from tests.eventgen import Producer, conversation, datum, many
-from tests.indexed import compare_digests, offsets, rows, wait_until
+from tests.indexed import compare_digests, offsets, rows
+from tests.program import until
 
 _POISON = b"\xc3\x01" + CURRENT.fingerprint + bytes(40)
 
@@ -385,7 +386,7 @@ class TestFreshness:
             positions = _catalog(settings_embedded).positions()
             return len(positions) == embedded.partitions and min(at.fresh_to for at in positions) > began
 
-        wait_until(moved)
+        until(moved)
         stop.set()
         thread.join()
 

@@ -28,8 +28,8 @@ from schemas.events import GenerationFailed, RequestSubmitted
 from schemas.settings import GatewaySettings, RecorderSettings, Settings, UpstreamSettings
 from store.control import open_control
 from tests.conftest import VllmService
-from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, until
-from tests.program import ROOT, Program
+from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk
+from tests.program import ROOT, Program, until
 from tests.test_gateway import payloads
 
 UPSTREAM_KEY = "sk-upstream-5b1d9e7720aa41c3"

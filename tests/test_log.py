@@ -263,7 +263,7 @@ class _KafkaCase(LogCase):
         producer.begin_transaction()
         producer.produce(settings.topic, b"b", partition=0)
         producer.commit_transaction(PATIENCE_S)
-        _wait_until(lambda: log.bounds(0) == (0, 3))
+        _until(lambda: log.bounds(0) == (0, 3))
         log.append(entries([b"c"]))
 
         with pytest.raises(LogChanged, match="records are missing"):
@@ -364,17 +364,17 @@ def test_broker_restart(kafka_private: KafkaService, tmp_path: Path) -> None:
     followers = [_Follower(log) for log in logs]
     for follower in followers:
         follower.start()
-    _wait_until(lambda: all(len(follower.found) > 20 for follower in followers))
+    _until(lambda: all(len(follower.found) > 20 for follower in followers))
     kafka_private.stop()
     with ThreadPoolExecutor() as pool:
         faults = list(pool.map(_faults, impatient))
     kafka_private.start()
     counts = [len(follower.found) for follower in followers]
-    _wait_until(lambda: all(len(f.found) > count + 20 or f.error for f, count in zip(followers, counts, strict=True)))
+    _until(lambda: all(len(f.found) > count + 20 or f.error for f, count in zip(followers, counts, strict=True)))
     for follower in followers:
         follower.finish()
     for log in impatient:
-        _wait_until(lambda: _faults(log) == ["none"] * 2)  # noqa: B023 - called at once
+        _until(lambda: _faults(log) == ["none"] * 2)  # noqa: B023 - called at once
     for log in [*logs, *impatient]:
         log.close()
 
@@ -594,7 +594,7 @@ def _until_raised(act: object) -> None:
         time.sleep(0.02)
 
 
-def _wait_until(holds: object) -> None:
+def _until(holds: object) -> None:
     assert callable(holds)
     deadline = time.monotonic() + PATIENCE_S
     while not holds():

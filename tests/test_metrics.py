@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from ingest.gateway.metrics import BETWEEN_TOKENS_S, Histogram
 from schemas.events import GenerationFinished
 from tests.conftest import VllmService
-from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running, until
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running
+from tests.program import until
 
 
 def measured(rig: Rig) -> dict[str, float]:

@@ -8,6 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from schemas.settings import GatewaySettings, Settings
 from tests.conftest import VllmService
 from tests.debug_rig import wait_known
-from tests.program import ROOT, Program, until
+from tests.program import ROOT, Program, Ran, until
 
 README = ROOT / "README.md"
 ELSEWHERE = ("git clone", "make ", "docker ", "curl ")
@@ -68,21 +70,32 @@ def test_commands_of_the_readme(program: Program, vllm: VllmService) -> None:
     session = program.sql("SELECT session_id, started_at FROM sessions WHERE requests > 0")[0]
     event = program.sql("SELECT event_id FROM events WHERE kind = 'request_submitted'")[0]["event_id"]
     key = f"key-{program.run('keys', 'create', '--owner', 'ann').text.split('-')[1]}"
-    search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {**program.environment, "PATH": search}
     moment = str(session["started_at"])[:23].replace(" ", "T")
+    lines = [line.replace("SESSION", session["session_id"]).replace(ENGINE, vllm.url) for line in runnable()]
+    lines = [re.sub(r"--at \S+", f"--at {moment}", re.sub(r"\bEVENT\b", event, re.sub(r"\bKEY\b", key, line))) for line in lines]
     wrong = {}
-    for line in runnable():
-        words = re.sub(r"--at \S+", f"--at {moment}", line.replace("SESSION", session["session_id"]).replace(ENGINE, vllm.url))
-        words = re.sub(r"\bEVENT\b", event, re.sub(r"\bKEY\b", key, words))
-        ran = subprocess.run(
-            ["sh", "-c", words], capture_output=True, text=True, cwd=program.folder, env=environment, timeout=90, check=False
-        )
-        if ran.returncode or "Traceback" in ran.stderr or "tokentape: " in ran.stderr or not (ran.stdout or re.search("> |--out ", words)):
-            wrong[words] = (ran.returncode, ran.stdout[-300:], ran.stderr[-1000:])
+    for needs_shell, several in groupby(lines, lambda line: "> " in line):
+        for line, ran in (_in_a_shell if needs_shell else _in_one_process)(program, list(several)):
+            if ran.code or "tokentape: " in ran.stderr or not (ran.stdout or re.search("> |--out ", line)):
+                wrong[line] = (ran.code, ran.stdout[-300:], ran.stderr[-1000:])
 
     assert wrong == {}
     assert (program.folder / "failures.csv").read_text().startswith('"session_id"')
+
+
+def _in_one_process(program: Program, lines: list[str]) -> Iterable[tuple[str, Ran]]:
+    """Command lines that a shell would only take apart, run one after another without starting Python for each."""
+    calls = [shlex.split(line)[1:] for line in lines]
+    return zip(lines, program.batch(*calls, code=None, timeout_s=250), strict=True)
+
+
+def _in_a_shell(program: Program, lines: list[str]) -> Iterable[tuple[str, Ran]]:
+    """Command lines as a shell runs them, with `tokentape` on its path."""
+    search = f"{program.folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    how: Any = {"capture_output": True, "cwd": program.folder, "env": {**program.environment, "PATH": search}, "timeout": 90}
+    for line in lines:
+        ran = subprocess.run(["sh", "-c", line], check=False, **how)
+        yield line, Ran(ran.returncode, ran.stdout, ran.stderr.decode())
 
 
 def test_two_terminals(program: Program, vllm: VllmService) -> None:
@@ -115,7 +128,7 @@ def test_two_terminals(program: Program, vllm: VllmService) -> None:
 
 
 def test_the_readme_shows_the_main_commands() -> None:
-    """The four jobs are there, so that the test above has something to run."""
+    """The five jobs are there, so that the test above has something to run."""
     commands = {line.split()[1] for line in runnable()}
 
     assert {"sessions", "sql", "timeline", "show", "replay", "tier", "verify", "jobs"} <= commands

@@ -29,6 +29,7 @@ from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 from store.log.base import Log, partition_of
 from store.log.embedded import EmbeddedLog
+from tests.program import until
 from tests.recording import (
     DEADLINE_S,
     context,
@@ -40,7 +41,6 @@ from tests.recording import (
     process,
     reasons,
     seqs,
-    until,
     whole,
 )
 

@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,26 +32,12 @@ from store.rebuild import rebuild
 from store.sql import query
 from tests.eventgen import conversation
 from tests.indexed import offsets
-from tests.tiered import Tiered, tiered
+from tests.tiered import Tiered
 from tokentape import config
 
 ROOT = Path(__file__).parents[1]
 OLD, NEW = "2026-01-10", "2026-11-01"
 NOW = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
-
-
-@pytest.fixture
-def rig(deployment: Settings) -> Iterator[Tiered]:
-    """Both deployments in turn."""
-    with tiered(deployment) as made:
-        yield made
-
-
-@pytest.fixture
-def local(settings_embedded: Settings) -> Iterator[Tiered]:
-    """The embedded deployment, for what does not depend on it."""
-    with tiered(settings_embedded) as made:
-        yield made
 
 
 def policies(rig: Tiered, *given: dict[str, Any]) -> Settings:

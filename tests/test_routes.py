@@ -20,7 +20,8 @@ from schemas.errors import SettingsError
 from schemas.events import EnvironmentCaptured, GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted
 from schemas.settings import GatewaySettings, RecorderSettings, Settings, UpstreamSettings
 from tests.conftest import VllmService
-from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, free_port, until
+from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, free_port
+from tests.program import until
 from tests.test_gateway import payloads
 from tokentape.config import load
 

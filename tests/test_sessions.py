@@ -22,8 +22,8 @@ from schemas.requests import dump, read_chat
 from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, Settings
 from schemas.sink import SessionContext, new_id
 from tests.conftest import VllmService
-from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, until
-from tests.program import Program
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk
+from tests.program import Program, until
 from tokentape.config import load
 
 

@@ -29,8 +29,8 @@ from store.indexer import Indexer
 from store.log.base import Entry, partition_of
 from store.versions import VersionStore, _unpacked, references
 from tests.debug_rig import debugging, payloads
-from tests.gateway_rig import DEADLINE_S, until
-from tests.program import Program
+from tests.gateway_rig import DEADLINE_S
+from tests.program import Program, until
 from tests.stored import put_hot
 from tests.tape import Tape, ident, incident
 from tokentape.installation import Installation

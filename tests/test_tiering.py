@@ -14,7 +14,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +50,6 @@ from tests.strategies import LONGS, sample
 from tests.tiered import Tiered, alter, tiered
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def rig(deployment: Settings) -> Iterator[Tiered]:
-    """Both deployments in turn."""
-    with tiered(deployment) as made:
-        yield made
-
-
-@pytest.fixture
-def local(settings_embedded: Settings) -> Iterator[Tiered]:
-    """The embedded deployment, for what does not depend on it."""
-    with tiered(settings_embedded) as made:
-        yield made
 
 
 def mixed(producer: Producer, count: int = 3) -> list[Entry]:

@@ -18,7 +18,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from schemas.events import GenerationFinished, RequestSubmitted
 from tests.conftest import VllmService
-from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, free_port, running, until
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, free_port, running
+from tests.program import until
 from tests.test_gateway import payloads
 from tests.test_metrics import measured
 

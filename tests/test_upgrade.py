@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +27,6 @@ REGISTRY = SchemaRegistry()
 
 VERSIONS = sorted(path.name for path in ROOT.iterdir())
 """Fingerprints of every schema that ever wrote, the current one among them."""
-
-
-@pytest.fixture
-def rig(deployment: Settings) -> Iterator[Tiered]:
-    """Both deployments in turn."""
-    with tiered(deployment) as made:
-        yield made
 
 
 def recorded(version: str, partitions: int) -> list[Entry]:

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
-
 from schemas.settings import GatewaySettings, Settings
 from tests.conftest import VllmService
 from tests.gateway_rig import Rig
-from tests.program import to_toml
-from tokentape.cli import main
+from tests.program import invoke
 
 
 class Traffic:
@@ -22,9 +19,6 @@ class Traffic:
     def __init__(self, settings: Settings, vllm: VllmService) -> None:
         self.settings = settings.model_copy(update={"gateway": GatewaySettings(port=0, upstream=vllm.url)})
         self.model = vllm.model
-        self.file = settings.data.parent / "tokentape.toml"
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(to_toml(self.settings))
 
     def record(self, documents: Sequence[dict[str, Any]], path: str = "/v1/chat/completions", **headers: str) -> list[dict[str, Any]]:
         """Ask each of these through a gateway that records, one after another; the answers."""
@@ -38,7 +32,7 @@ class Traffic:
 
     def run(self, *words: str, code: int = 0) -> Any:
         """A command's result; it must end with this code and shows no traceback."""
-        ran = CliRunner().invoke(main, ["--config", str(self.file), *words])
+        ran = invoke(self.settings, *words)
         assert (ran.exit_code, "Traceback" in ran.output) == (code, False), (words, ran.output[-3000:])
         return ran
 
@@ -60,7 +54,7 @@ class Traffic:
     @property
     def folder(self) -> Path:
         """Where files of a test can lie."""
-        return self.file.parent
+        return self.settings.data.parent
 
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:

@@ -20,36 +20,65 @@ Exit codes: 0 done · 1 unexpected error · 2 usage or settings · 3 unknown ses
 7 somebody else was first or holds it · 8 a part does not answer · 9 the log is another one than before"""
 
 
-COMMANDS = {
-    "services": ("up",),
-    "query": ("sql", "sessions", "annotate", "show", "timeline", "tail", "blob"),
-    "replay": ("replay",),
-    "replay_batch": ("replay-batch",),
-    "fork": ("fork",),
-    "suite": ("suite",),
-    "drive": ("drive",),
-    "dataset": ("dataset",),
-    "engines": ("env", "calibrate"),
-    "exact": ("engine-runs",),
-    "debug_engine": ("debug-engine",),
-    "kv": ("kv",),
-    "tour": ("tour",),
-    "weights": ("weights",),
-    "debug": ("breakpoints", "stopped"),
-    "snapshots": ("snapshots",),
-    "pipeline": ("index", "merge", "tier", "iceberg", "rebuild", "jobs", "quarantine", "status"),
-    "doctor": ("doctor",),
-    "keys": ("keys",),
-    "batch": ("batch",),
-    "custody": ("verify",),
-    "retention": ("retention", "hold", "erase"),
-    "ledger": ("prove", "ledger"),
-    "backup": ("backup", "restore", "drill"),
-    "casefile": ("case",),
-    "exporting": ("export",),
-    "capacity": ("capacity",),
+GROUPS = {
+    "Run": {"up": "services", "status": "pipeline", "doctor": "doctor", "keys": "keys", "batch": "batch"},
+    "Look": {
+        "sessions": "query",
+        "show": "query",
+        "timeline": "query",
+        "sql": "query",
+        "tail": "query",
+        "annotate": "query",
+        "blob": "query",
+        "snapshots": "snapshots",
+    },
+    "Stop and edit": {"breakpoints": "debug", "stopped": "debug"},
+    "Replay": {
+        "replay": "replay",
+        "replay-batch": "replay_batch",
+        "fork": "fork",
+        "suite": "suite",
+        "drive": "drive",
+        "dataset": "dataset",
+        "env": "engines",
+        "calibrate": "engines",
+    },
+    "Look into an engine": {
+        "engine-runs": "exact",
+        "kv": "kv",
+        "debug-engine": "debug_engine",
+        "tour": "tour",
+        "weights": "weights",
+    },
+    "Keep and forget": {
+        "index": "pipeline",
+        "merge": "pipeline",
+        "tier": "pipeline",
+        "iceberg": "pipeline",
+        "rebuild": "pipeline",
+        "jobs": "pipeline",
+        "quarantine": "pipeline",
+        "capacity": "capacity",
+        "retention": "retention",
+        "hold": "retention",
+        "erase": "retention",
+        "backup": "backup",
+        "restore": "backup",
+        "drill": "backup",
+    },
+    "Prove and hand over": {
+        "verify": "custody",
+        "prove": "ledger",
+        "ledger": "ledger",
+        "case": "casefile",
+        "export": "exporting",
+        "import": "exporting",
+    },
 }
-"""Commands by the module of `tokentape.commands` that holds them, imported when asked for: most need few parts."""
+"""Commands by what they are for, each with the module of `tokentape.commands` that holds it."""
+
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
+"""Modules are imported when a command is asked for: most need few parts."""
 
 
 class Program(click.Group):
@@ -57,15 +86,23 @@ class Program(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All commands, in the order of their jobs."""
-        return [name for names in COMMANDS.values() for name in names]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """One command."""
-        for module, names in COMMANDS.items():
-            if cmd_name in names:
-                found: list[click.Command] = importlib.import_module(f"tokentape.commands.{module}").COMMANDS
-                return next(command for command in found if command.name == cmd_name)
-        return None
+        if cmd_name not in COMMANDS:
+            return None
+        found: list[click.Command] = importlib.import_module(f"tokentape.commands.{COMMANDS[cmd_name]}").COMMANDS
+        return next(command for command in found if command.name == cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands under what they are for."""
+        longest = max(map(len, COMMANDS))
+        for heading, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(heading):
+                width = formatter.width - longest - 6
+                formatter.write_dl([(name.ljust(longest), command.get_short_help_str(width)) for name, command in commands if command])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options that all commands share."""

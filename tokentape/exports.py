@@ -1,11 +1,12 @@
-"""Sessions for other programs: events as JSON Lines or Parquet, generations as OpenTelemetry spans. One session after another."""
+"""Sessions for other programs, and for another tokentape: one after another, so that none has to be large for many to go.
+
+Events as JSON Lines or Parquet and generations as OpenTelemetry spans are for others; `session` is what an import reads again.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,12 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ingest.gateway import conventions
+from ingest.importing import export_document
+from schemas.errors import UsageError
 from schemas.events import GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted, SequenceFinished
 from store import duck
 from store.rows import StoredEvent, rows_to_datums, stored_events
 from store.tables import create_events
 from tokentape.installation import Installation
-from tokentape.lines import event_line
+from tokentape.lines import event_document, event_line
+from tokentape.output import whole
 
 SERVER, CLIENT, ERROR = 2, 3, 2
 """Numbers of OTLP: kinds of spans, and the status of one that failed."""
@@ -33,19 +37,8 @@ def export(installation: Installation, sessions: Iterable[bytes], fmt: str, out:
     Raises:
         CorruptStore, StoreUnavailable: as reading a session does.
     """
-    with _whole(out) as file:
+    with whole(out) as new, new.open("wb") as file:
         return FORMATS[fmt](installation, sessions, file)
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[BinaryIO]:
-    new = out.with_name(f".{out.name}.new")
-    try:
-        with new.open("wb") as file:
-            yield file
-        os.replace(new, out)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _jsonl(installation: Installation, sessions: Iterable[bytes], file: BinaryIO) -> int:
@@ -89,7 +82,49 @@ def _otlp(installation: Installation, sessions: Iterable[bytes], file: BinaryIO)
     return count
 
 
-FORMATS: Mapping[str, Write] = {"jsonl": _jsonl, "parquet": _parquet, "otlp": _otlp}
+def _session(installation: Installation, sessions: Iterable[bytes], file: BinaryIO) -> int:
+    """A document for each session, a line."""
+    count = 0
+    for session_id in sessions:
+        events = installation.session_events(session_id.hex())
+        file.write(orjson.dumps(whole_session(events), option=orjson.OPT_APPEND_NEWLINE))
+        count += len(events)
+    return count
+
+
+def whole_session(events: Sequence[StoredEvent]) -> dict[str, Any]:
+    """The document of a session that `import` takes back: its events as people read them, each with its Avro."""
+    return export_document(events, [event_document(stored, i + 1) for i, stored in enumerate(events)])
+
+
+def documents(path: Path) -> Iterator[tuple[int, Any]]:
+    """The JSON documents of a file and the lines at which they begin: one a line, or a single one over all lines.
+
+    Raises:
+        UsageError: a line is no JSON.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                yield number, _rest(line, file, path, number)
+                return
+            yield number, found
+
+
+def _rest(line: bytes, file: BinaryIO, path: Path, number: int) -> Any:
+    """The document that begins with a line which is none by itself."""
+    try:
+        return orjson.loads(line + file.read())
+    except orjson.JSONDecodeError as error:
+        hint = "one JSON document a line, as `tokentape export --format session` writes them"
+        raise UsageError(f"no JSON from here: {error}", operation="import", place=f"{path}, line {number}", hint=hint) from error
+
+
+FORMATS: Mapping[str, Write] = {"session": _session, "jsonl": _jsonl, "parquet": _parquet, "otlp": _otlp}
 
 
 class _Generation:

@@ -1,4 +1,4 @@
-"""An event as a line of JSON: what case files and exports hand over."""
+"""An event as JSON: what case files, exports and the REST API hand over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from store.rows import Row
+from replay.words import iso
+from replay.words import uuid as uuid_text
+from store.rows import Row, StoredEvent
 
 
 def event_line(row: Row, datum: Mapping[str, Any]) -> str:
@@ -16,6 +18,14 @@ def event_line(row: Row, datum: Mapping[str, Any]) -> str:
     place = {"log_id": row.log_id, "partition": row.partition, "offset": row.offset, "appended_at": row.appended_at}
     event = {name: plain(value) for name, value in datum.items() if value is not None}
     return json.dumps({**place, "event": event}, ensure_ascii=False)
+
+
+def event_document(stored: StoredEvent, position: int) -> dict[str, Any]:
+    """An event as people read it, and which of its session it is, from 1; bytes are base64."""
+    event = stored.event
+    place = {"partition": stored.partition, "offset": stored.offset, "event_id": uuid_text(event.event_id)}
+    who = {"kind": event.kind, "recorded_at": iso(event.recorded_at), "actor": event.actor, "source": event.source}
+    return {"position": position, **who, **place, "payload": event.payload.model_dump(mode="json", exclude_none=True)}
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,8 @@ import datetime as dt
 import decimal
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,11 +47,27 @@ def warn(text: str) -> None:
     err.print(f"tokentape: {text}", style="yellow", markup=False)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path to write to; the file is at `path` once the block has ended, and nowhere if it failed."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is whole or absent."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(data)
-    os.replace(new, path)
+    with whole(path) as new:
+        new.write_bytes(data)
+
+
+def write_json(document: Any, *, indent: bool = False) -> None:
+    """Write one JSON document to standard output."""
+    sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE | (orjson.OPT_INDENT_2 if indent else 0)))
+    sys.stdout.buffer.flush()
 
 
 def write_table(table: pa.Table, fmt: str, *, stream: BinaryIO | None = None) -> None:

@@ -1,19 +1,19 @@
-"""Which sessions and generations a command's SQL condition chooses."""
+"""Which sessions and generations a command line chooses, by name or by a condition in SQL."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from replay.fold import fold
 from replay.state import Generation, SessionState
-from schemas.errors import UnknownSession
+from schemas.errors import UnknownSession, UsageError
 from tokentape.installation import Installation
 
-SESSIONS = (
-    "SELECT session_id FROM sessions WHERE coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where}) ORDER BY started_at, session_id"
-)
+SESSIONS = "SELECT session_id FROM sessions WHERE ({where}) ORDER BY started_at, session_id"
+REPLAYABLE = "coalesce(purpose, '') <> 'replay' AND requests > 0 AND ({where})"
 GENERATIONS = (
     "SELECT session_id, generation_id FROM ("
     "SELECT * FROM (SELECT * FROM generations WHERE ({where})) WHERE session_id IN (SELECT session_id FROM sessions)"
@@ -30,13 +30,32 @@ class Chosen(NamedTuple):
     generation: Generation
 
 
-def sessions_where(installation: Installation, where: str) -> list[str]:
-    """Sessions of which a condition over the columns of the view `sessions` holds, replays left out.
+def chosen_sessions(installation: Installation, sessions: Sequence[str], where: str | None, *, operation: str) -> list[bytes]:
+    """The sessions that a command line names, or those of a condition over the view `sessions`, oldest first.
+
+    Raises:
+        UsageError: neither or both are given, or no session meets the condition.
+        UnknownSession: there is no such session.
+        QueryError: the condition is no SQL, refused or over a limit.
+    """
+    if bool(sessions) == (where is not None):
+        fault = "sessions and --where exclude each other" if sessions else "nothing says which sessions"
+        raise UsageError(fault, operation=operation, hint=f"tokentape {operation} SESSION…, or --where \"started_at > '2026-11-01'\"")
+    if where is None:
+        return list(dict.fromkeys(installation.session_id(session) for session in sessions))
+    found = [uuid.UUID(session).bytes for session in column(installation, SESSIONS.format(where=where))]
+    if not found:
+        raise UsageError(f"no session meets {where!r}", operation=operation, hint="`tokentape sessions` lists them")
+    return found
+
+
+def replayable_sessions(installation: Installation, where: str) -> list[str]:
+    """Sessions with requests of which a condition over the columns of the view `sessions` holds, replays left out.
 
     Raises:
         QueryError: it is no condition.
     """
-    return column(installation, SESSIONS.format(where=where))
+    return column(installation, SESSIONS.format(where=REPLAYABLE.format(where=where)))
 
 
 def column(installation: Installation, statement: str) -> list[str]:

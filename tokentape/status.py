@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
-import orjson
 from rich.table import Table
 
 from schemas.errors import TokentapeError
 from store.catalog import Catalog
 from tokentape.installation import Installation
-from tokentape.output import out
+from tokentape.output import out, write_json
 from tokentape.supervisor import running
 
 
@@ -98,7 +96,7 @@ def _utc(microseconds: int) -> str:
 def render(status: dict[str, Any], fmt: str) -> None:
     """Print a status for a person or as JSON."""
     if fmt == "json":
-        sys.stdout.buffer.write(orjson.dumps(status, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_INDENT_2))
+        write_json(status, indent=True)
         return
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")

@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from schemas import clock
 from schemas.errors import Fenced, TokentapeError
 
 log = structlog.get_logger()
@@ -61,7 +62,7 @@ def announced(data: Path, part: str, **facts: Any) -> Iterator[None]:
     path = data / "run" / f"{part}-{os.getpid()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"part": part, "pid": os.getpid(), "started_at": time.time(), **facts}))
+    draft.write_text(json.dumps({"part": part, "pid": os.getpid(), "started_at": clock.now_s(), **facts}))
     draft.replace(path)
     try:
         yield

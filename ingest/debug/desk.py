@@ -12,6 +12,7 @@ from typing import Any
 
 from ingest.debug import breakpoints, commands, workers
 from ingest.debug.breakpoints import Breakpoint, read_breakpoint
+from schemas import clock
 from schemas.errors import AlreadyExists, TokentapeError, UnknownName
 from store.control import ControlLog, Value
 
@@ -70,7 +71,7 @@ class Desk:
         generation, fact = commands.find(self._control.latest(commands.STOPPED), name)
         commands.check_open(generation, fact)
         question = uuid.uuid4().hex
-        command = {"generation": generation, "verb": verb, "actor": self._actor, "at": time.time(), **arguments}
+        command = {"generation": generation, "verb": verb, "actor": self._actor, "at": clock.now_s(), **arguments}
         position = self._control.append(commands.COMMAND, question, command)
         answer = self._answer(question, position)
         if answer is None:
@@ -107,7 +108,7 @@ def new_breakpoint(document: Any, actor: str, facts: Facts) -> Breakpoint:
         UsageError: a field is not valid.
         AlreadyExists: one has that name.
     """
-    named = {"created_by": actor, "created_at": time.time()}
+    named = {"created_by": actor, "created_at": clock.now_s()}
     given = {name: value for name, value in document.items() if value is not None} if isinstance(document, Mapping) else document
     made = read_breakpoint({**given, **named} if isinstance(given, Mapping) else given)
     if made.breakpoint_id in facts:

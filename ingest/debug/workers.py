@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from schemas import clock
+
 KIND = "worker"
 """Kind of the control log's facts that are workers; the key is a random id of one process."""
 
@@ -33,7 +35,7 @@ class Worker:
 
     def document(self) -> dict[str, Any]:
         """What it says now."""
-        return {**self._facts, "at": time.time()}
+        return {**self._facts, "at": clock.now_s()}
 
 
 class Workers:

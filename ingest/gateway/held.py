@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from ingest.debug.breakpoints import Breakpoint
 from ingest.debug.commands import said, too_late
 from ingest.debug.facts import Readable
+from schemas import clock
 from schemas.errors import ConflictError, UsageError
 from schemas.patch import Operation, apply_patch, diff, read_patch
 from schemas.requests import dump
@@ -128,7 +128,7 @@ class Held:
         except ValueError as error:
             raise UsageError(str(error), operation="edit", hint="the request stays stopped as it was") from error
         after = self._valid(document)
-        return self._made(Edit(new_id(), actor, time.time(), _short(reason), operations, self.request, after), standing=True)
+        return self._made(Edit(new_id(), actor, clock.now_s(), _short(reason), operations, self.request, after), standing=True)
 
     def undo(self, actor: str, reason: str | None) -> Edit:
         """Take back the last edit that stands.
@@ -142,7 +142,7 @@ class Held:
             raise UsageError("there is no edit to undo", operation="undo", hint="the request is as it was submitted")
         last = self._standing.pop()
         patch = diff(self.request.fields, last.before.fields)
-        made = Edit(new_id(), actor, time.time(), _short(reason), patch, self.request, last.before, last.edit_id)
+        made = Edit(new_id(), actor, clock.now_s(), _short(reason), patch, self.request, last.before, last.edit_id)
         return self._made(made, standing=False)
 
     def _made(self, edit: Edit, *, standing: bool) -> Edit:
@@ -183,7 +183,7 @@ class Held:
             ConflictError: somebody else was first; says who.
         """
         self._check_open()
-        self.decision = Decision(action, actor, goes_on, _short(reason), time.time())
+        self.decision = Decision(action, actor, goes_on, _short(reason), clock.now_s())
         self._wake.set()
         return self.decision
 

@@ -26,6 +26,7 @@ from ingest.gateway import errors
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.headers import authorization_of
+from schemas import clock
 from store.control import ControlRecord, ControlView
 
 log = structlog.get_logger(__name__)
@@ -91,7 +92,7 @@ def make(**fields: object) -> tuple[str, VirtualKey]:
     """
     number = secrets.token_hex(6)
     token = f"tt-{number}-{secrets.token_urlsafe(32)}"
-    return token, VirtualKey.model_validate({"key_id": f"key-{number}", "digest": _digest(token), "created_at": time.time(), **fields})
+    return token, VirtualKey.model_validate({"key_id": f"key-{number}", "digest": _digest(token), "created_at": clock.now_s(), **fields})
 
 
 def _digest(token: str) -> str:
@@ -163,8 +164,8 @@ class Keyring:
         if not self._required:
             return Caller()
         key = self._keys.get(key_id or "")
-        if key is None or key.state(time.time()) != "active":
-            state = key.state(time.time()) if key else "unknown" if key_id else "needed, and the work came without one"
+        if key is None or key.state(clock.now_s()) != "active":
+            state = key.state(clock.now_s()) if key else "unknown" if key_id else "needed, and the work came without one"
             return Caller(refusal=_unknown(f"The key of this batch is {state}."))
         return Caller(key)
 
@@ -193,7 +194,7 @@ class Keyring:
         expected = key.digest if key else _digest("")
         if not hmac.compare_digest(_digest(credential), expected) or key is None:
             raise _unknown("This key is not known here.")
-        if (state := key.state(time.time())) != "active":
+        if (state := key.state(clock.now_s())) != "active":
             raise _unknown(f"This key is {state}.")
         return key
 
@@ -219,7 +220,7 @@ class Keyring:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now = time.time()
+            now = clock.now_s()
             for key_id, exchanges in list(self._open.items()):
                 key = self._keys.get(key_id)
                 state = key.state(now) if key else "revoked"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import structlog
 from ingest.debug import commands, workers
 from ingest.gateway import errors
 from ingest.gateway.tape import Recording
+from schemas import clock
 from schemas.events import BreakpointReleased, FailureContent, GenerationFailed, ReleaseContent
 from schemas.sink import SessionContext
 from store.control import ControlLog, ControlView, Value
@@ -52,7 +52,7 @@ class Orphans:
 
     async def _settle(self, generation: str, fact: Mapping[str, Any], write: Write) -> None:
         claim = f"{generation}/{self._worker_id}"
-        if not await write(CLAIM, claim, {"at": time.time()}):
+        if not await write(CLAIM, claim, {"at": clock.now_s()}):
             return
         try:
             if await asyncio.to_thread(self._first, generation) != self._worker_id:
@@ -60,7 +60,7 @@ class Orphans:
             self._record(generation, fact)
             async with asyncio.timeout(DURABLE_WAIT_S):
                 await self._recorder.durable()
-            outcome = {"action": "lost", "actor": "gateway", "at": time.time(), "time": commands.said(time.time()), "forwarded": False}
+            outcome = {"action": "lost", "actor": "gateway", "at": clock.now_s(), "time": commands.said(clock.now_s()), "forwarded": False}
             await write(commands.STOPPED, generation, {**fact, "outcome": outcome})
             log.warning("a stopped request was lost with its worker", generation=generation, worker=fact.get("worker"))
         finally:

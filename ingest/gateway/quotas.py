@@ -29,6 +29,7 @@ import structlog
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
 from ingest.gateway.keys import VirtualKey
+from schemas import clock
 from schemas.errors import StorageFull, TokentapeError
 from store.control import ControlLog, ControlRecord, ControlView, Value
 
@@ -153,7 +154,7 @@ class Quotas:
         account.dirty_at = min(due, account.dirty_at or due)
 
     def _account(self, key_id: str) -> _Account:
-        minute = int(time.time()) // MINUTE_S
+        minute = int(clock.now_s()) // MINUTE_S
         account = self._accounts.get(key_id)
         if account is None:
             before = self._facts[key_id].get(self._worker, {})  # of the process that had this worker's name before
@@ -165,7 +166,7 @@ class Quotas:
         return account
 
     def _others(self, key_id: str) -> Used:
-        minute = int(time.time()) // MINUTE_S
+        minute = int(clock.now_s()) // MINUTE_S
         facts = [fact for worker, fact in list(self._facts[key_id].items()) if worker != self._worker]
         now = [fact for fact in facts if fact["minute"] == minute]
         return Used(
@@ -262,7 +263,7 @@ def _whole(fact: Value) -> bool:
 
 
 def _limited(fault: errors.Fault, message: str) -> Failure:
-    return Failure(fault, message, retry_after_s=MINUTE_S - time.time() % MINUTE_S)
+    return Failure(fault, message, retry_after_s=MINUTE_S - clock.now_s() % MINUTE_S)
 
 
 def total_used(facts: dict[str, Any], key_id: str) -> int:

@@ -27,6 +27,7 @@ from ingest.gateway.headers import tags_of
 from ingest.gateway.held import Decision, Edit, Held, Limits, Read
 from ingest.gateway.switchboard import Switchboard
 from ingest.gateway.tape import Recording, Tape
+from schemas import clock
 from schemas.errors import TokentapeError, UsageError
 from schemas.events import BreakpointHit, BreakpointReleased, EditContent, ReleaseContent, RequestEdited
 from schemas.requests import dump
@@ -126,7 +127,7 @@ class Stops:
 
     def _fact(self, held: Held, tape: Tape, facts: RequestFacts) -> dict[str, Any]:
         """What everybody may know about a stopped request: nothing of its content."""
-        context, at = tape.session.context, time.time()
+        context, at = tape.session.context, clock.now_s()
         return {
             "worker": self.switchboard.worker.worker_id,
             "session": str(uuid.UUID(bytes=context.session_id)),

@@ -14,6 +14,7 @@ import structlog
 from ingest.debug import commands, workers
 from ingest.gateway.orphans import Orphans
 from ingest.gateway.tape import Recording
+from schemas import clock
 from schemas.errors import TokentapeError
 from store.control import ControlLog, ControlRecord, ControlView, Value
 
@@ -90,7 +91,7 @@ class Switchboard:
         question = uuid.uuid4().hex
         answered = self._questions[question] = asyncio.get_running_loop().create_future()
         try:
-            await self.write(commands.COMMAND, question, {"generation": generation, "verb": verb, "at": time.time(), **arguments})
+            await self.write(commands.COMMAND, question, {"generation": generation, "verb": verb, "at": clock.now_s(), **arguments})
             async with asyncio.timeout(self._answer_timeout_s):
                 answer = await answered
             self.write(commands.ANSWER, question, None)
@@ -134,7 +135,7 @@ class Switchboard:
         except Exception as error:
             log.exception("command failed", verb=command.get("verb"))
             answer = {"error": commands.error_document(TokentapeError(f"unexpected {type(error).__name__}", operation="command"))}
-        self.write(commands.ANSWER, question, {**answer, "at": time.time()})
+        self.write(commands.ANSWER, question, {**answer, "at": clock.now_s()})
         self.write(commands.COMMAND, question, None)
 
     # What comes again and again
@@ -152,7 +153,7 @@ class Switchboard:
 
     async def _sweep(self) -> None:
         """Take away what was left behind, and decided requests that nobody asks about any more."""
-        now = time.time()
+        now = clock.now_s()
         for kind in (commands.COMMAND, commands.ANSWER):
             for key, value in self._shared.latest(kind).items():
                 if now - float(value.get("at", 0)) > commands.LEFT_OVER_S:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from schemas import clock
 from schemas.errors import CorruptStore, UsageError
 
 Value = dict[str, Any]
@@ -119,8 +118,3 @@ def decode(data: bytes | None, *, place: str) -> Value | None:
         hint = "something else wrote there; name another data directory or topic"
         raise CorruptStore("a record is no JSON object", operation="read control log", place=place, hint=hint)
     return value
-
-
-def now() -> float:
-    """The wall clock in seconds since the epoch."""
-    return clock.now_us() / 1e6

@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from schemas import clock
 from schemas.errors import LogChanged, LogUnavailable
-from store.control.base import TOMBSTONE_S, ControlRecord, Value, decode, encode, fold, now
+from store.control.base import TOMBSTONE_S, ControlRecord, Value, decode, encode, fold
 from store.crashpoints import crash_point
 from store.log.sqlite import connect, mapped
 
@@ -44,7 +45,7 @@ class EmbeddedControl:
 
     def append(self, kind: str, key: str, value: Value | None) -> int:
         """Write a fact, on disk when this returns; its position."""
-        data, at = encode(kind, key, value, place=str(self._path)), now()
+        data, at = encode(kind, key, value, place=str(self._path)), clock.now_s()
         with self._lock, mapped("append", self._path):
             connection = self._open()
             connection.execute("BEGIN IMMEDIATE")

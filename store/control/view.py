@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import structlog
 
+from schemas import clock
 from schemas.errors import LogChanged, TokentapeError
 from store.control.base import TOMBSTONE_S, ControlLog, ControlRecord, Value
 
@@ -65,7 +66,7 @@ class ControlView:
         with self._lock:
             for kind, facts in self._facts.items():
                 for key, value in facts.items():
-                    listener(ControlRecord(0, kind, key, value, time.time()))
+                    listener(ControlRecord(0, kind, key, value, clock.now_s()))
             self._listeners.append(listener)
 
     def get(self, kind: str, key: str) -> Value | None:
@@ -110,7 +111,7 @@ class ControlView:
         """Deletions of what is known here and does not stand in a log read from its beginning."""
         held = {(record.kind, record.key) for record in found}
         lost = [(kind, key) for kind, facts in self._facts.items() for key in facts if (kind, key) not in held]
-        return [ControlRecord(0, kind, key, None, time.time()) for kind, key in lost]
+        return [ControlRecord(0, kind, key, None, clock.now_s()) for kind, key in lost]
 
     def _take(self, records: list[ControlRecord]) -> None:
         for record in records:

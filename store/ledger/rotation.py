@@ -6,8 +6,7 @@ between is finished by the next command that signs, or by the same command once 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
+from schemas import clock
 from schemas.errors import ConflictError, SettingsError, UsageError
 from schemas.settings import Settings
 from store.ledger import open_ledger
@@ -55,7 +54,7 @@ def begin_again(settings: Settings, store: ObjectStore, *, reason: str) -> Entry
         raise UsageError("the key in force is not lost", operation="rotate", hint="`tokentape keys ledger rotate` without --lost")
     fresh = folder.draft()
     folder.trust(fresh.verifier)
-    body = {"key": str(fresh.verifier), "lost": lost.key_id, "noticed_at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "reason": reason}
+    body = {"key": str(fresh.verifier), "lost": lost.key_id, "noticed_at": f"{clock.now():%Y-%m-%dT%H:%M:%SZ}", "reason": reason}
     entry = open_ledger(settings, store).append(LOST, body, fresh=fresh)
     folder.promote()
     return entry

@@ -272,6 +272,7 @@ class LocalStore:
         """Remove what dead writers left behind."""
         for path in (self.root / TEMPORARY).iterdir():
             with contextlib.suppress(OSError):
+                # Of the file system's own time, not of `schemas.clock`.
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink()
 

@@ -295,6 +295,7 @@ class MinioStore:
 
     def _probe_lock(self, key: str) -> tuple[bool, str]:
         """Write the canary and try to delete its locked version: whether that is refused, and a few words."""
+        # Of the server's own time, not of `schemas.clock`: the server says whether it is over.
         lock = Lock("governance", datetime.now(UTC) + timedelta(seconds=PROBE_LOCK_S))
         answer = self._put(key, Payload.of_bytes(b"first"), lock)
         if answer.status != 200:

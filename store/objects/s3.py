@@ -78,7 +78,7 @@ def put_if_absent(http: urllib3.PoolManager, place: Place, key: str, payload: Pa
         urllib3.exceptions.HTTPError: no answer; the object may or may not have been written.
     """
     url = SplitResult("https" if place.secure else "http", place.host, quote(f"/{place.bucket}/{key}", safe="/-_.~"), "", "")
-    now = datetime.now(UTC)
+    now = datetime.now(UTC)  # not of `schemas.clock`: a server refuses a signature that is minutes off its own time
     digest = payload.sha256.hex()
     headers: dict[str, str | list[str] | tuple[str]] = {
         "Host": place.host,

@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from ingest.gateway import bodies as b
 from ingest.gateway.keys import Role
-from ingest.importing import Owner, export_document, import_session
+from ingest.importing import Owner, import_session
 from replay.sections import session_document, token_columns
 from replay.timeline import timeline
 from replay.words import iso
@@ -21,12 +21,13 @@ from replay.words import uuid as uuid_text
 from schemas.errors import UnknownName, UsageError
 from schemas.events import AnnotationContent, SessionAnnotated
 from store.directory import Wanted
-from store.rows import StoredEvent
 from tokentape.api.access import CONTENT
 from tokentape.api.desk import Tape
 from tokentape.api.live import EVENT_STREAM, follow
 from tokentape.api.replays import Replayed, replay
 from tokentape.api.routing import Call, Nothing, Reply, Route, Taken
+from tokentape.exports import whole_session
+from tokentape.lines import event_document
 
 WRITERS: frozenset[Role] = frozenset({"analyst", "debugger"})
 """Who adds to what others see."""
@@ -183,8 +184,7 @@ def events(call: Call) -> Reply | Response:
 def export(call: Call) -> Reply | Response:
     """The whole session, with each event's Avro bytes."""
     tape, _ = _tape(call)
-    lines = [event_document(stored, i + 1) for i, stored in enumerate(tape.events)]
-    document = export_document(tape.events, lines)
+    document = whole_session(tape.events)
     name = {"content-disposition": f'attachment; filename="session-{call.ids["id"]}.{call.query.format}"'}
     if call.query.format == "json":
         return Reply(document, 200, name)
@@ -204,14 +204,6 @@ def annotate(call: Call) -> Reply:
     call.desks.installation.annotate(session_id.hex(), said, actor=call.principal.name)
     call.desks.written()
     return Reply({"session_id": call.ids["id"], **asked.model_dump()}, 201)
-
-
-def event_document(stored: StoredEvent, position: int) -> dict[str, Any]:
-    """An event as people read it; bytes are base64."""
-    event = stored.event
-    place = {"partition": stored.partition, "offset": stored.offset, "event_id": uuid_text(event.event_id)}
-    who = {"kind": event.kind, "recorded_at": iso(event.recorded_at), "actor": event.actor, "source": event.source}
-    return {"position": position, **who, **place, "payload": event.payload.model_dump(mode="json", exclude_none=True)}
 
 
 def _tape(call: Call) -> tuple[Tape, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import structlog
 
 from ingest.gateway.problems import problem_document, status_of
+from schemas import clock
 from schemas.errors import ConflictError, TokentapeError, UnknownName
 from tokentape.api.access import Principal
 
@@ -71,7 +71,7 @@ class Works:
 
     def begin(self, kind: str, subject: str, principal: Principal, act: Callable[[Work], Any]) -> Work:
         """Have `act` done; what it returns is the result, in JSON types."""
-        work = Work(uuid.uuid4().hex, kind, subject, principal, time.time())
+        work = Work(uuid.uuid4().hex, kind, subject, principal, clock.now_s())
         with self._lock:
             ended = [known.work_id for known in self._works.values() if known.ended_at is not None]
             for work_id in ended[: max(0, len(self._works) - KEPT)]:
@@ -129,4 +129,4 @@ class Works:
             log.exception("work failed", kind=work.kind, subject=work.subject)
             state, fault = "failed", f"unexpected {type(error).__name__}"
             work.problem = problem_document(500, fault, "the log of the API says where", f"/api/v1/jobs/{work.work_id}")
-        work.state, work.ended_at = state, time.time()
+        work.state, work.ended_at = state, clock.now_s()

@@ -6,12 +6,10 @@ Sessions are written one after another and nothing but the list of members grows
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lifecycle.proving import Prover, RowProof, SegmentRows
 from replay.timeline import Timeline, timeline
 from replay.timeline_html import index_page, session_page
 from replay.words import iso, uuid
+from schemas import clock
 from schemas.codec import decode_datum, zigzag
 from schemas.errors import UnknownSession
 from schemas.events import BlobRef, EnvironmentCaptured, RequestSubmitted
@@ -34,6 +33,7 @@ from store.rows import StoredEvent, framed, rows_to_datums, stored_events
 from store.stored_schemas import schema_key
 from tokentape.installation import Installation
 from tokentape.lines import event_line, plain
+from tokentape.output import whole
 
 FORMAT = "tokentape-case/1"
 BLOCK_EVENTS = 1000
@@ -113,18 +113,13 @@ class CaseWriter:
             SettingsError: the ledger's private key is not here.
         """
         signer = self._signer()
-        new = out.with_name(f".{out.name}.new")
-        try:
-            with zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
-                members = Members(archive)
-                for session_id in sessions:
-                    self._session(members, session_id)
-                if not self._sessions:
-                    raise UnknownSession("no session to make a case of", operation="case", hint="`tokentape sessions` lists them")
-                self._rest(members, signer)
-            os.replace(new, out)
-        finally:
-            new.unlink(missing_ok=True)
+        with whole(out) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
+            members = Members(archive)
+            for session_id in sessions:
+                self._session(members, session_id)
+            if not self._sessions:
+                raise UnknownSession("no session to make a case of", operation="case", hint="`tokentape sessions` lists them")
+            self._rest(members, signer)
         unproven = sum(session["not_in_ledger"] for session in self._sessions)
         return Made(len(self._sessions), sum(session["events"] for session in self._sessions), unproven, len(self._absent))
 
@@ -211,7 +206,7 @@ class CaseWriter:
         members.add("README.txt", README.encode())
         members.add("verify.py", resources.files("tokentape.casefile").joinpath("verify.py").read_bytes())
         members.add("index.html", index_page(self._sessions, checkpoint.data.decode() if checkpoint else "").encode())
-        facts = {"made_at": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}", "made_by": self._installation.person()}
+        facts = {"made_at": f"{clock.now():%Y-%m-%dT%H:%M:%SZ}", "made_by": self._installation.person()}
         manifest = {"format": FORMAT, **facts, "sessions": self._sessions, "absent": sorted(set(self._absent)), "members": members.digests}
         data = orjson.dumps(manifest, option=orjson.OPT_INDENT_2)
         note = sign_note(f"{SIGNED_LINE}\n{b64encode(hashlib.sha256(data).digest()).decode()}\n", signer)

@@ -22,6 +22,7 @@ from ingest.gateway.batch.models import asked, check_models
 from ingest.gateway.batch.submission import end_abandoned
 from ingest.gateway.keys import KIND as KEY
 from ingest.gateway.keys import VirtualKey
+from schemas import clock
 from schemas.batches import ENDED, Batch, Owner
 from schemas.errors import UsageError
 from schemas.settings import Settings
@@ -167,8 +168,8 @@ def _owner(desk: BatchDesk, installation: Installation, key_id: str | None) -> t
         return Owner(tenant=settings.tenant, name=installation.person()), lambda _: True
     value = desk.facts.get(KEY, key_id)
     key = VirtualKey.model_validate(value) if value else None
-    if key is None or key.state(time.time()) != "active":
-        fault = f"the key {key_id[:20]!r} is {key.state(time.time()) if key else 'not known'}"
+    if key is None or key.state(clock.now_s()) != "active":
+        fault = f"the key {key_id[:20]!r} is {key.state(clock.now_s()) if key else 'not known'}"
         raise UsageError(fault, operation="batch submit", hint="`tokentape keys list` shows all")
     return Owner(tenant=key.tenant, name=key.owner, key_id=key.key_id), key.allows
 

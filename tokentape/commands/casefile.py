@@ -9,9 +9,10 @@ import click
 
 from replay.words import count
 from tokentape.casefile.archive import CaseWriter
-from tokentape.commands.common import chosen_sessions, with_installation
+from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
 from tokentape.output import err, out, warn
+from tokentape.selection import chosen_sessions
 
 
 @click.command("case")

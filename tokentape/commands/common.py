@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,31 +17,15 @@ format_option = click.option(
 )
 
 
-CHOSEN = "SELECT session_id FROM sessions WHERE ({where}) ORDER BY started_at, session_id"
-
-
-def chosen_sessions(installation: Installation, sessions: Sequence[str], where: str | None, *, operation: str) -> list[bytes]:
-    """The sessions that a command line names, or those of a condition over the view `sessions`, oldest first.
+def checked_tags(tags: Sequence[str], *, operation: str) -> tuple[str, ...]:
+    """Tags of a command line.
 
     Raises:
-        UsageError: neither or both are given, or no session meets the condition.
-        UnknownSession: there is no such session.
-        QueryError: the condition is no SQL, refused or over a limit.
+        UsageError: one of them is none.
     """
-    if bool(sessions) == (where is not None):
-        fault = "sessions and --where exclude each other" if sessions else "nothing says which sessions"
-        raise UsageError(fault, operation=operation, hint=f"tokentape {operation} SESSION…, or --where \"started_at > '2026-11-01'\"")
-    if where is None:
-        return list(dict.fromkeys(installation.session_id(session) for session in sessions))
-    found: list[bytes] = [as_id(row) for row in installation.sql.query(CHOSEN.format(where=where)).table.column(0).to_pylist()]
-    if not found:
-        raise UsageError(f"no session meets {where!r}", operation=operation, hint="`tokentape sessions` lists them")
-    return found
-
-
-def as_id(value: object) -> bytes:
-    """A session's id as an answer of SQL has it."""
-    return value if isinstance(value, bytes) else uuid.UUID(str(value)).bytes
+    if wrong := [tag for tag in tags if not tag.strip() or "," in tag]:
+        raise UsageError(f"{wrong[0]!r} is no tag", operation=operation, hint="a tag is a text without commas")
+    return tuple(tags)
 
 
 def with_installation(function: Callable[..., Any]) -> Callable[..., Any]:

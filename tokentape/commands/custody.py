@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-import orjson
 from rich.markup import escape
 
 from lifecycle.verification import EVERYTHING, Scope, StoreCopy, Verification, Verified, outcome
@@ -24,7 +23,7 @@ from store.ledger.witness import open_witness
 from store.objects import open_store
 from store.objects.base import ObjectStore
 from store.stored_schemas import fetch_schema
-from tokentape.output import err, out
+from tokentape.output import err, out, write_json
 
 _STYLES: dict[Kind, str] = {
     "modified": "red",
@@ -85,7 +84,7 @@ def verify(
     )
     found = verification.report(deep=not shallow, progress=lambda key: err.print(f"[dim]reading {escape(key)}[/dim]"))
     if fmt == "json":
-        click.echo(orjson.dumps({"outcome": outcome(found), **found.to_dict()}, option=orjson.OPT_INDENT_2))
+        write_json({"outcome": outcome(found), **found.to_dict()}, indent=True)
     else:
         _print(found, verification.scope, deep=not shallow, key=path)
     raise SystemExit(found.exit_code)
@@ -95,7 +94,7 @@ def _check(path: Path, key: KeyChain, fmt: str) -> None:
     """Say what a proof proves."""
     proven = read_proof(path.read_bytes()).check(key)
     if fmt == "json":
-        click.echo(orjson.dumps({"outcome": "good", "proven": proven}, option=orjson.OPT_INDENT_2))
+        write_json({"outcome": "good", "proven": proven}, indent=True)
         return
     for step in proven:
         out.print(step, markup=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from replay.words import count, uuid
 from schemas.errors import UsageError
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, warn
+from tokentape.output import err, warn, whole
 from tokentape.selection import generations_where
 
 
@@ -40,8 +39,7 @@ def dataset(installation: Installation, where: str, kind: str, out: Path, dedupe
     if out.exists() and not force:
         raise UsageError("there is a file already", operation="dataset", place=str(out), hint="--force writes over it")
     installation.freshen()
-    new = out.with_name(f".{out.name}.new")
-    try:
+    with whole(out) as new:
         with installation.accessing("dataset", f"{kind}: {where}") as access, writing(new, kind) as write:
             filling = _Filling(write, dedupe, skip)
             for state, generation in generations_where(installation, where):
@@ -49,9 +47,6 @@ def dataset(installation: Installation, where: str, kind: str, out: Path, dedupe
                     filling.add(example)
             access["rows"] = filling.written
         filling.tell()
-        os.replace(new, out)
-    finally:
-        new.unlink(missing_ok=True)
     err.print(f"{count(filling.written, 'example')} in {out}", markup=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from ingest.debug.desk import Desk
+from schemas import clock
 from schemas.errors import UsageError
 from schemas.patch import Operation, apply_patch, assignment, diff
 from store.control import open_control
@@ -135,7 +135,7 @@ def list_stopped(desk: Desk, settled: bool, fmt: str) -> None:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    now = time.time()
+    now = clock.now_s()
     open_ = row["outcome"] is None
     return {
         **row,
@@ -162,7 +162,7 @@ def show_stopped(desk: Desk, request: str, fmt: str) -> None:
         sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
         return
     out.print(f"{found['generation']}  session {found['session']}", markup=False)
-    left = _seconds(found["deadline_at"] - time.time())
+    left = _seconds(found["deadline_at"] - clock.now_s())
     out.print(f"stopped at {found['breakpoint']['breakpoint_id']}, {found['default_action']} in {left:g} s", markup=False, style="yellow")
     out.print(_printable(json.dumps(found["request"], ensure_ascii=False, indent=2)), markup=False)
     for edit in found["edits"]:

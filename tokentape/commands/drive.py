@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from replay.drive.arrivals import Arrival, arrival_of, arrivals_of_trace, in_order
@@ -26,7 +25,7 @@ from schemas.errors import EngineUnavailable, UsageError
 from schemas.requests.recorded import COMPLETIONS
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, out, warn
+from tokentape.output import err, out, warn, write_json
 from tokentape.selection import generations_where
 
 POOL_TEXT = (
@@ -123,7 +122,7 @@ def driven(arrivals: Sequence[Arrival], target: Target, *, speed: float | None, 
 
         report = report_of(drive(arrivals, target, speed=speed, in_flight=in_flight, told=told))
     if fmt == "json":
-        sys.stdout.buffer.write(orjson.dumps(report.document(), option=orjson.OPT_APPEND_NEWLINE))
+        write_json(report.document())
     else:
         out.print(report)
     sys.stdout.flush()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import click
-import orjson
 
 from replay.calibration import FALSE_ALARM, Calibration
 from replay.differences import MEANING, name_of, report
@@ -20,7 +18,7 @@ from schemas.probe import item
 from tokentape.commands.common import format_option, with_installation
 from tokentape.engines import calibrations, engine_options, open_engine
 from tokentape.installation import Installation
-from tokentape.output import err, write_rows
+from tokentape.output import err, write_json, write_rows
 
 LISTED = (
     "SELECT environment_id, origin, first_seen, last_seen, captures, semantic, numeric, scheduling FROM environments ORDER BY first_seen"
@@ -68,7 +66,7 @@ def show(installation: Installation, environment: str, fmt: str) -> None:
     """What is known of an environment. ENVIRONMENT is its id, or a unique beginning of one."""
     found = _environment(installation, environment)
     if fmt == "json":
-        _print_json({"environment_id": found.environment_id.hex(), "items": _items(found), "unknown": found.unknown})
+        write_json({"environment_id": found.environment_id.hex(), "items": _items(found), "unknown": found.unknown})
         return
     click.echo(f"environment {found.environment_id.hex()}, captured by {found.origin}")
     for kind in CLASSES:
@@ -91,7 +89,7 @@ def diff(installation: Installation, first: str, second: str, fmt: str) -> None:
     before, after = _environment(installation, first), _environment(installation, second)
     differences = compare(before, after)
     if fmt == "json":
-        _print_json([{**difference.model_dump(), "name": name_of(difference.key)} for difference in differences])
+        write_json([{**difference.model_dump(), "name": name_of(difference.key)} for difference in differences])
         return
     for line in report(before, after, differences):
         click.echo(printable(line))
@@ -129,10 +127,6 @@ def _items(environment: EnvironmentCaptured) -> dict[str, Any]:
     return {pair.key: {"value": json.loads(pair.value), "digest": classify(pair.key)} for pair in environment.items}
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.buffer.write(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
-
-
 @click.command()
 @engine_options
 @click.option("--sequences", type=click.IntRange(8, 10_000), default=SEQUENCES, show_default=True, help="How many sequences it says.")
@@ -152,7 +146,7 @@ def calibrate(
     found = measure(scorer, name, sequences=sequences, tokens=tokens, say=lambda line: err.print(f"[dim]{line}[/dim]"))
     path = calibrations(installation).save(found)
     if fmt == "json":
-        _print_json(found.model_dump(mode="json", exclude={"environment", "samples"}))
+        write_json(found.model_dump(mode="json", exclude={"environment", "samples"}))
         return
     _print(found)
     click.echo(f"kept in {path}")

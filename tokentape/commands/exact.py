@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import orjson
 from rich.progress import Progress
 
 from replay.exact.replay import REPRODUCED, ExactReplay, Outcome
@@ -19,7 +18,7 @@ from schemas.errors import TokentapeError, UsageError
 from schemas.sink import SessionContext, new_id
 from tokentape.commands.common import format_option, id_of, with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, out, write_table
+from tokentape.output import err, out, write_json, write_table
 
 RUNS = """
     WITH steps AS (
@@ -100,7 +99,7 @@ class _Diverged(TokentapeError):
 
 def _print(outcome: Outcome, fmt: str) -> None:
     if fmt == "json":
-        sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
+        write_json(outcome.document())
         return
     style = "bold green" if outcome.verdict == REPRODUCED else "bold red"
     out.print(f"[{style}]{outcome.verdict}[/{style}]  {outcome.reason}")

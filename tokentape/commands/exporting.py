@@ -1,4 +1,4 @@
-"""`export`: sessions for other programs."""
+"""`export` and `import`: sessions for other programs, and from another tokentape."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from pathlib import Path
 
 import click
 
-from replay.words import count
-from tokentape.commands.common import chosen_sessions, with_installation
-from tokentape.exports import FORMATS
+from ingest.importing import Owner, import_session, read_session
+from replay.words import count, uuid
+from schemas.errors import UsageError
+from store.directory import VISIBILITIES
+from tokentape.commands.common import checked_tags, format_option, with_installation
+from tokentape.exports import FORMATS, documents
 from tokentape.exports import export as write
 from tokentape.installation import Installation
-from tokentape.output import out
+from tokentape.output import out, write_rows
+from tokentape.selection import chosen_sessions
 
 
 @click.command()
@@ -23,6 +27,9 @@ from tokentape.output import out
 def export(installation: Installation, sessions: tuple[str, ...], where: str | None, fmt: str, target: Path) -> None:
     """Sessions as a file: jsonl has one event a line, parquet the columns of the view `events`, otlp the generations as spans.
 
+    session is what `tokentape import` and the REST API take back: a JSON document a line, its events in Avro beside their text. Long
+    messages are in it; attachments stay in the blob store, and the document names them.
+
     OTLP is its JSON form, one request to a collector a line, with the conventions for generative AI and without content.
     """
     installation.freshen()
@@ -33,4 +40,31 @@ def export(installation: Installation, sessions: tuple[str, ...], where: str | N
     out.print(f"{target}: {count(written, 'span' if fmt == 'otlp' else 'event')} of {count(len(chosen), 'session')}", markup=False)
 
 
-COMMANDS = [export]
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Add a tag to each session.")
+@click.option("--visibility", type=click.Choice(VISIBILITIES), default="team", show_default=True, help="Who may see them.")
+@format_option
+@with_installation
+def take_in(installation: Installation, file: Path, tags: tuple[str, ...], visibility: str, fmt: str) -> None:
+    """Take sessions in: those of `export --format session`, or a request and its response, as {"request": …, "response": …}.
+
+    Each becomes a session of its own with new ids and the times that were recorded, also where the original is still here. The whole
+    file is read before the first one is written.
+    """
+    for line, data in documents(file):
+        try:
+            read_session(data, installation.registry)
+        except UsageError as error:
+            raise UsageError(error.fault, operation="import", place=f"{file}, line {line}", hint=error.hint) from error
+    owner = Owner(installation.settings.tenant, installation.person(), checked_tags(tags, operation="import"), visibility)
+    rows = []
+    with installation.accessing("import", f"import {file}") as access:
+        for _, data in documents(file):
+            made, events = import_session(data, owner, log=installation.log, registry=installation.registry, settings=installation.settings)
+            rows.append({"session_id": uuid(made), "events": events})
+        access["rows"] = sum(row["events"] for row in rows)
+    write_rows(rows, fmt, ["session_id", "events"])
+
+
+COMMANDS = [export, take_in]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 
 from replay.child import Child, run_fork
 from replay.fold import Until
@@ -19,7 +17,7 @@ from schemas.patch import read_patch
 from tokentape.commands.common import id_of, with_installation
 from tokentape.engines import engine_options, open_engine
 from tokentape.installation import Installation
-from tokentape.output import out
+from tokentape.output import out, write_json
 
 
 @click.command()
@@ -62,7 +60,7 @@ def fork(installation: Installation, session: str, fmt: str, **asked: Any) -> No
 
 def _print(child: Child, fmt: str) -> None:
     if fmt == "json":
-        sys.stdout.buffer.write(orjson.dumps(child.document(), option=orjson.OPT_APPEND_NEWLINE))
+        write_json(child.document())
         return
     place, forced = child.fork.place, len(child.fork.prompt_token_ids) + child.fork.place.position
     said = f"{count(forced, 'token')} forced, of them {place.position:,} of the answer"

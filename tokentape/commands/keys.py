@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from ingest.gateway import quotas
 from ingest.gateway.keys import KIND, ROLES, VirtualKey, make
+from schemas import clock
 from schemas.errors import UsageError
 from store.control import ControlLog, open_control
 from tokentape.commands.common import format_option, with_installation
@@ -100,7 +100,7 @@ def revoke(installation: Installation, key_id: str) -> None:
         if key.revoked_at is not None:
             return click.echo(f"{key.key_id} was revoked before")
         with installation.accessing("keys revoke", key.key_id):
-            control.append(KIND, key.key_id, key.model_copy(update={"revoked_at": time.time()}).model_dump(mode="json"))
+            control.append(KIND, key.key_id, key.model_copy(update={"revoked_at": clock.now_s()}).model_dump(mode="json"))
     return click.echo(f"{key.key_id} is revoked")
 
 
@@ -132,7 +132,7 @@ def _row(key: VirtualKey, usage: dict[str, Any]) -> dict[str, Any]:
         **row,
         "roles": list(key.roles),
         "models": list(key.models),
-        "state": key.state(time.time()),
+        "state": key.state(clock.now_s()),
         "tokens_used": quotas.total_used(usage, key.key_id),
         **{name: dt.datetime.fromtimestamp(at, dt.UTC) if at else None for name, at in times.items()},
     }
@@ -141,14 +141,14 @@ def _row(key: VirtualKey, usage: dict[str, Any]) -> dict[str, Any]:
 def _moment(text: str) -> float:
     """Seconds since the epoch at the end of a span from now, or at a time in UTC."""
     if span := _SPAN.fullmatch(text.strip()):
-        return time.time() + int(span[1]) * _SECONDS[span[2]]
+        return clock.now_s() + int(span[1]) * _SECONDS[span[2]]
     try:
         at = dt.datetime.fromisoformat(text.strip())
     except ValueError as error:
         hint = "a span such as 30m, 12h, 90d, 4w, or a time such as 2027-01-31T12:00"
         raise UsageError(f"--expires: {text!r} is no time", operation="keys create", hint=hint) from error
     at = at if at.tzinfo else at.replace(tzinfo=dt.UTC)
-    if at.timestamp() <= time.time():
+    if at.timestamp() <= clock.now_s():
         raise UsageError(f"--expires: {text} is over", operation="keys create", hint="name a time to come")
     return at.timestamp()
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Any
 
 import click
-import orjson
 
 from replay.kv import Call, Report, report
 from replay.words import printable, uuid
 from store.views import literal
 from tokentape.commands.common import id_of, with_installation
 from tokentape.installation import Installation
-from tokentape.output import out, write_rows
+from tokentape.output import out, write_json, write_rows
 
 SESSIONS = """
     SELECT DISTINCT session_id FROM kv_operations WHERE session_id = {session} OR generation_id IN (
@@ -51,7 +49,7 @@ def kv(installation: Installation, session: str, fmt: str) -> None:
         found = _report(installation, name)
         access["rows"] = len(found.requests)
     if fmt == "json":
-        sys.stdout.buffer.write(orjson.dumps(dataclasses.asdict(found), option=orjson.OPT_APPEND_NEWLINE))
+        write_json(dataclasses.asdict(found))
         return
     _print(found)
 

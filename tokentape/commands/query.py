@@ -20,10 +20,11 @@ from schemas.codec import decode
 from schemas.errors import DataError, UsageError
 from schemas.events import AnnotationContent, SessionAnnotated
 from store import views
+from store.directory import VISIBILITIES
 from store.sql import Completeness
-from tokentape.commands.common import format_option, with_installation
+from tokentape.commands.common import checked_tags, format_option, with_installation
 from tokentape.installation import Installation
-from tokentape.output import err, out, write_rows, write_table
+from tokentape.output import err, out, write_json, write_rows, write_table
 
 SESSIONS = """
     SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
@@ -68,7 +69,7 @@ def sessions(installation: Installation, limit: int, tags: tuple[str, ...], repl
 @click.option("--tag", "added", multiple=True, metavar="TAG", help="Add a tag.")
 @click.option("--untag", "removed", multiple=True, metavar="TAG", help="Remove a tag.")
 @click.option("--note", help="Leave a note on the session.")
-@click.option("--visibility", type=click.Choice(["private", "team", "public"]), help="Who may see it.")
+@click.option("--visibility", type=click.Choice(VISIBILITIES), help="Who may see it.")
 @with_installation
 def annotate(
     installation: Installation, session: str, added: tuple[str, ...], removed: tuple[str, ...], note: str | None, visibility: str | None
@@ -76,8 +77,7 @@ def annotate(
     """Put tags or a note on a session, or take tags away: an event of the session, with who did it and when."""
     if not (added or removed or note or visibility):
         raise UsageError("nothing to annotate", operation="annotate", hint="give --tag, --untag, --note or --visibility")
-    if wrong := [tag for tag in (*added, *removed) if not tag.strip() or "," in tag]:
-        raise UsageError(f"{wrong[0]!r} is no tag", operation="annotate", hint="a tag is a text without commas")
+    checked_tags((*added, *removed), operation="annotate")
     if both := set(added) & set(removed):
         raise UsageError(f"--tag and --untag both name {sorted(both)[0]!r}", operation="annotate", hint="add a tag or remove it")
     installation.freshen()
@@ -154,7 +154,7 @@ def timeline(installation: Installation, session: str, full: bool, fmt: str) -> 
         access["rows"] = len(events)
         made = make_timeline(events, rows_max=None) if full else make_timeline(events)
         if fmt == "json":
-            sys.stdout.buffer.write(orjson.dumps(made.document(), option=orjson.OPT_APPEND_NEWLINE))
+            write_json(made.document())
         else:
             out.print(TimelineView(made))
 

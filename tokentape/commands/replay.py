@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import click
-import orjson
 
 from replay.compare import run_compare
 from replay.fold import Until, fold
@@ -15,7 +14,7 @@ from schemas.errors import ConflictError, UsageError
 from tokentape.commands.common import with_installation
 from tokentape.engines import calibrations, engine_options, open_engine
 from tokentape.installation import Installation
-from tokentape.output import err, out
+from tokentape.output import err, out, write_json
 
 
 @click.command()
@@ -63,7 +62,7 @@ def replay(
                 events, scorer, installation.recorder, strict=strict, actor=installation.person(), calibrations=calibrations(installation)
             )
             if fmt == "json":
-                sys.stdout.buffer.write(orjson.dumps(outcome.document(), option=orjson.OPT_APPEND_NEWLINE))
+                write_json(outcome.document())
             else:
                 out.print(OutcomeView(outcome))
             if outcome.refused:

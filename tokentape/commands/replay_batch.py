@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-import orjson
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from replay.batch import Batch, Summary
@@ -21,8 +19,8 @@ from tokentape.commands.common import with_installation
 from tokentape.commands.exact import ExactOptions, play_again
 from tokentape.engines import calibrations, open_cluster, open_engine
 from tokentape.installation import Installation
-from tokentape.output import err
-from tokentape.selection import column, sessions_where
+from tokentape.output import err, write_json
+from tokentape.selection import column, replayable_sessions
 
 DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -118,7 +116,7 @@ def _compare_all(
         )
     installation.freshen()
     with installation.accessing("replay-batch", f"{name}: {where}") as access:
-        chosen = sessions_where(installation, where)
+        chosen = replayable_sessions(installation, where)
         done = set(column(installation, DONE.format(run=name)))
         left = [session for session in chosen if session not in done]
         access["rows"] = len(left)
@@ -160,7 +158,7 @@ def _print(run: str, summary: Summary, fmt: str) -> None:
     worst = [{**token._asdict(), "session": uuid(token.session), "generation": uuid(token.generation)} for token in summary.worst]
     if fmt == "json":
         figures = {"verdicts": dict(summary.verdicts), "tokens": summary.tokens, "tokens_per_s": speed, "unknown": summary.unknown}
-        sys.stdout.buffer.write(orjson.dumps({"run": run, **figures, "worst": worst}, option=orjson.OPT_APPEND_NEWLINE))
+        write_json({"run": run, **figures, "worst": worst})
         return
     for verdict, sessions in summary.verdicts.most_common():
         click.echo(f"{sessions:8,}  {verdict.replace('_', ' ')}")

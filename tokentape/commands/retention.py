@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import hmac
-import time
 from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
@@ -17,6 +16,7 @@ from lifecycle.holds import SESSIONS_MAX, Holds
 from lifecycle.runs import RunLedger
 from lifecycle.scheduler import find, run_job
 from lifecycle.selectors import Selector
+from schemas import clock
 from schemas.errors import UsageError
 from store.control import ControlLog, open_control
 from tokentape.commands.common import format_option, with_installation
@@ -24,6 +24,7 @@ from tokentape.commands.pipeline import print_summary
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, sign, tiering_of
 from tokentape.output import err, warn, write_rows
+from tokentape.selection import SESSIONS, column
 
 COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "locked_until", "key")
 ERASURE_COLUMNS = ("erasure", "state", "requested_by", "approved_by", "requested_at", "pending")
@@ -196,7 +197,7 @@ def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:
     key = VirtualKey.model_validate(fact) if fact is not None else None
     if key is None or not hmac.compare_digest(key.digest, sha256(given.get_secret_value().encode()).hexdigest()):
         raise UsageError("the key in custody.key is not known here", operation="custody", hint=hint)
-    if (state := key.state(time.time())) != "active":
+    if (state := key.state(clock.now_s())) != "active":
         raise UsageError(f"{key.key_id} is {state}", operation="custody", hint=hint)
     if not key.has("custodian"):
         fault = f"{key.key_id} of {key.owner} has {', '.join(key.roles) or 'no role'}; custody needs custodian"
@@ -206,11 +207,10 @@ def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:
 
 def _sessions(installation: Installation, where: str) -> list[str]:
     """Sessions of a condition on the view `sessions`, asked in the sandbox."""
-    answer = installation.sql.query(f"SELECT session_id FROM sessions WHERE {where} LIMIT {SESSIONS_MAX + 1}")
-    found = [text.replace("-", "") for text in answer.table.column(0).to_pylist()]
+    found = column(installation, f"{SESSIONS.format(where=where)} LIMIT {SESSIONS_MAX + 1}")
     if not found:
         raise UsageError("no session satisfies the condition, so nothing is held", operation="hold", hint="`tokentape sql` shows the view")
-    return found
+    return [text.replace("-", "") for text in found]
 
 
 def _time(text: str | None) -> int | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
-import orjson
 
 from replay.render import SessionPage
 from replay.sections import sections
@@ -17,7 +14,7 @@ from store.versions import Version
 from tokentape.commands.common import format_option, with_installation
 from tokentape.installation import Installation
 from tokentape.jobs import versioning
-from tokentape.output import err, out, write_rows
+from tokentape.output import err, out, write_json, write_rows
 
 COLUMNS = ["number", "at", "event", "position", "why", "by", "bytes_stored", "bytes_whole", "let_go"]
 
@@ -78,7 +75,7 @@ def _show(kept: Versioning, version: Version, fmt: str, *, full: bool) -> None:
         out.print(SessionPage(state, full=full))
         return
     document = {"snapshot": _row(version), **sections(state, version.generation_id), "state": document_of(plain(state))}
-    sys.stdout.buffer.write(orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE))
+    write_json(document)
 
 
 COMMANDS = [snapshots]

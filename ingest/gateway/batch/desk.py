@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
@@ -17,6 +16,7 @@ from ingest.gateway.batch import facts as f
 from ingest.gateway.batch.facts import Facts
 from ingest.gateway.batch.lines import Line, Survey, lines, survey
 from ingest.gateway.batch.submission import Submission
+from schemas import clock
 from schemas.batches import ENDED, Batch, BatchFile, Cancelled, Counts, Ended, Owner, WorkItem
 from schemas.errors import ConflictError, Unavailable, UsageError
 from schemas.requests import dump
@@ -82,7 +82,7 @@ class BatchDesk:
             fault = f"the file has {size} bytes, more than batch.file_bytes_max, {self.settings.batch.file_bytes_max}"
             raise UsageError(fault, operation="add file", hint="split it")
         file_id = file_id or f"file-{uuid.uuid4().hex}"
-        made = BatchFile(file_id=file_id, owner=owner, filename=filename[:255], purpose=purpose, bytes=size, created_at=time.time())
+        made = BatchFile(file_id=file_id, owner=owner, filename=filename[:255], purpose=purpose, bytes=size, created_at=clock.now_s())
         self.objects.create_from_file(object_of(made), path)
         self.facts.write(f.FILE, made.file_id, made)
         return made
@@ -140,7 +140,7 @@ class BatchDesk:
             self.fetch(file, path)
             found = survey(path, self.settings, {endpoint} if endpoint else self.urls)
             check(found)
-            now = time.time()
+            now = clock.now_s()
             batch = Batch(
                 batch_id=f"batch_{uuid.uuid4().hex}",
                 owner=owner,
@@ -164,15 +164,15 @@ class BatchDesk:
                 submission.renew()
                 self.works.of(model)
                 if self.facts.get(f.MODEL, model) is None:
-                    self.facts.write(f.MODEL, model, {"made_at": time.time()})
+                    self.facts.write(f.MODEL, model, {"made_at": clock.now_s()})
             for piece in _cut(lines(path, self.settings, self.urls)):
                 self._append_piece(batch.batch_id, piece, submission)
             ends = {model: self.works.of(model).ends() for model in found.models}
-            batch = batch.model_copy(update={"ends": ends, "in_progress_at": time.time()})
+            batch = batch.model_copy(update={"ends": ends, "in_progress_at": clock.now_s()})
             self.facts.write(f.BATCH, batch.batch_id, batch)
             submission.check()
         except BaseException as error:
-            ended = Ended(status="failed", at=time.time(), counts=Counts(), error=f"not submitted: {error}")
+            ended = Ended(status="failed", at=clock.now_s(), counts=Counts(), error=f"not submitted: {error}")
             with contextlib.suppress(Exception):  # where this cannot be written either, the lease lapses
                 self.facts.write(f.ENDING, batch.batch_id, ended)
                 submission.close()
@@ -197,7 +197,7 @@ class BatchDesk:
         """Stop what has not begun; False where there is nothing to stop any more."""
         if self.facts.status(batch) in ENDED | {"cancelling"}:
             return False
-        self.facts.write(f.CANCELLED, batch.batch_id, Cancelled(by=by, at=time.time()))
+        self.facts.write(f.CANCELLED, batch.batch_id, Cancelled(by=by, at=clock.now_s()))
         return True
 
     def results(self, batch: Batch) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from schemas import clock
 from schemas.batches import ENDED, Batch, BatchFile, Cancelled, Counts, Ended, Status
 from schemas.errors import UnknownName
 from store.control import ControlLog, ControlView, Value
@@ -115,7 +116,7 @@ class Facts:
 
     def wanted(self, batch: Batch) -> bool:
         """Whether what has not begun of a batch shall begin."""
-        return self.status(batch) not in ENDED | {"cancelling"} and time.time() < batch.expires_at
+        return self.status(batch) not in ENDED | {"cancelling"} and clock.now_s() < batch.expires_at
 
     def counts(self, batch_id: str) -> Counts:
         """How many requests ended so far; exact once the batch has ended."""

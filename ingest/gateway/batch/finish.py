@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -15,6 +14,7 @@ import structlog
 from ingest.gateway.batch import facts as f
 from ingest.gateway.batch.desk import BatchDesk, result_of
 from ingest.gateway.batch.lines import Line, lines
+from schemas import clock
 from schemas.batches import ENDED, Batch, Counts, Ended
 from schemas.errors import AlreadyExists
 from schemas.requests import dump, load
@@ -44,7 +44,7 @@ def finish(desk: BatchDesk, batch: Batch) -> None:
         counts = _write(desk, batch, folder / "input", good, bad, outcome)
         ended = Ended(
             status=outcome,
-            at=time.time(),
+            at=clock.now_s(),
             counts=counts,
             output_file_id=_keep(desk, batch, good, "output"),
             error_file_id=_keep(desk, batch, bad, "error"),
@@ -59,7 +59,7 @@ def _outcome(desk: BatchDesk, batch: Batch) -> Outcome:
     if desk.facts.cancelled(batch.batch_id):
         return "cancelled"
     done = desk.facts.counts(batch.batch_id)
-    return "expired" if time.time() >= batch.expires_at and done.completed + done.failed < batch.total else "completed"
+    return "expired" if clock.now_s() >= batch.expires_at and done.completed + done.failed < batch.total else "completed"
 
 
 def _write(desk: BatchDesk, batch: Batch, path: Path, good: Path, bad: Path, outcome: Outcome) -> Counts:
@@ -120,7 +120,7 @@ def _clear(desk: BatchDesk, batch: Batch) -> None:
 
 def forget(desk: BatchDesk) -> None:
     """Delete batches that ended, and files that no batch reads, `batch.keep_days` after they came."""
-    before = time.time() - desk.settings.batch.keep_days * _DAY_S
+    before = clock.now_s() - desk.settings.batch.keep_days * _DAY_S
     for batch in desk.facts.batches():
         ended = desk.facts.ended(batch.batch_id)
         if ended is not None and ended.at < before:

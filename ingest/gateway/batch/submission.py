@@ -15,6 +15,7 @@ import structlog
 from ingest.debug import workers
 from ingest.gateway.batch import facts as f
 from ingest.gateway.batch.facts import Facts
+from schemas import clock
 from schemas.batches import Batch, Counts, Ended
 from schemas.errors import ConflictError
 from schemas.events import AccessContent, AccessLogged
@@ -44,7 +45,7 @@ class Submission:
         if self._renewed_at is not None and time.monotonic() - self._renewed_at < workers.HEARTBEAT_S:
             return
         self.check()
-        document = {**self._submitter.document(), "until": time.time() + self._lease_s}
+        document = {**self._submitter.document(), "until": clock.now_s() + self._lease_s}
         self._facts.write(f.SUBMITTER, self._batch_id, document)
         self._renewed_at = time.monotonic()
 
@@ -68,7 +69,7 @@ def end_abandoned(facts: Facts, recorder: Callable[[], EventSink], settings: Set
     for batch_id in _lapsed(facts):
         batch = facts.find(batch_id)
         if batch is not None and batch.ends is None and facts.ended(batch_id) is None and _claimed(facts, batch_id):
-            facts.write(f.ENDING, batch_id, Ended(status="failed", at=time.time(), counts=Counts(), error=INTERRUPTED))
+            facts.write(f.ENDING, batch_id, Ended(status="failed", at=clock.now_s(), counts=Counts(), error=INTERRUPTED))
             _record(recorder(), batch, settings)
             log.warning("batch abandoned by its submitter", batch=batch_id)
         for kind in (f.SUBMITTER, f.ABANDONED):
@@ -78,7 +79,7 @@ def end_abandoned(facts: Facts, recorder: Callable[[], EventSink], settings: Set
 def _lapsed(facts: Facts) -> Iterator[str]:
     """Batches whose submitter's process is gone, or has been silent for too long."""
     for batch_id, lease in facts.latest(f.SUBMITTER).items():
-        if workers.runs_here(lease) is False or time.time() > _until(lease):
+        if workers.runs_here(lease) is False or clock.now_s() > _until(lease):
             yield batch_id
 
 
@@ -92,7 +93,7 @@ def _claimed(facts: Facts, batch_id: str) -> bool:
 
     The submitter looks for a claim after it said so, thus at least one of the two sees the other.
     """
-    facts.write(f.ABANDONED, batch_id, {"at": time.time()})
+    facts.write(f.ABANDONED, batch_id, {"at": clock.now_s()})
     batch = facts.find(batch_id)
     return facts.get(f.ABANDONED, batch_id) is not None and batch is not None and batch.ends is None
 

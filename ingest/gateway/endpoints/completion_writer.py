@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from typing import Any
 
 from ingest.gateway.endpoints.base import DONE
 from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event
+from schemas import clock
 from schemas.requests import ClientRequest
 
 
@@ -18,7 +18,7 @@ class CompletionWriter(TranslatedAnswer):
         super().__init__(b"text/event-stream" if request.stream else b"application/json", reader)
         self._usage_asked = request.usage_asked
         self._usage: dict[str, Any] = {}
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.model}
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(clock.now_s()), "model": request.model}
         self._begun: set[int] = set()
 
     def write_chunk(self, chunk: dict[str, Any]) -> bytes:

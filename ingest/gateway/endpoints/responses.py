@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from ingest.gateway.endpoints.translated import Reader, TranslatedAnswer, event,
 from ingest.gateway.errors import RESPONSES
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.veil import chat_additions
+from schemas import clock
 from schemas.requests import ChatRequest, ClientRequest
 from schemas.requests.client import ResponsesRequest, read_responses
 from schemas.requests.responses import conversation, from_responses
@@ -179,7 +179,7 @@ def _response(request: ClientRequest) -> dict[str, Any]:
     echoed = {name: request.fields.get(name) for name in _ECHOED}
     defaults = {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}, "text": {"format": {"type": "text"}}}
     known = {name: value for name, value in echoed.items() if value is not None}
-    head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()), "status": "in_progress"}
+    head = {"id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(clock.now_s()), "status": "in_progress"}
     rest: dict[str, Any] = {"error": None, "incomplete_details": None, "model": request.model, "output": [], "usage": None}
     if isinstance(request, ResponsesRequest):
         rest |= {"previous_response_id": request.previous, "store": request.fields.get("store") is not False}
