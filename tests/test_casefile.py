@@ -315,6 +315,19 @@ class TestCommand:
         assert (ran.exit_code, line in ran.output) == (code, True), ran.output
         assert list(tmp_path.iterdir()) == []
 
+    def test_evidence_is_not_written_over(self, case: Case, tmp_path: Path) -> None:
+        """A file that is there stays as it is, unless one insists."""
+        target = tmp_path / "case.zip"
+        target.write_bytes(b"older evidence")
+        words = ("case", case.sessions[0].hex(), "-o", str(target))
+        refused, kept = invoke(case.settings, *words), target.read_bytes()
+        forced = invoke(case.settings, *words, "--force")
+
+        assert (refused.exit_code, kept) == (2, b"older evidence")
+        assert "is there already" in refused.output
+        assert forced.exit_code == 0, forced.output
+        assert check(target, case.key).said["events"] == 15
+
 
 def test_nothing_known(case: Case, tmp_path: Path) -> None:
     """A case of sessions that do not exist is refused, and leaves no file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import inspect
 import io
 import json
 import subprocess
@@ -22,7 +23,7 @@ from store.log import open_log
 from store.log.base import Entry
 from tests.eventgen import Producer, conversation
 from tests.program import ROOT, Program, Ran
-from tokentape.cli import COMMANDS, main
+from tokentape.cli import COMMANDS, main, summaries
 
 POISON = b"\xc3\x01" + bytes(8) + b"what is this?"
 """A record of a schema that nobody knows."""
@@ -78,6 +79,14 @@ def test_help(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
     assert ended.value.code in (0, None)
     assert page.startswith("Usage: ")
     assert [option for option in options if "  " not in option and len(option) < 24] == []
+
+
+def test_the_list_of_commands_says_what_they_say() -> None:
+    """What `--help` reads from the sources is what each command tells of itself."""
+    context = click.Context(main)
+    commands = {name: main.get_command(context, name) for name in COMMANDS}
+
+    assert summaries() == {name: inspect.getdoc(command.callback) for name, command in commands.items() if command}
 
 
 def test_help_is_quick_and_lists_every_command(tmp_path: Path) -> None:

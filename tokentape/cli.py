@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,6 +83,19 @@ COMMANDS = {name: module for group in GROUPS.values() for name, module in group.
 """Modules are imported when a command is asked for: most need few parts."""
 
 
+def summaries() -> dict[str, str]:
+    """Each command's docstring, read from the source: importing all of them for a list of names takes seconds."""
+    found: dict[tuple[str, str], str] = {}
+    for module in dict.fromkeys(COMMANDS.values()):
+        source = resources.files("tokentape.commands").joinpath(f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and (told := ast.get_docstring(node)):
+                calls = [each for each in node.decorator_list if isinstance(each, ast.Call) and each.args]
+                names = [arg.value for call in calls for arg in call.args[:1] if isinstance(arg, ast.Constant)]
+                found |= {(module, str(name)): told for name in (*names, node.name.replace("_", "-"))}
+    return {name: found[module, name] for name, module in COMMANDS.items()}
+
+
 class Program(click.Group):
     """A group that imports a command when it is asked for, prints each error as one line and its hint, and exits with its code."""
 
@@ -97,12 +112,13 @@ class Program(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The commands under what they are for."""
-        longest = max(map(len, COMMANDS))
+        longest, told = max(map(len, COMMANDS)), summaries()
         for heading, names in GROUPS.items():
-            commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):
                 width = formatter.width - longest - 6
-                formatter.write_dl([(name.ljust(longest), command.get_short_help_str(width)) for name, command in commands if command])
+                formatter.write_dl(
+                    [(name.ljust(longest), click.Command(name, help=told[name]).get_short_help_str(width)) for name in names]
+                )
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options that all commands share."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from replay.words import count
+from schemas.errors import UsageError
 from tokentape.casefile.archive import CaseWriter
 from tokentape.commands.common import with_installation
 from tokentape.installation import Installation
@@ -21,8 +22,9 @@ from tokentape.selection import chosen_sessions
 @click.option(
     "-o", "--out", "target", type=click.Path(path_type=Path, dir_okay=False), default="case.zip", show_default=True, help="The archive."
 )
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
 @with_installation
-def case(installation: Installation, sessions: tuple[str, ...], where: str | None, target: Path) -> None:
+def case(installation: Installation, sessions: tuple[str, ...], where: str | None, target: Path, force: bool) -> None:
     """A case file: timelines, raw events, blobs, environments, proofs, and a verifier that needs nothing of tokentape.
 
     \b
@@ -31,6 +33,8 @@ def case(installation: Installation, sessions: tuple[str, ...], where: str | Non
     says whether anything in it was modified, is missing, or was erased with proof. What the ledger does not hold yet is in it and
     told as that; `tokentape tier --now` enters it. The ledger's private key signs the archive.
     """
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already", operation="case", hint="evidence is not written over: another --out, or --force")
     installation.freshen()
     with installation.accessing("case", f"case {' '.join(sessions)} {f'--where {where}' if where else ''}".strip()) as access:
         chosen = chosen_sessions(installation, sessions, where, operation="case")
