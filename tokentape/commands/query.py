@@ -40,7 +40,10 @@ SESSIONS = """
 @format_option
 @with_installation
 def sql(installation: Installation, query: str | None, source: Path | None, tenant: str | None, list_views: bool, fmt: str) -> None:
-    """One SQL statement over all events, hot and cold, in a sandbox that can only read."""
+    """One SQL statement over all events, hot and cold, in a sandbox that can only read.
+
+    --views lists what can be asked. In `events` ids are BLOBs: session_id = uuid_blob('…'); in all other views they are text.
+    """
     if list_views:
         rows = [{"view": v.name, "holds": v.purpose, "columns": ", ".join(name for name, _ in v.columns)} for v in views.describe()]
         write_rows(rows, fmt, ["view", "holds", "columns"])
