@@ -7,6 +7,7 @@ again. So a run that was killed goes on by being started again, and needs no sta
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -95,10 +96,11 @@ class Batch:
         """
         began = time.monotonic()
         gathered = [Gathered(engine) for engine in engines]
+        share = min(at_once, math.ceil(len(self._waiting) / max(1, len(engines))))  # what is left is shared by all, and none is idle
         threads = [
             threading.Thread(target=self._work, args=(engine, memory), name=f"replay {number} {engine.name}", daemon=True)
             for engine, memory in [(engine, Memory()) for engine in gathered]
-            for number in range(min(at_once, len(self._waiting)))
+            for number in range(share)
         ]
         for thread in threads:
             thread.start()

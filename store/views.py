@@ -335,8 +335,9 @@ def events_sql(
 
 
 def literal(text: str) -> str:
-    """A SQL string."""
-    return "'" + text.replace("'", "''") + "'"
+    """A SQL string. A NUL, at which DuckDB's parser would end the statement, is put together from its number."""
+    quoted = ["'" + part.replace("'", "''") + "'" for part in text.split("\0")]
+    return quoted[0] if len(quoted) == 1 else f"({' || chr(0) || '.join(quoted)})"
 
 
 @cache

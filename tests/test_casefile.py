@@ -294,7 +294,7 @@ class TestCommand:
         said = invoke(case.settings, "sql", "SELECT count(*) AS n FROM events WHERE access_logged.operation = 'case'", "--format", "json")
 
         assert (named.exit_code, where.exit_code) == (0, 0), named.output + where.output
-        assert "a.zip: 2 sessions, 30 events" in named.output.replace("\n", "")
+        assert "a.zip: 2 sessions, 30 events" in named.output
         assert [check(tmp_path / name, case.key).said["events"] for name in ("a.zip", "b.zip")] == [30, 30]
         assert json.loads(said.stdout)["n"] == 2
 

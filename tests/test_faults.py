@@ -241,7 +241,9 @@ def test_what_is_taken_is_said_in_one_line(settings_embedded: Settings, tmp_path
     assert f"the port is in use (127.0.0.1:{settings.gateway.port})" in port
     assert "indexer" in rebuild
     assert both == 7
-    assert len([line for line in said if line.startswith("tokentape: ") and "port is in use" in line]) == 1
+    lines = {line for line in said if line.startswith("tokentape: ") and "port is in use" in line}
+    ports = {f"tokentape: listen: the port is in use (127.0.0.1:{settings.gateway.port + part})" for part in (0, 1)}
+    assert set() < lines <= ports  # the gateway's and the API's; whichever ends first may end the other before it speaks
 
 
 @pytest.mark.parametrize(

@@ -167,14 +167,14 @@ def _program(names: Sequence[str], package: str, say: Say) -> str:
     if os.geteuid() == 0 and shutil.which("apt-get"):
         with locked(cache_dir() / ".apt.lock"):
             if not any(map(shutil.which, names)):
-                say(f"{package} is missing: installing Debian's package")
+                say(f"{package.capitalize()} is missing: installing Debian's package")
                 quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
                 run(["apt-get", "update", "-q"], env=quiet)
                 run(["apt-get", "install", "-q", "-y", "--no-install-recommends", package], env=quiet)
     if found := next(filter(None, map(shutil.which, names)), None):
         return found
     hint = f"install it (Debian: apt-get install {package}) and run this again"
-    raise ServiceError(f"{package} is missing and may not be installed from here; {hint}")
+    raise ServiceError(f"{package.capitalize()} is missing and may not be installed from here; {hint}")
 
 
 def kafka_jars(say: Say) -> Path:

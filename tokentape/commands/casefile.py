@@ -40,7 +40,7 @@ def case(installation: Installation, sessions: tuple[str, ...], where: str | Non
         chosen = chosen_sessions(installation, sessions, where, operation="case")
         made = CaseWriter(installation).write(_told(chosen), target)
         access["rows"] = made.events
-    out.print(f"{target}: {count(made.sessions, 'session')}, {count(made.events, 'event')}", markup=False)
+    out.print(f"{target}: {count(made.sessions, 'session')}, {count(made.events, 'event')}", markup=False, soft_wrap=True)
     if made.unproven:
         warn(f"{count(made.unproven, 'event')} not in the ledger yet: `tokentape tier --now` enters them")
     if made.absent:
