@@ -18,7 +18,7 @@ import pyarrow as pa
 from schemas.errors import TokentapeError
 from store.catalog import Catalog, Segment, Shard, Snapshot
 from store.reader import EventReader, blob
-from store.views import literal
+from store.views import SPOKEN, literal
 
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
@@ -30,12 +30,6 @@ _COLUMNS = (
     "kind", "session_id", "tenant", "recorded_at", "actor", "offset", "session_opened", "session_annotated", "request_submitted",
     "generation_failed", "request_edited", "sequence_finished", "breakpoint_hit", "replay_started", "replay_finished", "access_logged",
 )  # fmt: skip
-_SPOKEN = """
-    SELECT session_id, CAST(sum(tokens) AS BIGINT) AS tokens FROM (
-        SELECT session_id, coalesce(sequence_finished.generation_id, generation_failed.generation_id) AS generation,
-            greatest(coalesce(sum(sequence_finished.tokens), 0), coalesce(max(generation_failed.position), 0)) AS tokens
-        FROM events WHERE kind IN ('sequence_finished', 'generation_failed') GROUP BY ALL
-    ) GROUP BY session_id"""
 _PART = f"""
     SELECT p.* REPLACE (coalesce(s.tokens, 0) AS tokens) FROM (SELECT {{source}} AS source, session_id, any_value(tenant) AS tenant,
         epoch_us(min(recorded_at)) AS first_at, epoch_us(max(recorded_at)) AS last_at,
@@ -52,7 +46,7 @@ _PART = f"""
             FILTER (len(session_annotated.tags_removed) > 0) AS removed,
         max({{{{'place': "offset", 'visibility': session_annotated.visibility, 'by': actor}}}})
             FILTER (session_annotated.visibility IS NOT NULL) AS shown
-    FROM events GROUP BY session_id) p LEFT JOIN ({_SPOKEN}) s ON s.session_id = p.session_id"""
+    FROM events GROUP BY session_id) p LEFT JOIN ({SPOKEN}) s ON s.session_id = p.session_id"""
 _REPLAYS = """
     SELECT {source} AS source, coalesce(replay_started.replay_id, replay_finished.replay_id) AS replay,
         replay_started.subject_session AS subject, replay_finished.verdict AS verdict, epoch_us(recorded_at) AS moment

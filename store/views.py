@@ -43,8 +43,16 @@ _AUTHORITY = """
     SELECT generation_started.generation_id AS generation, arg_min(generation_started.authoritative, "offset") AS authoritative
     FROM events WHERE kind = 'generation_started' GROUP BY ALL"""
 
+SPOKEN = """
+    SELECT session_id, CAST(sum(tokens) AS BIGINT) AS tokens FROM (
+        SELECT session_id, coalesce(sequence_finished.generation_id, generation_failed.generation_id) AS generation,
+            greatest(coalesce(sum(sequence_finished.tokens), 0), coalesce(max(generation_failed.position), 0)) AS tokens
+        FROM events WHERE kind IN ('sequence_finished', 'generation_failed') GROUP BY ALL
+    ) GROUP BY session_id"""
+"""Tokens of each session; a generation that failed counts as far as it came."""
+
 # A tag is there if the last that was said of it is that it was added; within one event removing counts.
-_SESSIONS = """
+_SESSIONS = f"""
     WITH told AS (
         SELECT session_id, "offset" AS place, unnest(list_concat(session_opened.tags, session_annotated.tags_added)) AS tag, true AS there
         FROM events WHERE kind IN ('session_opened', 'session_annotated')
@@ -55,12 +63,6 @@ _SESSIONS = """
         SELECT session_id, tag, arg_max(there, place * 2 + CASE WHEN there THEN 0 ELSE 1 END) AS there FROM told GROUP BY ALL
     ), labels AS (
         SELECT session_id AS session, list(tag ORDER BY tag) AS tags FROM tagged WHERE there GROUP BY ALL
-    ), ended AS (
-        SELECT session_id AS session, coalesce(sequence_finished.generation_id, generation_failed.generation_id) AS generation,
-        greatest(coalesce(sum(sequence_finished.tokens), 0), coalesce(max(generation_failed.position), 0)) AS tokens
-        FROM events WHERE kind IN ('sequence_finished', 'generation_failed') GROUP BY ALL
-    ), spoken AS (
-        SELECT session, sum(tokens) AS tokens FROM ended GROUP BY session
     ), summed AS (
         SELECT session_id AS session, uuid_text(session_id) AS session_id, any_value(tenant) AS tenant,
         any_value(retention_class) AS retention_class,
@@ -75,8 +77,8 @@ _SESSIONS = """
         uuid_text(any_value(session_opened.parent_session)) AS parent_session_id, any_value(session_closed.reason) AS closed
         FROM events WHERE tenant <> '_platform' GROUP BY events.session_id HAVING count(*) > count(access_logged)
     )
-    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags, CAST(coalesce(t.tokens, 0) AS BIGINT) AS tokens)
-    FROM summed s LEFT JOIN labels l ON l.session = s.session LEFT JOIN spoken t ON t.session = s.session"""
+    SELECT s.* EXCLUDE (session) REPLACE (coalesce(l.tags, []) AS tags, coalesce(t.tokens, 0) AS tokens)
+    FROM summed s LEFT JOIN labels l ON l.session = s.session LEFT JOIN ({SPOKEN}) t ON t.session_id = s.session"""
 
 _GENERATION_KINDS = (
     *("request_submitted", "generation_started", "sequence_started", "token_chunk", "sequence_finished"),
