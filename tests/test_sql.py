@@ -18,9 +18,11 @@ from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 from store import views
 from store.catalog import Catalog, Gap, Mark, Position, Quarantined, Range, Sealed, Shard, open_catalog
+from store.directory import SessionDirectory, Viewer, Wanted
 from store.log import open_log
 from store.log.base import Entry, partition_of
 from store.objects import open_store
+from store.reader import EventReader
 from store.sql import SqlService, completeness, query
 from tests.stored import DAY, LOG_ID, put_cold, put_hot
 from tests.strategies import sample
@@ -165,6 +167,24 @@ def test_every_event_is_there_once(ask: Ask) -> None:
     rows = ask('SELECT "offset" AS o, kind FROM events ORDER BY o')
 
     assert [(row["o"], row["kind"]) for row in rows] == [(i, event.kind) for i, event in enumerate(_conversation())]
+
+
+def test_tokens_of_answers_that_broke_off(tmp_path: Path) -> None:
+    """A failed generation counts as far as it came, and tokens of a sequence that had ended before it failed count once."""
+    settings = Settings(data=tmp_path / "data")
+    tape, half = Tape(), new_id()
+    tape.add(e.GenerationFailed(generation_id=BROKEN, error_type="client_disconnected", origin="client", position=136))
+    tape.add(e.SequenceFinished(generation_id=half, index=0, tokens=10, finish_reason="stop", offset_us=1))
+    tape.add(e.GenerationFailed(generation_id=half, error_type="upstream_error", origin="upstream", position=17))
+    catalog = open_catalog(settings.data)
+    put_hot(catalog, "only", tape.events)
+    (row,) = query(settings, "SELECT tokens, failures FROM sessions").table.to_pylist()
+    reader = EventReader(settings, catalog)
+    (listed,) = SessionDirectory(catalog, reader).sessions(Viewer(), Wanted()).rows
+    reader.close()
+
+    assert row == {"tokens": 136 + 17, "failures": 2}
+    assert listed["tokens"] == row["tokens"]
 
 
 def test_sessions(ask: Ask) -> None:
