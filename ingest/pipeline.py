@@ -29,6 +29,7 @@ from ingest.sender import Sender
 from schemas import clock
 from schemas.errors import InvalidEvent, LogUnavailable, StorageFull, Unavailable
 from schemas.events import PLATFORM_TENANT, SAMPLED_OUT, Count, Payload, ProducerHeartbeat, RecordsLost, SequencePosition, TokenChunk
+from schemas.histogram import ENCODE_S, Histogram
 from schemas.settings import RecorderSettings
 from schemas.sink import SessionContext, platform_session
 from store.log.base import Entry, Log, partition_of
@@ -74,6 +75,7 @@ class Pipeline:
         self.taken = 0
         self.sampled_out = 0
         self.sender: Sender | None = None
+        self.encoding = Histogram(ENCODE_S)
         self._log = log
         self._settings = settings
         self._spool = spool
@@ -302,6 +304,7 @@ class Pipeline:
         if isinstance(payload, Deferred):
             payload = payload.settled()
         kind = TokenChunk.KIND if isinstance(payload, Chunk) else payload.KIND
+        began = time.perf_counter_ns()
         try:
             if not session.content and getattr(payload, "content", None) is not None:
                 payload = payload.model_copy(update={"content": None})  # type: ignore[union-attr]  # chunks see to it themselves
@@ -312,6 +315,7 @@ class Pipeline:
         except Exception as problem:  # whatever a caller put into a payload, the thread goes on
             self._invalid(session, kind, at, problem)
             return
+        self.encoding.observe((time.perf_counter_ns() - began) // 1000)
         self._pending.append(entry)
         self._pending_bytes += len(entry.value)
         self._produced += 1

@@ -16,6 +16,7 @@ from ingest.coalesce import delta_of
 from ingest.pipeline import Pipeline, sampled
 from schemas.errors import LogUnavailable
 from schemas.events import Payload, TokenChunk
+from schemas.histogram import Histogram
 from schemas.settings import RecorderSettings
 from schemas.sink import SessionContext
 from store.log.base import Log
@@ -183,6 +184,11 @@ class Recorder:
             spool_bytes=sender.disk_bytes if sender else 0,
             log_available=sender.available if sender else True,
         )
+
+    @property
+    def encoding(self) -> Histogram:
+        """How long encoding each event took, since the recorder was made in this process."""
+        return self._pipeline.encoding
 
     def _begin(self) -> None:
         self._pipeline = Pipeline(self._log, self._settings, spool=self._spool, source=self._source, host=self._host)

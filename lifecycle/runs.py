@@ -25,7 +25,10 @@ CREATE TABLE IF NOT EXISTS runs (
   started_at REAL NOT NULL, lease_until REAL NOT NULL, finished_at REAL, outcome TEXT, summary TEXT);
 CREATE UNIQUE INDEX IF NOT EXISTS runs_slot ON runs (job, slot) WHERE slot IS NOT NULL;
 CREATE INDEX IF NOT EXISTS runs_started ON runs (started_at);
+CREATE INDEX IF NOT EXISTS runs_ended ON runs (job, finished_at);
 """
+
+_RECENT_S = 30 * 86_400.0  # a job that has not run for so long says nothing about today
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,16 @@ class Run:
     summary: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one job's last ended run ended: when (seconds since the epoch), and the error of a failed one."""
+
+    job: str
+    outcome: str
+    ended_at: float
+    error: str
+
+
 class RunLedger:
     """`jobs.sqlite`: append-only but for the end of each run."""
 
@@ -50,11 +63,16 @@ class RunLedger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.executescript(_SCHEMA)
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def connection(self) -> Iterator[sqlite3.Connection]:
         """One short connection per operation: nothing to share between threads or to carry over a fork."""
         try:
             connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
@@ -78,7 +96,7 @@ class RunLedger:
             ConflictError: somebody else has this tick, or the job is running.
         """
         now, run_id = clock.now_us() / 1e6, uuid.uuid4().hex
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute(
                 "UPDATE runs SET outcome='abandoned', finished_at=? WHERE job=? AND finished_at IS NULL AND lease_until < ?",
@@ -98,12 +116,12 @@ class RunLedger:
 
     def renew(self, run_id: str) -> None:
         """Say that a run is alive."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute("UPDATE runs SET lease_until=? WHERE run_id=?", (clock.now_us() / 1e6 + LEASE_S, run_id))
 
     def finish(self, run_id: str, outcome: str, summary: dict[str, Any]) -> None:
         """Enter how a run ended."""
-        with self._connection() as connection:
+        with self.connection() as connection:
             connection.execute(
                 "UPDATE runs SET finished_at=?, outcome=?, summary=? WHERE run_id=?",
                 (clock.now_us() / 1e6, outcome, json.dumps(summary, default=str), run_id),
@@ -115,12 +133,35 @@ class RunLedger:
             "SELECT run_id, job, owner, trigger, started_at, finished_at, outcome, summary FROM runs "
             "WHERE job = coalesce(?, job) ORDER BY started_at DESC LIMIT ?"
         )
-        with self._connection() as connection:
+        with self.connection() as connection:
             rows = connection.execute(query, (job, limit)).fetchall()
         return [
             Run(run_id, name, owner, trigger, started_at, finished_at, outcome or "running", json.loads(summary or "{}"))
             for run_id, name, owner, trigger, started_at, finished_at, outcome, summary in rows
         ]
+
+    def standings(self) -> list[Standing]:
+        """How each job's last run ended."""
+        query = (
+            "SELECT job, outcome, finished_at, summary FROM runs WHERE rowid IN "
+            "(SELECT max(rowid) FROM runs WHERE finished_at IS NOT NULL AND started_at > ? GROUP BY job) ORDER BY job"
+        )
+        with self.connection() as connection:
+            rows = connection.execute(query, (clock.now_s() - _RECENT_S,)).fetchall()
+        return [Standing(job, outcome, at, str(json.loads(summary or "{}").get("error", ""))) for job, outcome, at, summary in rows]
+
+    def succeeded(self, job: str) -> tuple[float | None, float | None]:
+        """When a job last ended well, and when anything ran first; seconds since the epoch."""
+        with self.connection() as connection:
+            (last,) = connection.execute("SELECT max(finished_at) FROM runs WHERE job = ? AND outcome = 'ok'", (job,)).fetchone()
+            (first,) = connection.execute("SELECT min(started_at) FROM runs").fetchone()
+        return last, first
+
+    def summaries(self, job: str, *, since: float, naming: str) -> list[dict[str, Any]]:
+        """Summaries of a job's runs that began after a moment and name something."""
+        query = "SELECT summary FROM runs WHERE job = ? AND started_at > ? AND instr(summary, ?) > 0"
+        with self.connection() as connection:
+            return [json.loads(row[0]) for row in connection.execute(query, (job, since, f'"{naming}"'))]
 
 
 def _mapped(error: sqlite3.Error, path: Path) -> TokentapeError:

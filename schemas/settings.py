@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -376,8 +377,37 @@ class JobsSettings(_Section):
     blobs_s: float = Field(default=86_400.0, ge=0)
     snapshots_s: float = Field(default=60.0, ge=0)
     iceberg_s: float = Field(default=300.0, ge=0)
+    alerts_s: float = Field(default=60.0, ge=0)
     blobs_after_days: float = Field(default=30.0, ge=1, description="a blob that no event names goes when unused for so long")
     tier_after_days: float = Field(default=1.0, ge=0, description="age at which a closed day goes to the cold tier")
+
+
+class WatchSettings(_Section):
+    """What is not well, and who is told: each alert is logged and posted once when it begins and once when it ends; 0 switches one off."""
+
+    storage_share: float = Field(default=0.8, ge=0, le=1, description="of what a tier may take, and of the disk that a local one lies on")
+    hot_bytes_max: int = Field(default=0, ge=0, description="what hot shards may take; 0: what the disk has")
+    cold_bytes_max: int = Field(default=0, ge=0, description="what cold segments may take; 0: what the disk has, without end in a bucket")
+    log_bytes_max: int = Field(default=0, ge=0, description="what an embedded log may take; 0: what the disk has")
+    unsealed_s: float = Field(default=60.0, ge=0, description="age of the oldest event that no query sees yet")
+    tiering_share: float = Field(default=0.8, ge=0, description="age of the oldest event that is not cold, of the log's retention")
+    failed_jobs: bool = Field(default=True, description="a job whose last run failed")
+    verify_h: float = Field(default=48.0, ge=0, description="hours since the last good verification")
+    p95_s: float = Field(default=0.5, ge=0, description="encoding an event, saving a session's snapshots: 95 of 100 within this")
+    p99_s: float = Field(default=1.0, ge=0, description="the same, 99 of 100")
+    replay_success: float = Field(default=0.999, ge=0, le=1, description="of the replays that began within replay_h; less is an alert")
+    replay_h: float = Field(default=24.0, gt=0, description="hours of replays looked at; one without an end after an hour has failed")
+    webhook: SecretStr | None = Field(default=None, description="http(s) URL that alerts are posted to; credentials in it are never shown")
+    secret: SecretStr | None = Field(default=None, description="key of the signature in the header webhook-signature (HMAC-SHA256)")
+    timeout_s: Seconds = Field(default=10.0, description="how long the webhook's receiver may take")
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> WatchSettings:
+        if self.webhook is not None and not re.match(r"https?://[^/\s]", self.webhook.get_secret_value()):
+            raise ValueError("watch.webhook is no http:// or https:// URL")
+        if self.secret is not None and self.webhook is None:
+            raise ValueError("watch.secret is set, and watch.webhook is not: nothing would be signed")
+        return self
 
 
 class LoggingSettings(_Section):
@@ -423,6 +453,7 @@ class Settings(_Section):
     iceberg: IcebergSettings = IcebergSettings()
     sql: SqlSettings = SqlSettings()
     jobs: JobsSettings = JobsSettings()
+    watch: WatchSettings = WatchSettings()
     logging: LoggingSettings = LoggingSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 

@@ -27,24 +27,37 @@ def check_format(data: Path, version: str) -> None:
         NewerFormat: it has a format that this program does not know.
         CorruptStore: the file cannot be understood. StoreUnavailable: it cannot be read.
     """
+    found, writer = _noted(data, version)
+    if found > FORMAT:
+        fault = f"the directory has format {found}, written by tokentape {writer}; tokentape {version} reads up to format {FORMAT}"
+        hint = f"run tokentape {writer} or later on it, or restore the backup from before the upgrade elsewhere; nothing was touched"
+        raise NewerFormat(fault, operation="open", place=str(data), hint=hint)
+
+
+def noted_format(data: Path) -> int:
+    """The format of a data directory, as it is noted there.
+
+    Raises:
+        CorruptStore: the note cannot be understood. StoreUnavailable: it cannot be read.
+    """
+    return _noted(data, "")[0]
+
+
+def _noted(data: Path, version: str) -> tuple[int, str]:
     path = data / _NAME
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        return
+        return 1, version
     except OSError as error:
         hint = "name another --data directory, or see to its permissions"
         raise StoreUnavailable(error.strerror or str(error), operation="open", place=str(path), hint=hint) from error
     try:
         document = json.loads(text)
-        found, writer = int(document["format"]), str(document["written_by"])
+        return int(document["format"]), str(document["written_by"])
     except (ValueError, KeyError, TypeError) as error:
         hint = f'put it back from a copy; a directory of this version says {{"format": {FORMAT}, "written_by": "{version}"}}'
         raise CorruptStore("the file does not say which format the directory has", operation="open", place=str(path), hint=hint) from error
-    if found > FORMAT:
-        fault = f"the directory has format {found}, written by tokentape {writer}; tokentape {version} reads up to format {FORMAT}"
-        hint = f"run tokentape {writer} or later on it, or restore the backup from before the upgrade elsewhere; nothing was touched"
-        raise NewerFormat(fault, operation="open", place=str(data), hint=hint)
 
 
 def mark_format(data: Path, version: str) -> None:

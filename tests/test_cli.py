@@ -227,7 +227,7 @@ def test_status_and_doctor(program: Program) -> None:
     shown, found = program.batch(["status", "--format", "json"], ["doctor", "storage", "--format", "json"])
     status, findings = json.loads(shown.stdout), {row["check"]: row["state"] for row in found.rows}
 
-    assert status.keys() == {"running", "log", "storage", "missing", "object_store", "checkpoint"}
+    assert status.keys() == {"running", "log", "storage", "watch", "alerts", "missing", "object_store", "checkpoint"}
     assert status["log"]["lag"] == sum(row["end"] - row["indexed"] for row in status["log"]["partitions"])
     assert status["storage"]["hot"]["events"] > 60
     assert findings.keys() == {"data directory", "room", "duckdb extensions", "log", "object store", "ledger key"}
@@ -262,7 +262,7 @@ def test_dry_runs_change_nothing(tmp_path: Path) -> None:
     assert [row["job"] for row in last.rows] == ["tier"]
     assert {row["job"] for row in jobs.rows} == {
         *("merge", "tier", "checkpoint", "blobs", "snapshots", "witness", "verify"),
-        *("retention", "erasures", "compact", "iceberg"),
+        *("retention", "erasures", "compact", "iceberg", "alerts"),
     }
 
 

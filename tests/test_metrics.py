@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from ingest.gateway.metrics import BETWEEN_TOKENS_S, Histogram
+from ingest.gateway.metrics import BETWEEN_TOKENS_S, histogram_family
 from schemas.events import GenerationFinished
+from schemas.histogram import Histogram
 from tests.conftest import VllmService
 from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running
 from tests.program import until
@@ -95,6 +96,8 @@ def test_a_histogram_counts_each_time_once() -> None:
     histogram = Histogram(BETWEEN_TOKENS_S)
     for us in (0, 1_000, 1_001, 99_999_999):
         histogram.observe(us)
-    samples = {sample.labels["le"]: sample.value for sample in histogram.family("x", "y").samples if sample.name == "x_bucket"}
+    samples = {
+        sample.labels["le"]: sample.value for sample in histogram_family("x", "y", histogram).samples if sample.name == "tokentape_x_bucket"
+    }
 
     assert (samples["0.001"], samples["0.0025"], samples["+Inf"]) == (2, 3, 4)

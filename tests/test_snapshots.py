@@ -154,7 +154,7 @@ def test_versions_equal_the_fold(recorded: list[e.Event], deployment: Settings) 
 
         reasons = [[v.why for v in keeper.versions.versions(installation.session_id(name))] for name in (SESSION_A, SESSION_B)]
 
-    assert made == {"sessions": 2, "versions": 17}
+    assert (made["sessions"], made["versions"], sum(made["save_us"].values())) == (2, 17, 2)
     assert again == {"sessions": 0, "versions": 0}
     assert reasons[0] == ["stopped at look", "edited", "edited", "edit undone", "released: edited"] * 2
     assert reasons[1][-3:] == ["released: refused", "stopped at short", "released: expired"]
@@ -286,7 +286,7 @@ def test_what_was_erased_is_gone_here_too(kept: Kept) -> None:
     summary = kept.versioning.run()
     versions = kept.store.versions(tape.session_id)
 
-    assert summary == {"sessions": 1, "versions": 9}
+    assert (summary["sessions"], summary["versions"]) == (1, 9)
     assert kept.versioning.state(versions[-1]) == fold(tape_of(kept, tape), until=Until("event", versions[-1].event_id))
     assert secret not in files(kept)
 
@@ -324,7 +324,7 @@ def test_a_run_looks_at_what_is_new(kept: Kept) -> None:
 
     assert kept.versioning.run(dry_run=True) == {"would_look_at": 1}
     assert kept.store.versions(tape.session_id) == []
-    assert kept.versioning.run() == {"sessions": 1, "versions": 6}
+    assert kept.versioning.run()["versions"] == 6
     assert kept.versioning.run() == {"sessions": 0, "versions": 0}
 
     late = Tape("late")
@@ -333,7 +333,7 @@ def test_a_run_looks_at_what_is_new(kept: Kept) -> None:
     kept.put(late.events, offset=at)
     moved(kept, at + len(late.events))
 
-    assert kept.versioning.run() == {"sessions": 1, "versions": 3}
+    assert kept.versioning.run()["versions"] == 3
 
 
 def test_two_at_once(kept: Kept) -> None:

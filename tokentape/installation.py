@@ -12,6 +12,8 @@ from typing import Any
 
 from ingest.recorder import Recorder
 from ingest.redaction import Redactor
+from lifecycle.runs import RunLedger
+from lifecycle.watch import Watch
 from schemas.errors import AlreadyExists, LogUnavailable, Unavailable
 from schemas.events import AccessContent, AccessLogged, AnnotationContent, SessionAnnotated
 from schemas.registry import SchemaRegistry
@@ -35,6 +37,7 @@ from store.sql import SqlService
 from store.stored_schemas import fetch_schema, schema_key
 from tokentape import __version__
 from tokentape.output import warn
+from tokentape.supervisor import running
 
 FRESH_TIMEOUT_S = 10.0
 """How long a command waits for the index to catch up before it answers with what is there and says so."""
@@ -110,6 +113,20 @@ class Installation:
         reader = EventReader(self.settings, self.catalog)
         self._stack.callback(reader.close)
         return reader
+
+    @cached_property
+    def runs(self) -> RunLedger:
+        """What jobs have run."""
+        return RunLedger(self.settings.data / "jobs.sqlite")
+
+    @cached_property
+    def watch(self) -> Watch:
+        """What measures this installation."""
+
+        def encoding() -> Iterator[dict[str, int]]:
+            return (part["encoding"] for part in running(self.settings.data) if "encoding" in part)
+
+        return Watch(self.settings, self.catalog, self.runs, self.reader, encoding)
 
     @cached_property
     def sql(self) -> SqlService:

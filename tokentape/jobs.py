@@ -7,6 +7,7 @@ from typing import Any
 
 import structlog
 
+from lifecycle.alerts import Alerts
 from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.checkpoints import Checkpoints
 from lifecycle.compaction import Compaction
@@ -54,6 +55,7 @@ def all_jobs(installation: Installation) -> list[Job]:
             lambda dry: versioning(installation).run(dry_run=dry),
         ),
         Job("iceberg", "bring the Iceberg table to the cold segments", every.iceberg_s, lambda dry: _iceberg(installation, dry)),
+        Job("alerts", "tell what is not well, and when it is again", every.alerts_s, lambda dry: _alerts(installation).run(dry_run=dry)),
         Job("verify", "check ledger, checkpoints and every segment", every.verify_s, lambda dry: _verify(installation, dry)),
     ]
 
@@ -176,6 +178,10 @@ def _verify(installation: Installation, dry_run: bool) -> dict[str, Any]:
     if summary["outcome"] != "good":
         raise ProofError(f"verification found {summary['outcome']} data", operation="verify", hint="`tokentape verify` names each object")
     return summary
+
+
+def _alerts(installation: Installation) -> Alerts:
+    return Alerts(installation.watch, installation.runs)
 
 
 def versioning(installation: Installation) -> Versioning:

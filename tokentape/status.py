@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
+from lifecycle.alerts import alerts_of
 from schemas.errors import TokentapeError
 from store.catalog import Catalog
 from tokentape.installation import Installation
@@ -14,12 +16,19 @@ from tokentape.output import out, write_json
 from tokentape.supervisor import running
 
 
-def collect(installation: Installation) -> dict[str, Any]:
-    """The status as a dict that `--format json` prints; a part that does not answer says so in its place."""
+def collect(installation: Installation, *, age_s_max: float = 0.0) -> dict[str, Any]:
+    """The status as a dict that `--format json` prints; a part that does not answer says so in its place.
+
+    `storage`, `watch` and `alerts` are what metrics and the webhook tell, too; they may be `age_s_max` old.
+    """
+    log = _tried(_log, installation)
+    measured = installation.watch.measure(age_s_max=age_s_max)
     return {
-        "running": running(installation.settings.data),
-        "log": _tried(_log, installation),
-        "storage": _tried(_storage, installation),
+        "running": [{name: value for name, value in part.items() if name != "encoding"} for part in running(installation.settings.data)],
+        "log": log,
+        "storage": measured["storage"],
+        "watch": {name: part for name, part in measured.items() if name != "storage"},
+        "alerts": {alert.name: alert.detail for alert in alerts_of(measured, installation.settings)},
         "missing": _missing(installation.catalog),
         "object_store": _tried(_store, installation),
         "checkpoint": _tried(_checkpoint, installation),
@@ -51,22 +60,6 @@ def _log(installation: Installation) -> dict[str, Any]:
         "lag": sum(row["lag"] for row in partitions),
         "fresh_to": _utc(min(fresh)) if fresh else None,
         "partitions": partitions,
-    }
-
-
-def _storage(installation: Installation) -> dict[str, Any]:
-    snapshot = installation.catalog.snapshot()
-    return {
-        "hot": {
-            "files": len(snapshot.shards),
-            "events": sum(shard.rows for shard in snapshot.shards),
-            "bytes": sum(shard.bytes for shard in snapshot.shards),
-        },
-        "cold": {
-            "files": len(snapshot.segments),
-            "events": sum(segment.rows for segment in snapshot.segments),
-            "bytes": sum(segment.bytes for segment in snapshot.segments),
-        },
     }
 
 
@@ -111,11 +104,11 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     missing, storage = status["missing"], status["storage"]
     lines = [("running", "\n".join(parts) or "nothing; commands index by themselves")]
     lines += [("log", _log_line(status["log"]))]
-    for tier in ("hot", "cold"):
-        held = storage.get(tier)
-        lines.append(
-            (tier, f"{held['events']:,} events in {held['files']} files, {held['bytes'] / 1e6:,.1f} MB" if held else _error(storage))
-        )
+    lines += (
+        [("storage", _error(storage))]
+        if "error" in storage
+        else [(_NAMES.get(f"tier {tier}", tier), _tier_line(held)) for tier, held in storage.items()]
+    )
     lines.append(
         (
             "missing",
@@ -124,7 +117,9 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
         )
     )
     lines.append(("object store", status["object_store"].get("detail") or _error(status["object_store"])))
-    return [*lines, ("ledger", _ledger_line(status["checkpoint"]))]
+    lines.append(("ledger", _ledger_line(status["checkpoint"])))
+    lines += [(_NAMES.get(name, name), _error(part) if "error" in part else _WATCHED[name](part)) for name, part in status["watch"].items()]
+    return [*lines, ("alerts", "\n".join(f"{name}: {detail}" for name, detail in status["alerts"].items()) or "none")]
 
 
 def _log_line(log: dict[str, Any]) -> str:
@@ -140,6 +135,65 @@ def _ledger_line(checkpoint: dict[str, Any]) -> str:
     last = checkpoint["last"]
     signed = f"signed up to {last['size']} at {last['at']}, root {last['root'][:16]}…" if last else "no checkpoint yet"
     return f"{checkpoint['ledger_entries']:,} entries, {signed}"
+
+
+def _tier_line(held: dict[str, Any]) -> str:
+    events = f"{held['events']:,} events in " if "events" in held else ""
+    parts = [f"{events}{held['files']:,} files, {held['bytes'] / 1e6:,.1f} MB"]
+    parts += [f"{held['share']:.0%} of what is allowed"] if held["share"] is not None else []
+    return ", ".join(parts + ([f"disk {held['disk_share']:.0%} full"] if held["disk_share"] is not None else []))
+
+
+def _waiting_line(part: dict[str, Any]) -> str:
+    unsealed = f"{part['unsealed_events']:,} events not yet seen, the oldest {_span(part['unsealed_s'])} old"
+    keeps = f"the log keeps {_span(part['retention_s'])}" if part["retention_s"] else "the log keeps all"
+    return f"{unsealed}; oldest event that is not cold {_span(part['tiering_lag_s'])}, {keeps}"
+
+
+def _jobs_line(part: dict[str, Any]) -> str:
+    failed = [f"{job} {run['outcome']}: {run['error'] or 'its process died'}" for job, run in part["failed"].items()]
+    return "\n".join(failed) or (f"{len(part['ran'])} have run, none failed the last time" if part["ran"] else "none has run")
+
+
+def _verified_line(part: dict[str, Any]) -> str:
+    return f"good {_span(part['since_s'])} ago" if part["good_at"] else "never; `tokentape jobs run verify`"
+
+
+def _latency_line(part: dict[str, Any]) -> str:
+    said = {"encode": "encoding an event", "snapshot": "saving snapshots"}
+    lines = [f"{said[what]} P95 ≤ {of['p95_s']:g} s, P99 ≤ {of['p99_s']:g} s ({of['count']:,})" for what, of in part.items() if of["count"]]
+    return "; ".join(lines) or "nothing measured"
+
+
+def _replays_line(part: dict[str, Any]) -> str:
+    return f"{part['ended'] - part['failed']:,} of {part['ended']:,} came to a verdict in the last {_span(part['window_s'])}"
+
+
+def _format_line(part: dict[str, Any]) -> str:
+    waits = [f"partition {partition} waits: {why}" for partition, why in part["waits"].items()]
+    return "; ".join([f"data {part['data']}, program {part['program']}", *waits])
+
+
+_WATCHED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "log": _waiting_line,
+    "jobs": _jobs_line,
+    "verify": _verified_line,
+    "latency": _latency_line,
+    "replays": _replays_line,
+    "format": _format_line,
+}
+
+
+_NAMES = {"log": "waiting", "verify": "verified", "tier log": "log files"}
+"""Lines that are called otherwise than what they are made of: another one is called so."""
+
+
+def _span(seconds: float) -> str:
+    """A length of time in its largest fitting unit."""
+    for name, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {name}"
+    return f"{seconds:,.1f} s"
 
 
 def _error(part: dict[str, Any]) -> str:

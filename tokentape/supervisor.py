@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ RESTARTS_MAX = 5
 """Restarts of one part within `RESTART_WINDOW_S` before the supervisor gives up."""
 
 RESTART_WINDOW_S = 60.0
+
+TOLD_S = 5.0
+"""How often a part renews what it tells of itself."""
 
 GRACE_S = 30.0
 """How long a part may take to stop before it is killed."""
@@ -57,16 +60,33 @@ def instance_lock(data: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def announced(data: Path, part: str, **facts: Any) -> Iterator[None]:
-    """Say in `run/` that a part runs in this process, for `status` and for whoever started it."""
+def announced(data: Path, part: str, *, told: Callable[[], dict[str, Any]] | None = None, **facts: Any) -> Iterator[None]:
+    """Say in `run/` that a part runs in this process, for `status` and for whoever started it; what `told` gives is renewed."""
     path = data / "run" / f"{part}-{os.getpid()}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"part": part, "pid": os.getpid(), "started_at": clock.now_s(), **facts}))
-    draft.replace(path)
+    facts = {"part": part, "pid": os.getpid(), "started_at": clock.now_s(), **facts}
+    over = threading.Event()
+
+    def say() -> None:
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(facts | (told() if told else {})))
+        draft.replace(path)
+
+    def renew() -> None:
+        while not over.wait(TOLD_S):
+            with contextlib.suppress(OSError):  # a full disk: the next time
+                say()
+
+    say()
+    thread = threading.Thread(target=renew, name="announce", daemon=True)
+    if told is not None:
+        thread.start()
     try:
         yield
     finally:
+        over.set()
+        if told is not None:
+            thread.join()
         path.unlink(missing_ok=True)
 
 

@@ -25,6 +25,7 @@ from schemas.events import (
     RequestSubmitted,
     SequenceFinished,
 )
+from schemas.histogram import Histogram
 from schemas.sink import SessionContext
 
 if TYPE_CHECKING:
@@ -33,30 +34,6 @@ if TYPE_CHECKING:
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 WHOLE_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-
-
-class Histogram:
-    """Times in µs by upper bounds given in seconds."""
-
-    __slots__ = ("bounds_us", "counts", "sum_us")
-
-    def __init__(self, bounds_s: Sequence[float]) -> None:
-        self.bounds_us = [int(bound * 1e6) for bound in bounds_s]
-        self.counts = [0] * (len(bounds_s) + 1)
-        self.sum_us = 0
-
-    def observe(self, us: int) -> None:
-        """Count one time."""
-        self.counts[bisect_left(self.bounds_us, us)] += 1
-        self.sum_us += us
-
-    def family(self, name: str, text: str) -> HistogramMetricFamily:
-        """The metric."""
-        total, buckets = 0, []
-        for bound, count in zip([*(str(us / 1e6) for us in self.bounds_us), "+Inf"], self.counts, strict=True):
-            total += count
-            buckets.append((bound, total))
-        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self.sum_us / 1e6)
 
 
 class Meter:
@@ -183,9 +160,9 @@ class Metrics:
         for labels, count in meter.failures.items():
             failed.add_metric(labels, count)
         yield failed
-        yield meter.first_token.family("tokentape_first_token_seconds", "From forwarding a request to its first token.")
-        yield meter.between_tokens.family("tokentape_between_tokens_seconds", "Between two deltas of one sequence.")
-        yield meter.whole.family("tokentape_generation_seconds", "From forwarding a request to the end of its answer.")
+        yield histogram_family("first_token_seconds", "From forwarding a request to its first token.", meter.first_token)
+        yield histogram_family("between_tokens_seconds", "Between two deltas of one sequence.", meter.between_tokens)
+        yield histogram_family("generation_seconds", "From forwarding a request to the end of its answer.", meter.whole)
         yield _counter("tokens_generated", "Tokens that came from upstreams; deltas where they give no ids.", meter.tokens_out)
         yield _counter("tokens_prompt", "Prompt tokens of generations that ended well, as upstreams count them.", meter.tokens_in)
         yield _counter("redactions", "What redaction took out of requests.", meter.redactions, "rule")
@@ -220,6 +197,16 @@ class Metrics:
         yield _counter("recorder_acknowledged", "Events that the log has durably.", stats.acknowledged)
         yield _counter("recorder_dropped", "Events and deltas let go, for whatever reason but sampling.", stats.shed)
         yield _counter("recorder_sampled_out", "Events and deltas left out by sampling.", stats.sampled_out)
+        yield histogram_family("recorder_encode_seconds", "Encoding one event.", self._recorder.encoding)
+
+
+def histogram_family(name: str, text: str, times: Histogram) -> HistogramMetricFamily:
+    """Times as Prometheus wants them."""
+    total, buckets = 0, []
+    for bound, count in zip([*(str(us / 1e6) for us in times.bounds_us), "+Inf"], times.counts, strict=True):
+        total += count
+        buckets.append((bound, total))
+    return HistogramMetricFamily(f"tokentape_{name}", text, buckets=buckets, sum_value=times.sum_us / 1e6)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

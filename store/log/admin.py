@@ -52,6 +52,7 @@ class Topic:
     topic_id: str
     partitions: int
     entry_bytes_max: int
+    retention_s: float | None
 
     @property
     def log_id(self) -> str:
@@ -91,7 +92,7 @@ class TopicAdmin:
             error = kafka_errors.for_code(found["error_code"])
             raise _from_kafka(error(f"topic {name!r}"), "open log", self._place)
         cluster_id = self._ask("describe cluster", self._client.describe_cluster)["cluster_id"]
-        topic = Topic(name, cluster_id, str(found["topic_id"]), len(found["partitions"]), self._entry_bytes_max())
+        topic = Topic(name, cluster_id, str(found["topic_id"]), len(found["partitions"]), *self._limits())
         if topic.partitions != self._settings.partitions:
             raise LogChanged(
                 f"topic {name!r} has {topic.partitions} partitions, the settings say {self._settings.partitions}",
@@ -180,8 +181,12 @@ class TopicAdmin:
         with mapped("create topic", self._place):
             self._client.wait_for_topics([settings.topic], timeout_ms=_ms(settings))
 
-    def _entry_bytes_max(self) -> int:
-        """What the topic takes; a topic that somebody else made may be unfit for a log."""
+    def _limits(self) -> tuple[int, float | None]:
+        """The largest entry that the topic takes, and how long it keeps one (None: for ever).
+
+        Raises:
+            SettingsError: somebody else made the topic, and it is unfit for a log.
+        """
         resource = ConfigResource(ConfigResourceType.TOPIC, self._settings.topic)
         answer = self._ask("describe topic", lambda: self._client.describe_configs([resource], config_filter="all"))
         configs = {name: config["value"] for name, config in answer["topic"][self._settings.topic].items()}
@@ -190,7 +195,8 @@ class TopicAdmin:
             if configs[name] != value:
                 fault = f"topic {self._settings.topic!r} has {name}={configs[name]}, a log needs {value}"
                 raise SettingsError(fault, operation="open log", place=self._place, hint="name a new topic and let tokentape create it")
-        return min(ENTRY_BYTES_MAX, int(configs["max.message.bytes"]) - _OVERHEAD_BYTES)
+        retention_ms = int(configs["retention.ms"])
+        return min(ENTRY_BYTES_MAX, int(configs["max.message.bytes"]) - _OVERHEAD_BYTES), None if retention_ms < 0 else retention_ms / 1000
 
     def _ask(self, operation: str, call: Callable[..., _Answer], *args: object) -> _Answer:
         """Call until it succeeds, fails for good, or the time is up."""

@@ -60,6 +60,11 @@ class Log(Protocol):
         """Number of partitions, fixed for a log id."""
         ...
 
+    @property
+    def retention_s(self) -> float | None:
+        """After this many seconds the log forgets a record by itself, read or not; None: it waits for `trim`."""
+        ...
+
     def append(self, entries: Sequence[Entry]) -> None:
         """Append in order. MUST NOT return before every entry is durable; order within a partition is kept.
 

@@ -90,6 +90,11 @@ class EmbeddedLog:
         """Number of partitions, fixed for a log id."""
         return self._partitions
 
+    @property
+    def retention_s(self) -> float | None:
+        """Nothing goes by itself."""
+        return None
+
     # Writing
 
     def append(self, entries: Sequence[Entry]) -> None:

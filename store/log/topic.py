@@ -98,6 +98,11 @@ class TopicLog(abc.ABC):
         """Number of partitions when the log was opened; a change is reported as `LogChanged`."""
         return self._topic.partitions
 
+    @property
+    def retention_s(self) -> float | None:
+        """The topic's `retention.ms` when the log was opened."""
+        return self._topic.retention_s
+
     # Writing
 
     def append(self, entries: Sequence[Entry]) -> None:

@@ -84,6 +84,11 @@ class FaultyLog:
         """See `Log.partitions`."""
         return self.real.partitions
 
+    @property
+    def retention_s(self) -> float | None:
+        """See `Log.retention_s`."""
+        return self.real.retention_s
+
     def append(self, entries: Sequence[Entry]) -> None:
         """See `Log.append`: after an exception any prefix per partition may have been written."""
         self.breathe()

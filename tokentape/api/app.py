@@ -12,6 +12,7 @@ from typing import Any
 import anyio.to_thread
 import orjson
 import structlog
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from schemas.errors import TokentapeError
 from tokentape.api import custody, debug, operation, query, sessions
 from tokentape.api.desk import Desks
 from tokentape.api.idempotency import Idempotency
+from tokentape.api.metrics import Metrics
 from tokentape.api.openapi import document
 from tokentape.api.page import page_routes
 from tokentape.api.routing import PREFIX, Call, Nothing, Reply, Route
@@ -120,7 +122,12 @@ def make_app(desks: Desks, lifespan: Callable[[Starlette], AbstractAsyncContextM
         answer = await anyio.to_thread.run_sync(operation.ready, desks)
         return Response(_json(answer.document), answer.status, media_type="application/json")
 
-    own = [Path(path, act) for path, act in (("/openapi.json", openapi), ("/health", health), ("/ready", ready))]
+    metrics = Metrics(desks.installation)
+
+    async def measured(request: Request) -> Response:
+        return Response(await anyio.to_thread.run_sync(metrics.text), media_type=CONTENT_TYPE_LATEST)
+
+    own = [Path(path, act) for path, act in (("/openapi.json", openapi), ("/health", health), ("/ready", ready), ("/metrics", measured))]
     return Starlette(routes=[*paths, *own, *page_routes()], exception_handlers={HTTPException: _nothing_there}, lifespan=lifespan)
 
 

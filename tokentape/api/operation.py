@@ -17,6 +17,9 @@ from tokentape.api.work import Work
 from tokentape.jobs import all_jobs
 from tokentape.status import collect
 
+WATCHED_S = 5.0
+"""How old what is watched may be: a page asks for it every few seconds, and Kafka is asked anew each time."""
+
 OPERATORS: frozenset[Role] = frozenset({"custodian"})
 
 
@@ -28,8 +31,8 @@ def who(call: Call) -> Reply:
 
 
 def status(call: Call) -> Reply:
-    """What runs, how fresh the index is, what is missing, storage, locks, proof."""
-    return Reply({**collect(call.desks.installation), "completeness": call.desks.completeness()})
+    """What runs, how fresh the index is, what is missing, storage, locks, proof, what is watched and what is not well."""
+    return Reply({**collect(call.desks.installation, age_s_max=WATCHED_S), "completeness": call.desks.completeness()})
 
 
 def list_jobs(call: Call) -> Reply:

@@ -15,7 +15,6 @@ from starlette.applications import Starlette
 
 from ingest.gateway.app import listen, url_of
 from ingest.gateway.keys import Keyring
-from lifecycle.runs import RunLedger
 from store.control import ControlView, open_control
 from store.directory import SessionDirectory
 from tokentape.api.access import Gate
@@ -47,7 +46,7 @@ def opened(installation: Installation) -> Iterator[Desks]:
         works = Works()
         stack.callback(works.close)
         gate = Gate(settings, keyring, directory)
-        desks = Desks(installation, control, directory, gate, works, RunLedger(settings.data / "jobs.sqlite"))
+        desks = Desks(installation, control, directory, gate, works, installation.runs)
         stack.callback(desks.close)
         yield desks
 

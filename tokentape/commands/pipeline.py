@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from lifecycle.runs import RunLedger
 from lifecycle.scheduler import find, run_job
 from schemas.errors import NewerSchema, UsageError
 from store.indexer import Indexer
@@ -53,12 +52,12 @@ def tier(installation: Installation, all_days: bool, dry_run: bool) -> None:
         _run(installation, "tier", dry_run)
         return
     installation.freshen()
-    ledger = RunLedger(installation.settings.data / "jobs.sqlite")
+    ledger = installation.runs
     print_summary("tier", run_job(tier_now(installation), ledger, trigger="hand", dry_run=dry_run), dry_run)
 
 
 def _run(installation: Installation, name: str, dry_run: bool) -> None:
-    ledger = RunLedger(installation.settings.data / "jobs.sqlite")
+    ledger = installation.runs
     summary = run_job(find(all_jobs(installation), name), ledger, trigger="hand", dry_run=dry_run)
     print_summary(name, summary, dry_run)
 
@@ -130,7 +129,7 @@ def jobs_run(installation: Installation, name: str, dry_run: bool) -> None:
 @with_installation
 def jobs_history(installation: Installation, job: str | None, limit: int, fmt: str) -> None:
     """What has run, newest first."""
-    history = RunLedger(installation.settings.data / "jobs.sqlite").history(job, limit=limit)
+    history = installation.runs.history(job, limit=limit)
     write_rows([_history_row(run) for run in history], fmt, ["job", "started", "seconds", "trigger", "outcome", "summary"])
 
 

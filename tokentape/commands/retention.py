@@ -13,7 +13,6 @@ import click
 
 from ingest.gateway.keys import KIND, TOKEN, VirtualKey
 from lifecycle.holds import SESSIONS_MAX, Holds
-from lifecycle.runs import RunLedger
 from lifecycle.scheduler import find, run_job
 from lifecycle.selectors import Selector
 from schemas import clock
@@ -56,7 +55,7 @@ def preview(installation: Installation, fmt: str) -> None:
 @with_installation
 def apply(installation: Installation) -> None:
     """Remove what is due, with all old versions in the bucket, and enter it in the signed ledger; the scheduled job does the same."""
-    ledger = RunLedger(installation.settings.data / "jobs.sqlite")
+    ledger = installation.runs
     print_summary("retention", run_job(find(all_jobs(installation), "retention"), ledger, trigger="hand"), False)
 
 

@@ -11,7 +11,6 @@ import structlog
 
 from ingest.gateway import serve
 from ingest.gateway.upstream import without_credentials
-from lifecycle.runs import RunLedger
 from lifecycle.scheduler import Scheduler
 from schemas.errors import UsageError
 from schemas.settings import Settings
@@ -62,9 +61,14 @@ def _gateway(settings: Settings, stop: threading.Event) -> None:
 
         def ready(url: str) -> Any:
             log.info("gateway.ready", url=url, upstream=upstream, mode=settings.recorder.mode)
-            return announced(settings.data, "gateway", url=url, upstream=upstream)
+            return announced(settings.data, "gateway", told=lambda: _told(installation), url=url, upstream=upstream)
 
         serve(settings, installation.recorder, stop, ready=ready)
+
+
+def _told(installation: Installation) -> dict[str, Any]:
+    """What a part that records tells of its recorder."""
+    return {"encoding": installation.recorder.encoding.to_json()}
 
 
 def _api(settings: Settings, stop: threading.Event) -> None:
@@ -74,7 +78,7 @@ def _api(settings: Settings, stop: threading.Event) -> None:
 
         def ready(url: str) -> Any:
             log.info("api.ready", url=url, page=f"{url}/")
-            return announced(settings.data, "api", url=url)
+            return announced(settings.data, "api", told=lambda: _told(installation), url=url)
 
         serve_api(installation, stop, ready=ready)
 
@@ -88,7 +92,7 @@ def _indexer(settings: Settings, stop: threading.Event) -> None:
 
 def _scheduler(settings: Settings, stop: threading.Event) -> None:
     with Installation(settings, source="lifecycle") as installation, announced(settings.data, "scheduler"):
-        scheduler = Scheduler(all_jobs(installation), RunLedger(settings.data / "jobs.sqlite"))
+        scheduler = Scheduler(all_jobs(installation), installation.runs)
         scheduler.start()
         log.info("scheduler.ready")
         stop.wait()
