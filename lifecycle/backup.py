@@ -1,8 +1,12 @@
-"""Backup of an embedded installation while it works: consistent, incremental, and whole or not there.
+"""Backup of an installation while it works: consistent, incremental, and whole or not there.
 
 SQLite files are copied by SQLite's own backup, so each is one moment of its file. Everything that decides what is cold waits
 meanwhile, but not while the bulk is copied, which happens before. Checkpoints are listed before the log is copied, so that none
 of them signs for records that the copy lacks; blobs after it, so that none that the copy names is missing.
+
+A backup looks like an embedded data directory whatever it was made from. Objects of a bucket lie where those of a folder do, with
+notes of their locks; facts of a control topic stand in a SQLite file. Of a Kafka topic the shards are taken, since offsets
+of another topic mean nothing: they hold every event that was sealed and is not cold.
 """
 
 from __future__ import annotations
@@ -14,20 +18,29 @@ import secrets
 import sqlite3
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lifecycle.manifest import NAME, Indexed, Item, Manifest, check_apart, check_embedded, check_room, copy, encode, read
+import orjson
+
+from lifecycle.manifest import CONTROL, LOG, NAME, Indexed, Item, Manifest, check_apart, check_room, copy, encode, read
+from lifecycle.servers import PROBES
 from schemas import clock
 from schemas.errors import ConflictError, ProofError, UsageError
 from schemas.settings import Settings
-from store.catalog import Catalog, Position, Shard
+from store.catalog import Catalog, Position, Shard, open_catalog
+from store.control import open_control, standing
+from store.control.embedded import EmbeddedControl
 from store.crashpoints import crash_point
 from store.fences import FileLock, tier_lock_path, waiting
 from store.ledger import Ledger, open_ledger
 from store.ledger.entry import ENTRIES, entry_key
+from store.log import open_log
 from store.log.embedded import EmbeddedLog
 from store.log.sqlite import connect, mapped
+from store.objects import open_store
+from store.objects.base import ObjectInfo, ObjectStore
 from store.objects.local import LOCKS, TEMPORARY, LocalStore
 from store.tail import sync_file
 
@@ -37,8 +50,11 @@ PARTS = "parts"
 LOCK = "lock"
 """Held while somebody writes into a backup."""
 
-_LOG = "log/log.sqlite"
 _CATALOG = "hot/catalog.sqlite"
+_READERS = 8
+"""Objects of a bucket fetched at the same time."""
+_PIECE = 8 << 20
+"""Bytes of an object fetched at a time."""
 _BUSY_S = 30.0
 """How long a copy waits for a writer of the same SQLite file; each of them takes milliseconds."""
 _WAIT_S = 600.0
@@ -57,12 +73,16 @@ class Made:
 
 @dataclass
 class Backup:
-    """A backup of one installation into `folder`; `version` is that of this program."""
+    """A backup of one installation into `folder`; `version` is that of this program.
+
+    Without `with_bucket` the objects of a bucket are left out, for one that is replicated by its own means.
+    """
 
     settings: Settings
     folder: Path
     version: str
     with_keys: bool = False
+    with_bucket: bool = True
 
     def run(self) -> Made:
         """Bring the backup to what the installation is now.
@@ -70,19 +90,23 @@ class Backup:
         Files that went from the installation leave the backup as well, so that what was erased is not kept here.
 
         Raises:
-            UsageError: another place is needed, or the installation is not embedded.
-            ConflictError: another backup into the same folder is at work.
+            UsageError: another place is needed, or there is no bucket to leave out.
+            ConflictError: another backup into the same folder is at work, or a shard is missing.
+            LogUnavailable, StoreUnavailable: Kafka or the bucket does not answer; the older backup stays.
             ProofError: the ledger is not the one that was backed up before, or objects are missing; the older backup stays.
             StorageFull: no room; the older backup stays. StoreUnavailable: a job kept its lock too long.
         """
         self._check_place()
         with _alone(self.folder):
             before = read(self.folder) if (self.folder / NAME).exists() else None
-            log_id, ledger = self._identify(before)
+            objects = open_store(self.settings.cold, self.settings.data)
+            log_id, ledger = self._identify(before, objects)
             _prune(self.folder, before)
-            parts = _Parts(self.settings.data, self.folder, before)
-            parts.check_room()
-            parts.keep_all(parts.cold())
+            bucket = None if isinstance(objects, LocalStore) else objects
+            parts = _Parts(self.settings.data, self.folder, before, bucket, self.with_bucket)
+            bulk = [*parts.cold(), *([] if self._embedded else self._shards())]
+            parts.check_room(bulk)
+            parts.keep_all(bulk)
             with waiting(tier_lock_path(self.settings.data / "hot"), secrets.token_hex(8), timeout_s=_WAIT_S):
                 manifest = self._snapshot(parts, log_id, ledger)
             _check_gone(before, manifest, ledger)
@@ -93,10 +117,17 @@ class Backup:
         new = [item for item in manifest.items if item.at.startswith(parts.own)]
         return Made(manifest, len(new), sum(item.size for item in new), removed)
 
+    @property
+    def _embedded(self) -> bool:
+        """Whether the log is a file that can be copied."""
+        return self.settings.log.kind == "embedded"
+
     def _check_place(self) -> None:
-        check_embedded(self.settings, "backup")
+        if not self.with_bucket and self.settings.cold.kind == "local":
+            hint = "leave --without-bucket out: nobody else has the folder of the cold tier"
+            raise UsageError("the cold tier is no bucket (cold.kind = local)", operation="backup", hint=hint)
         check_apart(self.settings.data, self.folder, "backup")
-        if not (self.settings.data / _LOG).exists():
+        if not (self.settings.data / (LOG if self._embedded else _CATALOG)).exists():
             hint = "record something first, or name another directory with --data"
             raise UsageError("there is nothing to back up", operation="backup", place=str(self.settings.data), hint=hint)
         try:
@@ -107,11 +138,19 @@ class Backup:
             hint = "name an empty folder, one that is not there yet, or that of an earlier backup"
             raise UsageError(f"there is something else in the folder: {strange[0]}", operation="backup", place=str(self.folder), hint=hint)
 
-    def _identify(self, before: Manifest | None) -> tuple[str, Ledger]:
+    def _identify(self, before: Manifest | None, objects: ObjectStore) -> tuple[str, Ledger]:
         """Log id and ledger; what was backed up before must be their beginning."""
-        with contextlib.closing(EmbeddedLog(self.settings.data / _LOG, partitions=None, create=False)) as log:
-            log_id = log.log_id
-        ledger = open_ledger(self.settings, LocalStore(self.settings.data / "cold"))
+        if self._embedded:
+            with contextlib.closing(EmbeddedLog(self.settings.data / LOG, partitions=None, create=False)) as log:
+                log_id = log.log_id
+        else:
+            with contextlib.closing(open_log(self.settings.log, self.settings.data, create=False)) as topic:
+                log_id = topic.log_id
+        ledger = open_ledger(self.settings, objects)
+        if before is not None and bool(before.elsewhere) == self.with_bucket:
+            has, now = ("does not hold", "with") if before.elsewhere else ("holds", "without")
+            fault = f"the backup in this folder {has} the bucket's objects, and is to go on {now} them"
+            raise UsageError(fault, operation="backup", place=str(self.folder), hint="name another folder for this one")
         if before is not None and before.log_id != log_id:
             hint = "name another folder for this one"
             raise UsageError("the folder holds the backup of another log", operation="backup", place=str(self.folder), hint=hint)
@@ -121,22 +160,26 @@ class Backup:
             raise _suspect(fault, self.settings.data)
         return log_id, ledger
 
+    def _shards(self) -> list[str]:
+        """The shards that hold rows now."""
+        with contextlib.closing(open_catalog(self.settings.data)) as catalog:
+            return [f"hot/shards/{shard.path.name}" for shard in catalog.snapshot().shards]
+
     def _snapshot(self, parts: _Parts, log_id: str, ledger: Ledger) -> Manifest:
         """Copy what changes, then what came since; nobody makes anything cold meanwhile, but holds may be entered in the ledger."""
         signed = [path for path in parts.cold() if _key(path).startswith("ledger/") and not _key(path).startswith(ENTRIES)]
         size = ledger.head()
         entries = [f"cold/{folder}{entry_key(number)}" for number in range(size) for folder in ("", f"{LOCKS}/")]
         items = parts.keep_all([*signed, *entries])
-        for path in sorted({_CATALOG, "control/control.sqlite", "jobs.sqlite", *parts.found("work/*/log/log.sqlite")}):
+        for path in sorted({_CATALOG, "jobs.sqlite", *([CONTROL] if self._embedded else []), *parts.found("work/*/log/log.sqlite")}):
             items += parts.keep_sqlite(path)
         taken_at = clock.now_us()
-        copied = parts.copy_sqlite(_LOG)
-        crash_point("backup.log_copied")
-        with contextlib.closing(EmbeddedLog(copied, partitions=None, create=False)) as log:
-            offsets = tuple(log.bounds(partition) for partition in range(log.partitions))
-        items.append(parts.enter(_LOG, copied))
+        if self._embedded:
+            offsets, logged = self._log_file(parts)
+        else:
+            offsets, logged = self._topic(parts, log_id)
+        items += logged
         indexed = [Indexed(at.partition, at.offset_next, at.digest.hex()) for at in parts.positions if at.log_id == log_id]
-        items += parts.keep_all([f"hot/shards/{name}" for name in parts.shards_of_others(log_id)])
         items += parts.keep_all([path for path in parts.cold() if not _key(path).startswith("ledger/")])
         items += parts.keep_all(["format.json", *parts.found("calibrations/*")])
         items += parts.keep_all(parts.found("keys/**/*") if self.with_keys else ["keys/ledger.pub"])
@@ -145,13 +188,45 @@ class Backup:
             taken_at_us=taken_at,
             log_id=log_id,
             origin=self.settings.ledger.origin,
-            offsets=offsets,
+            offsets=tuple(offsets),
             indexed=tuple(indexed),
             ledger_size=size,
             ledger_root=ledger.root(size).hex(),
             with_keys=self.with_keys,
+            elsewhere="" if self.with_bucket else f"{self.settings.cold.endpoint}/{self.settings.cold.bucket}",
             items=tuple(sorted(items, key=lambda item: item.path)),
         )
+
+    def _log_file(self, parts: _Parts) -> tuple[list[tuple[int, int]], list[Item]]:
+        """Bounds and copy of an embedded log, and the shards of earlier ones, which no log can give again."""
+        copied = parts.copy_sqlite(LOG)
+        crash_point("backup.log_copied")
+        with contextlib.closing(EmbeddedLog(copied, partitions=None, create=False)) as log:
+            bounds, log_id = [log.bounds(partition) for partition in range(log.partitions)], log.log_id
+        old = [shard.path.name for shard in parts.shards if all(span.log_id != log_id for span in shard.ranges)]
+        return bounds, [parts.enter(LOG, copied), *parts.keep_all([f"hot/shards/{name}" for name in old])]
+
+    def _topic(self, parts: _Parts, log_id: str) -> tuple[list[tuple[int, int]], list[Item]]:
+        """What stands for a topic: all shards, up to which offset they and the cold tier have it, and the facts of its control topic.
+
+        Raises:
+            ConflictError: a shard is not there.
+        """
+        names = {f"hot/shards/{shard.path.name}" for shard in parts.shards}
+        shards = parts.keep_all(sorted(names))
+        if gone := sorted(names - {item.path for item in shards}):
+            hint = "run it again, in case it was merged just now; else `tokentape rebuild` makes it from the log, if that still has it"
+            raise ConflictError(f"a shard of the index is missing: {gone[0]}", operation="backup", place=str(self.settings.data), hint=hint)
+        crash_point("backup.shards_copied")
+        target = self.folder / parts.own / CONTROL
+        with contextlib.closing(open_control(self.settings)) as control, contextlib.closing(EmbeddedControl(target)) as made:
+            for (kind, key), value in standing(control.follow(0)).items():
+                made.append(kind, key, value)
+        indexed = {at.partition: at.offset_next for at in parts.positions if at.log_id == log_id}
+        with contextlib.closing(open_log(self.settings.log, self.settings.data, create=False)) as log:
+            firsts = [log.bounds(partition)[0] for partition in range(log.partitions)]
+        bounds = [(min(first, indexed.get(partition, first)), indexed.get(partition, first)) for partition, first in enumerate(firsts)]
+        return bounds, [*shards, parts.enter(CONTROL, parts.closed(target))]
 
     def _write(self, manifest: Manifest) -> None:
         """Put the manifest in the place of the one before, on disk when this returns."""
@@ -172,6 +247,9 @@ class _Parts:
     data: Path
     folder: Path
     before: Manifest | None
+    bucket: ObjectStore | None = None
+    """Where the objects are; None where that is the folder `cold`."""
+    with_bucket: bool = True
     own: str = field(default_factory=lambda: f"{PARTS}/{clock.now():%Y%m%dT%H%M%S}-{secrets.token_hex(4)}")
     positions: Sequence[Position] = ()
     """How far the index had each partition, once the catalog was copied."""
@@ -180,10 +258,15 @@ class _Parts:
 
     def __post_init__(self) -> None:
         self._known = {item.path: item for item in self.before.items} if self.before else {}
+        self._listed: dict[str, ObjectInfo] = {}
 
     def cold(self) -> list[str]:
-        """Every object and the notes of locks on them, as paths in the data directory."""
+        """Every object and the notes of locks on them, as paths in the data directory; objects of a bucket stand without notes."""
         found: list[str] = []
+        if self.bucket is not None:
+            infos = self.bucket.list("") if self.with_bucket else iter(())
+            self._listed = {f"cold/{info.key}": info for info in infos if not info.key.startswith(PROBES)}
+            return sorted(self._listed)
         for folder, names, files in os.walk(self.data / "cold"):
             if folder == str(self.data / "cold"):
                 names[:] = [name for name in names if name != TEMPORARY]
@@ -194,35 +277,94 @@ class _Parts:
         """Files of the data directory that match."""
         return [path.relative_to(self.data).as_posix() for path in self.data.glob(pattern) if path.is_file()]
 
-    def check_room(self) -> None:
-        """Refuse before anything is copied.
+    def check_room(self, bulk: list[str]) -> None:
+        """Refuse before anything is copied; `bulk` is what changes rarely.
 
         Raises:
             StorageFull: the disk has less room than the copies take.
         """
         databases = ["jobs.sqlite", "control/control.sqlite", *self.found("**/log.sqlite"), *self.found("hot/catalog.sqlite")]
         sizes = [(self.data / path).stat().st_size for path in databases if (self.data / path).exists()]
-        for path in self.cold():
+        for path in bulk:
             with contextlib.suppress(FileNotFoundError):
-                status = (self.data / path).stat()
-                sizes += [] if self._unchanged(path, status) else [status.st_size]
+                size, modified_ns = self._state(path)
+                sizes += [] if self._unchanged(path, size, modified_ns) else [size]
         check_room(self.folder, sum(sizes), "backup")
 
     def keep_all(self, paths: list[str]) -> list[Item]:
-        """Copy those of the files that the backup does not have; what went meanwhile is left out."""
-        kept = []
-        for path in paths:
-            source = self.data / path
-            with contextlib.suppress(FileNotFoundError):
-                kept.append(self._unchanged(path, source.lstat()) or self._copied(path, source))
-        return kept
+        """Copy those of the files and objects that the backup does not have; what went meanwhile is left out."""
+        if self.bucket is None:
+            return [item for path in paths for item in self._kept(path)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            return [item for items in pool.map(self._kept, paths) for item in items]
 
-    def _unchanged(self, path: str, status: os.stat_result) -> Item | None:
+    def _kept(self, path: str) -> list[Item]:
+        if self.bucket is not None and path.startswith("cold/"):
+            return self._object(self.bucket, path)
+        with contextlib.suppress(FileNotFoundError):
+            size, modified_ns = self._state(path)
+            return [self._unchanged(path, size, modified_ns) or self._copied(path, self.data / path)]
+        return []
+
+    def _state(self, path: str) -> tuple[int, int]:
+        """Size and time of the last write (ns)."""
+        if path in self._listed:
+            info = self._listed[path]
+            return info.size, int(info.modified_at.timestamp() * 1e6) * 1000
+        status = (self.data / path).lstat()
+        return status.st_size, status.st_mtime_ns
+
+    def _unchanged(self, path: str, size: int, modified_ns: int) -> Item | None:
         """What the backup has of a file that is still the same."""
         item = self._known.get(path)
-        if item is None or (item.size, item.modified_ns) != (status.st_size, status.st_mtime_ns):
+        if item is None or (item.size, item.modified_ns) != (size, modified_ns):
             return None
         return item if self._has(item) else None
+
+    def _object(self, bucket: ObjectStore, path: str) -> list[Item]:
+        """An object, and the note of its lock as it was when it came into the backup."""
+        if not self.with_bucket or f"/{LOCKS}/" in path:
+            return []
+        if path not in self._listed:  # it came after the listing
+            if (info := bucket.head(_key(path))) is None:
+                return []
+            self._listed[path] = info
+        note = f"cold/{LOCKS}/{_key(path)}"
+        if item := self._unchanged(path, *self._state(path)):
+            return [item, *([self._known[note]] if note in self._known and self._has(self._known[note]) else [])]
+        size, modified_ns = self._state(path)
+        try:
+            digest = self._fetch(bucket, path, size)
+            lock = bucket.lock_of(_key(path))
+        except KeyError:
+            return []
+        items = [Item(path, f"{self.own}/{path}", size, digest, 0o444, modified_ns)]
+        if lock.mode != "none" and lock.until is not None:
+            at = self.folder / self.own / note
+            at.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            said = orjson.dumps({"mode": lock.mode, "until": lock.until.isoformat()})
+            at.write_bytes(said)
+            items.append(Item(note, f"{self.own}/{note}", len(said), hashlib.sha256(said).hexdigest(), 0o600, modified_ns))
+        self._known |= {item.path: item for item in items}
+        return items
+
+    def _fetch(self, bucket: ObjectStore, path: str, size: int) -> str:
+        """Copy an object's bytes; their SHA-256 (hex).
+
+        Raises:
+            KeyError: it is gone, or shorter than it was listed.
+        """
+        target = self.folder / self.own / path
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        digest, done = hashlib.sha256(), 0
+        with target.open("wb") as file:
+            while done < size:
+                if not (piece := bucket.get_range(_key(path), done, min(_PIECE, size - done))):
+                    raise KeyError(path)
+                file.write(piece)
+                digest.update(piece)
+                done += len(piece)
+        return digest.hexdigest()
 
     def _has(self, item: Item) -> bool:
         """Whether a file of the older backup is still there, and as long as it was."""
@@ -257,9 +399,11 @@ class _Parts:
                 self.shards = catalog.snapshot().shards
         return target
 
-    def shards_of_others(self, log_id: str) -> list[str]:
-        """Shards that no log can give again: their log was another one."""
-        return [shard.path.name for shard in self.shards if all(span.log_id != log_id for span in shard.ranges)]
+    def closed(self, path: Path) -> Path:
+        """A SQLite file that was written here, as one file without a write-ahead log."""
+        with contextlib.closing(sqlite3.connect(path)) as made:
+            made.execute("PRAGMA journal_mode=DELETE")
+        return path
 
     def enter(self, path: str, copied: Path) -> Item:
         """A file that stands in the run's folder already; where the backup has the same bytes, those, and not the copy."""

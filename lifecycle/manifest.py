@@ -16,12 +16,19 @@ from typing import Any
 import orjson
 
 from schemas.errors import CorruptStore, NewerFormat, StorageFull, UsageError
-from schemas.settings import Settings
 
 FORMAT = 1
 """Grows when an older program would restore wrongly what a newer one backs up."""
 
 NAME = "manifest.json"
+
+CONTROL = "control/control.sqlite"
+"""The control log among the files, also where its facts come from a topic."""
+
+LOG = "log/log.sqlite"
+"""The embedded log among the files; a backup of a Kafka topic has none."""
+
+_HINT = "take this file from another copy of the backup; nothing was restored"
 
 _CHUNK = 1 << 20  # bytes copied at a time
 
@@ -65,6 +72,13 @@ class Manifest:
     ledger_root: str
     with_keys: bool
     items: tuple[Item, ...]
+    elsewhere: str = ""
+    """The bucket whose objects are not in it, being replicated by other means; empty where all of them are."""
+
+    @property
+    def has_log(self) -> bool:
+        """Whether the log itself is in it; else the shards stand for it."""
+        return any(item.path == LOG for item in self.items)
 
     @property
     def size(self) -> int:
@@ -140,19 +154,42 @@ def copy(source: Path, target: Path, *, mode: int) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def check_embedded(settings: Settings, operation: str) -> None:
-    """Refuse what has its data elsewhere.
+def whole(item: Item, source: Path) -> Path:
+    """A file of the backup in `source`, which must be there as a file.
 
     Raises:
-        UsageError: the log or the cold tier is a server's.
+        CorruptStore: it is not.
     """
-    hint = "back the {0} up by its own means ({1}); `tokentape rebuild` makes the index again from log and cold tier"
-    if settings.log.kind != "embedded":
-        how = hint.format("topic and its `.control` topic", "MirrorMaker, or a replicated cluster")
-        raise UsageError(f"the log is a Kafka topic (log.kind = {settings.log.kind})", operation=operation, hint=how)
-    if settings.cold.kind != "local":
-        how = hint.format("bucket", "bucket replication, or `mc mirror`")
-        raise UsageError(f"the cold tier is a bucket (cold.kind = {settings.cold.kind})", operation=operation, hint=how)
+    at = source / item.at
+    if not at.is_file() or at.is_symlink():
+        raise CorruptStore("a file of the backup is missing", operation="restore", place=str(at), hint=_HINT)
+    return at
+
+
+def check_whole(item: Item, source: Path) -> None:
+    """Read a file of the backup and hold it against its SHA-256.
+
+    Raises:
+        CorruptStore: it is missing or damaged.
+    """
+    with whole(item, source).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        _check(item, source, os.fstat(file.fileno()).st_size, digest)
+
+
+def copy_item(item: Item, source: Path, target: Path) -> None:
+    """Copy a file of the backup.
+
+    Raises:
+        CorruptStore: it is missing or damaged.
+    """
+    _check(item, source, *copy(whole(item, source), target, mode=item.mode))
+
+
+def _check(item: Item, source: Path, size: int, sha256: str) -> None:
+    if (size, sha256) != (item.size, item.sha256):
+        fault = f"a file of the backup is damaged: {item.path} has not the SHA-256 that was noted"
+        raise CorruptStore(fault, operation="restore", place=str(source / item.at), hint=_HINT)
 
 
 def check_apart(data: Path, folder: Path, operation: str) -> None:

@@ -544,8 +544,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("setting", "fault"),
         [
-            ("log.kind=kafka", "the log is a Kafka topic"),
-            ("cold.kind=minio", "the cold tier is a bucket"),
+            ("log.kind=kafka", "the backup holds an embedded log, the settings say log.kind = kafka"),
             ("log.partitions=7", "the backup's log has 4 partitions, the settings say 7"),
             ("ledger.origin=example.org/other", "the settings say example.org/other"),
         ],
@@ -558,13 +557,22 @@ class TestRefused:
         assert (ran.exit_code, elsewhere(settings).data.exists()) == (2, False)
         assert fault in ran.stderr
 
-    @pytest.mark.parametrize("command", [["backup", "elsewhere"], ["drill"]])
-    def test_distributed(self, command: list[str], tmp_path: Path) -> None:
-        """Said before a server is asked for anything."""
-        ran = run("--data", tmp_path / "data", "--set", "log.kind=kafka", "--set", "log.bootstrap_servers=127.0.0.1:1", *command)
+    @pytest.mark.parametrize("setting", ["log.kind=kafka", "cold.kind=minio"])
+    def test_a_server_that_does_not_answer(self, setting: str, settings: Settings) -> None:
+        """The older backup stays as it is."""
+        before = back_up(settings).manifest
+        away = ("log.bootstrap_servers=127.0.0.1:1", "log.timeout_s=1", "cold.endpoint=127.0.0.1:1", "cold.timeout_s=1", setting)
+        options = [word for each in away for word in ("--set", each)]
+        ran = run("--data", settings.data, *options, "backup", folder_of(settings))
 
-        assert (ran.exit_code, list(tmp_path.iterdir())) == (2, [])
-        assert "back the topic and its `.control` topic up by its own means" in ran.stderr
+        assert (ran.exit_code, manifest.read(folder_of(settings))) == (8, before)
+
+    def test_no_bucket_to_leave_out(self, settings: Settings) -> None:
+        """Nobody else has the folder."""
+        ran = run("--data", settings.data, "backup", folder_of(settings), "--without-bucket")
+
+        assert ran.exit_code == 2
+        assert "the cold tier is no bucket" in ran.stderr
 
     def test_two_at_once(self, settings: Settings) -> None:
         """A second backup into a folder, a restore from it, and a second restore into a directory, are told of the first."""

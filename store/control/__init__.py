@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from schemas.settings import Settings
-from store.control.base import ControlLog, ControlRecord, Value
+from store.control.base import ControlLog, ControlRecord, Value, standing
 from store.control.view import ControlView
 
-__all__ = ["ControlLog", "ControlRecord", "ControlView", "Value", "open_control"]
+__all__ = ["ControlLog", "ControlRecord", "ControlView", "Value", "open_control", "standing"]
 
 
 def open_control(settings: Settings) -> ControlLog:

@@ -84,6 +84,16 @@ def fold(records: Iterable[ControlRecord], kind: str) -> dict[str, Value]:
     return found
 
 
+def standing(records: Iterable[ControlRecord]) -> dict[tuple[str, str], Value]:
+    """All facts that hold after these records, by kind and key, in the order in which they were written."""
+    found: dict[tuple[str, str], Value] = {}
+    for record in records:
+        found.pop((record.kind, record.key), None)
+        if record.value is not None:
+            found[record.kind, record.key] = record.value
+    return found
+
+
 def encode(kind: str, key: str, value: Value | None, *, place: str) -> bytes | None:
     """A fact's JSON bytes, None for a deletion.
 

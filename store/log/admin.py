@@ -9,7 +9,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -215,6 +215,22 @@ class TopicAdmin:
     def _changed(self, fault: str) -> LogChanged:
         hint = "name the right topic, or `tokentape rebuild` to index the new one"
         return LogChanged(fault, operation="use log", place=self._place, hint=hint)
+
+
+def remove_topics(settings: LogSettings, names: Sequence[str]) -> None:
+    """Remove topics that were made to be thrown away, if they are there.
+
+    Raises:
+        LogUnavailable: no broker answers, or this client may not.
+    """
+    with mapped("remove topics", settings.bootstrap_servers):
+        client = started(KafkaAdminClient, settings)
+        try:
+            for name in names:
+                with contextlib.suppress(kafka_errors.UnknownTopicOrPartitionError):
+                    client.delete_topics([name], timeout_ms=_ms(settings))
+        finally:
+            client.close()
 
 
 def abandon(producer: KafkaProducer) -> None:

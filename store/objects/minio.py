@@ -359,5 +359,22 @@ class MinioStore:
             raise self._away(operation, key, error) from error
 
 
+def remove_bucket(settings: ColdSettings) -> None:
+    """Remove a bucket with all that is in it, legal holds or not: one that was made to be thrown away, without locks.
+
+    Raises:
+        ConflictError: something in it is locked. StoreUnavailable: the server does not answer.
+    """
+    store = MinioStore(settings)
+    for key, _ in list(store.remains("")):
+        try:
+            store.purge(key)
+        except ConflictError:
+            store.set_hold(key, False)
+            store.purge(key)
+    with store._mapped("remove bucket", ""):
+        store._client.remove_bucket(store.bucket)
+
+
 class _BeyondEnd(Exception):
     """A range that starts at or after the end of an object."""

@@ -11,7 +11,6 @@ from rich.markup import escape
 from lifecycle.backup import Backup
 from lifecycle.drill import Drilled
 from lifecycle.drill import drill as run_drill
-from lifecycle.manifest import check_embedded
 from lifecycle.restore import restore as run_restore
 from schemas import clock
 from schemas.errors import ProofError
@@ -25,17 +24,21 @@ from tokentape.output import out, write_rows
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--with-keys", is_flag=True, help="Take the private keys as well: whoever has the backup can sign as this installation.")
+@click.option("--without-bucket", is_flag=True, help="Leave the objects of a bucket out, where that is replicated by its own means.")
 @with_installation
-def backup(installation: Installation, folder: Path, with_keys: bool) -> None:
+def backup(installation: Installation, folder: Path, with_keys: bool, without_bucket: bool) -> None:
     """Back the installation up into DIR while it works; into the same DIR again, only what is new is copied.
 
     New are objects that it does not have and SQLite files that changed, the log among them, which are copied whole.
 
-    Log, control log, job runs, calibrations, and the cold tier with ledger, schemas and blobs. The index is made again by
-    `restore`. Not included: the settings file, and without --with-keys all keys but the public one. What was removed or
-    erased leaves the backup with the next run. The data directory must be embedded: Kafka and buckets have means of their own.
+    Log, control log, job runs, calibrations, and the cold tier with ledger, schemas and blobs, in a bucket as in a folder. Of a
+    Kafka topic the shards are taken, which hold what was sealed and is not cold, and the facts of its control topic; batch
+    requests that wait in Kafka are not in it. An embedded index is made again by `restore`. Not included: the settings file, and
+    without --with-keys all keys but the public one. What was removed or erased leaves the backup with the next run.
     """
-    made = Backup(installation.settings, folder, __version__, with_keys).run()
+    if installation.settings.log.kind != "embedded" and (installation.settings.data / "hot" / "catalog.sqlite").exists():
+        installation.freshen()
+    made = Backup(installation.settings, folder, __version__, with_keys, not without_bucket).run()
     with installation.accessing("backup", f"backup {folder}") as access:
         access["rows"] = sum(after - first for first, after in made.manifest.offsets)
     manifest = made.manifest
@@ -46,6 +49,8 @@ def backup(installation: Installation, folder: Path, with_keys: bool) -> None:
     )
     without = "not in it: without them the restore reads and verifies, but signs nothing and opens a gateway with new ones"
     out.print(f"keys: {'in it; keep the folder as safe as them' if with_keys else without}")
+    if manifest.elsewhere:
+        out.print(f"objects: not in it; they are in {escape(manifest.elsewhere)}, without which this is no backup")
     out.print("settings: not in it; keep your tokentape.toml elsewhere")
 
 
@@ -58,7 +63,9 @@ def backup(installation: Installation, folder: Path, with_keys: bool) -> None:
 def restore(settings: Settings, source: Path, data: Path | None) -> None:
     """Restore the backup in FROM into an empty directory: each file is checked, the index made anew, all of it verified.
 
-    The directory appears whole or not at all. Nothing is restored over data.
+    The directory appears whole or not at all. Nothing is restored over data: a bucket is filled if it is empty, and taken as it is
+    if its ledger goes on from that of the backup; so is a control topic with facts. A topic that is still the same goes on, beside
+    a new one the shards stay as they are. Interrupted, the same command goes on.
     """
     target = settings if data is None else settings.model_copy(update={"data": data})
     restored = run_restore(target, source, __version__)
@@ -66,6 +73,10 @@ def restore(settings: Settings, source: Path, data: Path | None) -> None:
     out.print(
         f"restored to {escape(str(target.data))} in {restored.seconds:.1f} s: {len(restored.manifest.items):,} files, each with its SHA-256"
     )
+    if restored.put or restored.facts:
+        out.print(f"put: {restored.put:,} objects into the bucket, {restored.facts:,} facts into the control log")
+    if restored.kept:
+        out.print(f"as it was found: {escape(', '.join(restored.kept))}")
     out.print(f"index: {rebuilt['events']:,} events again from the log, {rebuilt['digests_equal']} digests as before")
     out.print(
         f"verify: {found.ledger.entries:,} entries, {found.segments:,} segments, {found.events:,} events; root {restored.ledger_root[:16]}…"
@@ -90,7 +101,6 @@ def drill(installation: Installation, room: Path | None, fmt: str) -> None:
     RPO is the age of the oldest event that the backup lacks, RTO the time until the restore is verified and has answered a
     query. Exit code 6 if anything differs.
     """
-    check_embedded(installation.settings, "drill")
     installation.freshen()
     with tempfile.TemporaryDirectory(prefix="tokentape-drill-", dir=room) as folder:
         done = run_drill(installation.settings, Path(folder), __version__)
