@@ -96,7 +96,7 @@ def forecast(day: Sample, settings: Settings) -> list[Figure]:
     cold = None if day.cold_bytes_per_event is None else day.events * day.cold_bytes_per_event
     hot = None if day.hot_bytes_per_event is None else day.events * day.hot_bytes_per_event
     kept = settings.jobs.tier_after_days + 1  # a day is filled, then waits
-    checkpoints = _DAY_S / settings.ledger.checkpoint_s + 1
+    checkpoints = min(_DAY_S / settings.ledger.checkpoint_s, day.events) + 1  # none is written while no event comes
     stored = {"segments": day.segments, "coverage and entries": 2, "checkpoints": checkpoints, "blobs": day.blobs}
     objects = float(sum(stored.values()))
     figures: list[Figure] = [

@@ -22,7 +22,6 @@ from schemas.histogram import ENCODE_S, SAVE_S, Histogram
 from schemas.settings import Settings
 from store.catalog import Catalog
 from store.format import FORMAT, noted_format
-from store.log import open_log
 from store.log.base import Log
 from store.reader import EventReader
 
@@ -34,13 +33,18 @@ _DAY_S = 86_400.0
 
 @dataclass
 class Watch:
-    """Measures one installation. `encoding` gives what its recorders tell of themselves: counts as `Histogram.to_json` has them."""
+    """Measures one installation.
+
+    `encoding` gives what its recorders tell of themselves: counts as `Histogram.to_json` has them. `open_log` opens a log that is
+    closed again.
+    """
 
     settings: Settings
     catalog: Catalog
     runs: RunLedger
     reader: EventReader
     encoding: Callable[[], Iterable[Mapping[str, int]]]
+    open_log: Callable[[], Log]
     _appended: dict[tuple[str, int, int], int] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _last: tuple[float, dict[str, Any]] = field(default=(float("-inf"), {}), init=False, repr=False)
@@ -91,7 +95,7 @@ class Watch:
 
     def _log(self) -> dict[str, Any]:
         """How old the oldest event is that no query sees, and the oldest that is not cold; and when the log forgets it."""
-        with contextlib.closing(open_log(self.settings.log, self.settings.data, create=False)) as log:
+        with contextlib.closing(self.open_log()) as log:
             indexed = {at.partition: at.offset_next for at in self.catalog.positions() if at.log_id == log.log_id}
             cold, oldest, unsealed = cold_to(log, self.catalog), list[int](), list[int]()
             waiting = 0

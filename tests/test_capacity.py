@@ -72,6 +72,13 @@ def test_a_year_adds_up() -> None:
     assert verify.year == (verify.day or 0) * DAYS * (DAYS + 1) / 2
 
 
+def test_a_day_without_events_has_no_checkpoints() -> None:
+    """None is written while no event comes, whatever the settings say of those that do."""
+    figures = {figure.what: figure for figure in forecast(replace(SAMPLE, events=2), Settings())}
+
+    assert figures["objects: checkpoints"].day == 3
+
+
 def test_what_is_switched_off_or_unknown() -> None:
     """No verification, no requests of it; nothing cold yet, no bytes made up."""
     settings = Settings(jobs=JobsSettings(verify_s=0))

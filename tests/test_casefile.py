@@ -207,6 +207,17 @@ def test_each_fault_has_its_name(case: Case, tmp_path: Path) -> None:
     assert check(tmp_path / "none.zip", case.key).code == 2
 
 
+@pytest.mark.parametrize(("text", "fault"), [("nonsense", "not a public key"), ("", "it holds no public key"), (None, "No such file")])
+def test_a_key_that_cannot_be_read(case: Case, tmp_path: Path, text: str | None, fault: str) -> None:
+    """It is the key that is named, not the case; and no key is not the one in the archive."""
+    key = tmp_path / "bad.pub"
+    if text is not None:
+        key.write_text(text)
+    found = check(case.path, key)
+
+    assert (found.code, found.said["complaint"].startswith(f"no public key that can be read: {key}: {fault}")) == (2, True)
+
+
 def test_rows_of_json_are_held_against_bytes(case: Case, tmp_path: Path) -> None:
     """Whoever holds the key and signs a JSON that says something else than the events is found out by the bytes."""
     from store.ledger.keys import load

@@ -146,6 +146,7 @@ NONSENSE = [
     (["up", "--only", "oven"], 2, "no part is called 'oven'"),
     (["verify", "--public-key", "nowhere.pub"], 2, "nowhere.pub"),
     (["verify", "--store", "nowhere"], 2, "nowhere"),
+    (["export", "SESSION", "--out", "nowhere/x.jsonl"], 2, "nowhere/"),
     (["doctor", "brain"], 2, "No such command 'brain'"),
 ]
 """Words, exit code, and what the one line names."""

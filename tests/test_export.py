@@ -83,9 +83,12 @@ def test_theinvoke(settings_embedded: Settings, tmp_path: Path, fmt: str) -> Non
     assert run(session, "-o", str(tmp_path / "a"))[0] == 0
     assert run("--where", "tenant = 'acme'", "-o", str(tmp_path / "b"))[0] == 0
     code, said = run("--where", "false", "-o", str(tmp_path / "c"))
+    again = run(session, "-o", str(tmp_path / "b"))
+    forced = run(session, "-o", str(tmp_path / "b"), "--force")
 
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert (code, "no session meets 'false'" in said) == (2, True)
+    assert (again[0], "is there already" in again[1], forced[0]) == (2, True, 0)
     assert run("-o", str(tmp_path / "c"))[0] == 2
     assert not (tmp_path / "c").exists()
 

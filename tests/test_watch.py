@@ -32,18 +32,20 @@ from lifecycle.runs import RunLedger
 from lifecycle.scheduler import Job, run_job
 from lifecycle.watch import Watch
 from schemas import clock
-from schemas.errors import ProofError, Unavailable
+from schemas.errors import LogUnavailable, ProofError, Unavailable
 from schemas.events import ReplayFinished, ReplayStarted, SessionAnnotated
 from schemas.settings import ApiSettings, LogSettings, Settings, WatchSettings
 from schemas.sink import SessionContext, new_id
 from store.crashpoints import VARIABLE
 from store.indexer import Indexer
+from store.log import open_log
 from store.reader import EventReader
 from tests.api_rig import serving
 from tests.eventgen import Producer, conversation
 from tests.program import ROOT, invoke, to_toml
 from tests.tiered import Tiered, tiered
 from tokentape.cli import main
+from tokentape.installation import Installation
 
 SECRET = "whsec_" + base64.b64encode(b"a key of the receiver's").decode()
 
@@ -52,7 +54,8 @@ def watching(rig: Tiered, encoding: Sequence[dict[str, int]] = (), **watch: Any)
     """What measures an installation, with thresholds of its own."""
     settings = rig.settings.model_copy(update={"watch": WatchSettings(**{"storage_share": 0.8, **watch})})
     runs = RunLedger(settings.data / "jobs.sqlite")
-    return Watch(settings, rig.catalog, runs, EventReader(settings, rig.catalog, rig.objects), lambda: encoding)
+    reader = EventReader(settings, rig.catalog, rig.objects)
+    return Watch(settings, rig.catalog, runs, reader, lambda: encoding, lambda: open_log(settings.log, settings.data, create=False))
 
 
 def alerts(watch: Watch) -> set[str]:
@@ -363,6 +366,20 @@ def test_settings_that_cannot_be(setting: str, fault: str, tmp_path: Path) -> No
 
     assert (ran.exit_code, "secret@" in ran.stderr) == (2, False)
     assert fault in ran.stderr
+
+
+def test_a_log_that_is_away_is_waited_for_once(settings_embedded: Settings) -> None:
+    """What a command asks of it after that, its status included, is told the same at once."""
+    away = LogSettings(kind="kafka", bootstrap_servers="127.0.0.1:1", timeout_s=0.5)
+    with Installation(settings_embedded.model_copy(update={"log": away})) as installation:
+        with pytest.raises(LogUnavailable) as first:
+            _ = installation.log
+        with pytest.raises(LogUnavailable) as second:
+            _ = installation.recorder
+        told = installation.watch.measure()["log"]["error"]
+
+    assert first.value is second.value
+    assert told == str(first.value)
 
 
 def test_all_tell_the_same(deployment: Settings) -> None:

@@ -141,10 +141,7 @@ class Program(click.Group):
         except click.UsageError as error:
             _fail(ctx, _of_click(error))
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "free some space and try again" if full else "check the path and its permissions"
-            kind = StorageFull if full else StoreUnavailable
-            _fail(ctx, kind(error.strerror or str(error), operation=ctx.invoked_subcommand or "", place=error.filename or "", hint=hint))
+            _fail(ctx, _of_system(error, ctx))
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
@@ -161,6 +158,19 @@ def _of_click(error: click.UsageError) -> UsageError:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         raise error
     return UsageError(error.format_message(), hint=f"{error.ctx.command_path if error.ctx else 'tokentape'} --help")
+
+
+_NAMED_WRONG = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def _of_system(error: OSError, ctx: click.Context) -> TokentapeError:
+    """An error of the operating system in our shape: a path that somebody named wrong, a full disk, or a store that fails."""
+    place, operation, fault = str(error.filename or ""), ctx.invoked_subcommand or "", error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(fault, operation=operation, place=place, hint="free some space and try again")
+    own = isinstance(ctx.obj, Settings) and Path(place).absolute().is_relative_to(ctx.obj.data.absolute())
+    kind = UsageError if isinstance(error, _NAMED_WRONG) and place and not own else StoreUnavailable
+    return kind(fault, operation=operation, place=place, hint="check the path and its permissions")
 
 
 def _fail(ctx: click.Context, error: TokentapeError) -> NoReturn:

@@ -42,6 +42,9 @@ from tokentape.supervisor import running
 FRESH_TIMEOUT_S = 10.0
 """How long a command waits for the index to catch up before it answers with what is there and says so."""
 
+AWAY_S = 5.0
+"""How long a log that did not answer counts as away: a command that asked once does not wait a second time."""
+
 
 class Installation:
     """The parts of one installation. Opening one raises what its `open_…` function raises."""
@@ -56,6 +59,7 @@ class Installation:
         self.settings = settings
         self.source = source
         self._stack = contextlib.ExitStack()
+        self._away: tuple[float, LogUnavailable | None] = (0.0, None)
 
     def __enter__(self) -> Installation:
         return self
@@ -67,9 +71,20 @@ class Installation:
     def log(self) -> Log:
         """The event log, made when it does not exist yet."""
         mark_format(self.settings.data, __version__)
-        log = open_log(self.settings.log, self.settings.data)
+        log = self._open_log(create=True)
         self._stack.callback(log.close)
         return log
+
+    def _open_log(self, *, create: bool) -> Log:
+        """A log of the caller's own; one that was away a moment ago is not waited for again."""
+        failed_at, failure = self._away
+        if failure is not None and time.monotonic() - failed_at < AWAY_S:
+            raise failure
+        try:
+            return open_log(self.settings.log, self.settings.data, create=create)
+        except LogUnavailable as error:
+            self._away = time.monotonic(), error
+            raise
 
     @cached_property
     def objects(self) -> ObjectStore:
@@ -126,7 +141,7 @@ class Installation:
         def encoding() -> Iterator[dict[str, int]]:
             return (part["encoding"] for part in running(self.settings.data) if "encoding" in part)
 
-        return Watch(self.settings, self.catalog, self.runs, self.reader, encoding)
+        return Watch(self.settings, self.catalog, self.runs, self.reader, encoding, lambda: self._open_log(create=False))
 
     @cached_property
     def sql(self) -> SqlService:

@@ -49,8 +49,11 @@ class Key:
     """A public key in the form NAME+HASH+BASE64."""
 
     def __init__(self, text: str) -> None:
-        self.name, self.hint, encoded = text.strip().split("+", 2)
-        raw = base64.b64decode(encoded, validate=True)
+        try:
+            self.name, self.hint, encoded = text.strip().split("+", 2)
+            raw = base64.b64decode(encoded, validate=True)
+        except ValueError:
+            raise ValueError("not a public key") from None
         if raw[:1] != b"\x01" or len(raw) != 33 or hashlib.sha256(f"{self.name}\n".encode() + raw).digest()[:4].hex() != self.hint:
             raise ValueError("not a public key")
         self.raw = raw
@@ -62,6 +65,14 @@ class Key:
         except InvalidSignature:
             return False
         return True
+
+
+def read_keys(text: str) -> list[Key]:
+    """The keys of a file, the first one first."""
+    keys = [Key(line) for line in text.split()]
+    if not keys:
+        raise ValueError("it holds no public key")
+    return keys
 
 
 def open_note(note: bytes, key: Key) -> list[str]:
@@ -297,7 +308,10 @@ class Case:
 
     def verify(self) -> None:
         """Everything."""
-        keys = self.keys or [Key(line) for line in self.read("ledger.pub").decode().split()]
+        try:
+            keys = read_keys(self.read("ledger.pub").decode()) if self.keys is None else self.keys
+        except ValueError as error:
+            raise Refused("modified", f"ledger.pub of the case: {error}; give the ledger's own with --key") from None
         self.chain = Chain(keys)
         self.tried("ledger.json", self.check_ledger)
         self.manifest: dict[str, Any] = {}
@@ -439,7 +453,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     given = parser.parse_args(words)
     try:
-        keys = [Key(line) for line in given.key.read_text().split()] if given.key else None
+        keys = read_keys(given.key.read_text()) if given.key else None
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"no public key that can be read: {given.key}: {getattr(error, 'strerror', None) or error}\n")
+        return 2
+    try:
         case = Case(given.case, keys)
         case.verify()
     except (OSError, ValueError, zipfile.BadZipFile, Refused) as error:

@@ -23,8 +23,9 @@ from tokentape.selection import chosen_sessions
 @click.option("--where", metavar="SQL", help="Which sessions: a condition over the columns of the view `sessions`.")
 @click.option("--format", "fmt", type=click.Choice(list(FORMATS)), default="jsonl", show_default=True, help="What to write.")
 @click.option("-o", "--out", "target", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file.")
+@click.option("--force", is_flag=True, help="Write over a file that is there.")
 @with_installation
-def export(installation: Installation, sessions: tuple[str, ...], where: str | None, fmt: str, target: Path) -> None:
+def export(installation: Installation, sessions: tuple[str, ...], where: str | None, fmt: str, target: Path, force: bool) -> None:
     """Sessions as a file: jsonl has one event a line, parquet the columns of the view `events`, otlp the generations as spans.
 
     session is what `tokentape import` and the REST API take back: a JSON document a line, its events in Avro beside their text. Long
@@ -32,6 +33,8 @@ def export(installation: Installation, sessions: tuple[str, ...], where: str | N
 
     OTLP is its JSON form, one request to a collector a line, with the conventions for generative AI and without content.
     """
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already", operation="export", hint="another --out, or --force writes over it")
     installation.freshen()
     with installation.accessing("export", f"export {' '.join(sessions)} {f'--where {where}' if where else ''} --format {fmt}") as access:
         chosen = chosen_sessions(installation, sessions, where, operation="export")
