@@ -40,10 +40,15 @@ class UnreferencedBlobs:
         since = self.now() - timedelta(days=self.settings.jobs.blobs_after_days)
         marks = list(self.objects.list(USES))
         used = {mark.key.rpartition("/")[0] for mark in marks if mark.modified_at >= since}
-        old = [blob for blob in self.objects.list(BLOBS) if blob.modified_at < since and use_prefix(blob.key)[:-1] not in used]
+        old, count, size = list[ObjectInfo](), 0, 0
+        for blob in self.objects.list(BLOBS):
+            count, size = count + 1, size + blob.size
+            if blob.modified_at < since and use_prefix(blob.key)[:-1] not in used:
+                old.append(blob)
         waits_for = self._in_the_way(since) if old else ""
         found = self._unreferenced(old) if old and not waits_for else []
         summary = {"old": len(old), "unreferenced": len(found), "bytes": sum(blob.size for blob in found), "waits_for": waits_for}
+        summary |= {"blobs": count, "blob_bytes": size}
         if dry_run:
             return summary
         collected = sum(self._collect(blob, since) for blob in found)

@@ -263,13 +263,15 @@ class Erasures:
     def _enter(self, erasure: Erasure, subject: dict[str, Any], done: Done, pending: list[str]) -> dict[str, Any]:
         """Enter what was erased where, unless the same stands already."""
         before = erasure.entries.get("applied")
-        earlier: Any = {"contents": 0, "segments": 0, "versions": 0, "pending": None} | dict(before.body if before is not None else {})
+        none = {"events": 0, "contents": 0, "segments": 0, "versions": 0, "pending": None}
+        earlier: Any = none | dict(before.body if before is not None else {})
         body = {
             "erasure_id": erasure.erasure_id,
             "by": erasure.by("approved"),
             "requested_by": erasure.by("requested"),
             "subject_sha256": erasure.entries["requested"].body["subject_sha256"],
-            "contents": earlier["contents"] + done.stripped,
+            "events": earlier["events"] + done.stripped,
+            "contents": earlier["contents"] + done.filled,
             "segments": earlier["segments"] + done.segments,
             "versions": earlier["versions"] + done.versions_gone,
             "rewritten": done.entries,
@@ -302,7 +304,7 @@ class Erasures:
             erasure_id=bytes.fromhex(erasure.erasure_id),
             subject_digest=bytes.fromhex(str(body["subject_sha256"])),
             approvers=[erasure.by("requested"), erasure.by("approved")],
-            events=int(body["contents"]),
+            events=int(body["events"]),
             pending=list(body["pending"]),
             ledger_entry=entry.sequence,
             content=ErasureContent(reason=subject.get("reason")),

@@ -77,10 +77,12 @@ class Change:
 
 @dataclass
 class Done:
-    """What rewrites came to: rows that went, rows whose content went, segments that went and came, bytes and versions that are gone."""
+    """What rewrites came to: rows that went, rows whose content and salt went, those of them that had content, segments that went and
+    came, bytes and versions that are gone."""
 
     events: int = 0
     stripped: int = 0
+    filled: int = 0
     segments: int = 0
     segments_new: int = 0
     bytes_read: int = 0
@@ -172,10 +174,10 @@ class Rewriting:
         """Write the new segment, put it and read it back."""
         connection, first = self.connection, change.segments[0]
         kept = self._kept(change)
-        stripped = 0
+        stripped = filled = 0
         if change.strip:
             where = f"salt IS NOT NULL AND coalesce({change.strip}, false)"
-            stripped = commit_rows(connection, kept, where, self.tiering.registry, "erased_rows")
+            stripped, filled = commit_rows(connection, kept, where, self.tiering.registry, "erased_rows")
             kept = erased_sql(kept, "erased_rows")
         relation = f"(SELECT *, '{first.day}' AS day FROM {kept})"
         parts = plan_parts(connection, relation, 1, 1 << 60)
@@ -185,13 +187,13 @@ class Rewriting:
         if rows == change.rows and not stripped and len(change.segments) == 1:
             return _Made(None, nothing=True)
         if not parts:
-            return _Made(None, stripped=stripped)
+            return _Made(None, stripped=stripped, filled=filled)
         root = self._root(relation)
         draft = write_part(connection, relation, parts[0], self.folder / "new.parquet")
         crash_point("rewrite.written")
         if len(change.segments) == 1 and rows == change.rows and root != first.root:
             raise CorruptStore("without content the leaves are not the same", operation="rewrite", place=first.key)
-        return _Made(self._store(draft, root), stripped=stripped)
+        return _Made(self._store(draft, root), stripped=stripped, filled=filled)
 
     def _kept(self, change: Change) -> str:
         """The rows that stay, as a table of the run's own file: what is made of them reads them again, and the old segments are large."""
@@ -251,6 +253,7 @@ class Rewriting:
             "segments": [segment_to_json(stored, schemas)] if stored else [],
             "events": change.rows - kept,
             "contents": made.stripped if made is not None else 0,
+            "filled": made.filled if made is not None else 0,
             **change.facts,
         }
         crash_point("rewrite.before_commit")
@@ -283,6 +286,7 @@ class Rewriting:
             crash_point("rewrite.purged_one")
         done.events += int(entry.body["events"])
         done.stripped += int(entry.body["contents"])
+        done.filled += int(entry.body["filled"])
         done.segments += len(change.segments)
         done.segments_new += len(new)
         done.bytes_read += 0 if made is None else sum(segment.bytes for segment in change.segments)
@@ -382,4 +386,5 @@ class _Made:
 
     stored: Stored | None
     stripped: int = 0
+    filled: int = 0
     nothing: bool = False

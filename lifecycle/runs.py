@@ -158,8 +158,8 @@ class RunLedger:
         return last, first
 
     def summaries(self, job: str, *, since: float, naming: str) -> list[dict[str, Any]]:
-        """Summaries of a job's runs that began after a moment and name something."""
-        query = "SELECT summary FROM runs WHERE job = ? AND started_at > ? AND instr(summary, ?) > 0"
+        """Summaries of a job's runs that began after a moment and name something, the oldest first."""
+        query = "SELECT summary FROM runs WHERE job = ? AND started_at > ? AND instr(summary, ?) > 0 ORDER BY started_at"
         with self.connection() as connection:
             return [json.loads(row[0]) for row in connection.execute(query, (job, since, f'"{naming}"'))]
 

@@ -87,6 +87,10 @@ class Watch:
         }
         tiers = {"hot": _filled(hot, watch.hot_bytes_max, data / "hot")}
         tiers["cold"] = _filled(cold, watch.cold_bytes_max, data / "cold" if self.settings.cold.kind == "local" else None)
+        counted = self.runs.summaries("blobs", since=clock.now_s() - 30 * _DAY_S, naming="blob_bytes")
+        if counted:  # as the job counted them last: listing a bucket for each look would cost too much
+            blobs = {"files": counted[-1]["blobs"], "bytes": counted[-1]["blob_bytes"]}
+            tiers["blobs"] = _filled(blobs, watch.blob_bytes_max, data / "cold" if self.settings.cold.kind == "local" else None)
         if self.settings.log.kind == "embedded":
             tiers["log"] = _filled(_files(data / "log"), watch.log_bytes_max, data / "log")
         else:

@@ -44,8 +44,8 @@ def commitments(batch: pa.RecordBatch, registry: SchemaRegistry) -> list[bytes |
     return found
 
 
-def commit_rows(connection: duckdb.DuckDBPyConnection, relation: str, where: str, registry: SchemaRegistry, table: str) -> int:
-    """Fill `table` with event id and commitment of the rows whose content and salt are to go; how many there are.
+def commit_rows(connection: duckdb.DuckDBPyConnection, relation: str, where: str, registry: SchemaRegistry, table: str) -> tuple[int, int]:
+    """Fill `table` with event id and commitment of the rows whose content and salt are to go; how many, and how many have content.
 
     Raises:
         CorruptStore, UnknownSchema: as `commitments`.
@@ -53,15 +53,16 @@ def commit_rows(connection: duckdb.DuckDBPyConnection, relation: str, where: str
     connection.execute(f"CREATE OR REPLACE TABLE {table} (event_id BLOB, commitment BLOB)")
     # A cursor, because the connection itself inserts while the rows are read.
     reader = connection.cursor().execute(f"SELECT * FROM {relation} WHERE {where}").to_arrow_reader(BATCH_ROWS)
-    count = 0
+    count = filled = 0
     for batch in reader:
-        ids = batch.column("event_id")
-        given = pa.table({"event_id": ids, "commitment": pa.array(commitments(batch, registry), pa.binary())})
+        ids, made = batch.column("event_id"), commitments(batch, registry)
+        given = pa.table({"event_id": ids, "commitment": pa.array(made, pa.binary())})
         connection.register("given_rows", given)
         connection.execute(f"INSERT INTO {table} SELECT * FROM given_rows")
         connection.unregister("given_rows")
         count += batch.num_rows
-    return count
+        filled += sum(one is not None for one in made)
+    return count, filled
 
 
 def erased_sql(relation: str, table: str) -> str:

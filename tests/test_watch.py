@@ -28,6 +28,7 @@ from pydantic import SecretStr
 
 from ingest.recorder import Recorder
 from lifecycle.alerts import Alerts, alerts_of
+from lifecycle.blobs import UnreferencedBlobs
 from lifecycle.runs import RunLedger
 from lifecycle.scheduler import Job, run_job
 from lifecycle.watch import Watch
@@ -36,6 +37,7 @@ from schemas.errors import LogUnavailable, ProofError, Unavailable
 from schemas.events import ReplayFinished, ReplayStarted, SessionAnnotated
 from schemas.settings import ApiSettings, LogSettings, Settings, WatchSettings
 from schemas.sink import SessionContext, new_id
+from store.blobs import BlobStore
 from store.crashpoints import VARIABLE
 from store.indexer import Indexer
 from store.log import open_log
@@ -89,6 +91,21 @@ class TestAlerts:
         assert alerts(hot) == set()
         assert alerts(watching(local, cold_bytes_max=1, log_bytes_max=1)) == {"storage:cold", "storage:log"}
         assert alerts(watching(local, cold_bytes_max=1, log_bytes_max=1, storage_share=0)) == set()
+
+    def test_blobs(self, local: Tiered) -> None:
+        """What the job that looks at all of them counted last, until they are fewer."""
+        BlobStore(local.objects, local.settings.data).put("acme", b"large " * 9000, "application/json")
+        work = UnreferencedBlobs(local.settings, local.catalog, local.objects).run
+        job, watch = Job("blobs", "", 0, lambda dry: work(dry_run=dry)), watching(local, blob_bytes_max=1)
+        uncounted = alerts(watch)
+        run_job(job, watch.runs, trigger="hand")
+        found, before = watch.measure()["storage"]["blobs"], alerts(watch)
+        for info in list(local.objects.list("blobs/")):
+            local.objects.delete(info.key)
+        run_job(job, watch.runs, trigger="hand")
+
+        assert (uncounted, before, alerts(watch)) == (set(), {"storage:blobs"}, set())
+        assert (found["files"], found["bytes"] > 0) == (1, True)
 
     def test_the_disk_of_local_tiers_counts_once(self, local: Tiered) -> None:
         """However many tiers lie on it."""
