@@ -162,10 +162,12 @@ def test_cold_answers_as_hot_did_and_is_proved(recording: Recording) -> None:
     hot = program.ask(kinds, spoken)
     program.run("tier", "--now")
     cold = program.ask(kinds, spoken)
+    until(lambda: program.parts()["gateway"]["encoding"] or None)
     status = program.status
 
     assert cold == hot
     assert status["storage"]["cold"]["files"] > 0
+    assert status["watch"]["latency"]["encode"]["count"] > 20  # told by the gateway, which is another process
     assert {part["part"] for part in status["running"]} == {"gateway", "api", "indexer", "scheduler"}
 
     program.run("verify")

@@ -49,6 +49,7 @@ def test_a_real_stream_is_counted(tmp_path: Path, vllm: VllmService) -> None:
     assert found["tokentape_recorder_recorded_total[]"] > 18
     assert found["tokentape_recorder_dropped_total[]"] == found["tokentape_recorder_queue[]"] == 0
     assert found["tokentape_recorder_log_available[]"] == 1
+    assert found["tokentape_recorder_encode_seconds_count[]"] >= 5
 
 
 def test_open_streams_and_failures(tmp_path: Path) -> None:
