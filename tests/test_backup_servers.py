@@ -135,6 +135,25 @@ class TestEverythingLost:
 
         assert (back.faults(), records, report.exit_code, facts(there)) == ([], original.records, 0, FACTS)
 
+    def test_an_embedded_log_beside_a_bucket(self, original: Original, tmp_path: Path) -> None:
+        """Backed up from a folder, restored into a bucket, and once more from there: each part goes its own way."""
+        first, second = Settings(data=tmp_path / "first"), original.elsewhere(tmp_path / "second", log=Settings().log)
+        with tiered(first) as rig:
+            rig.ingest(list(conversation(rig.producer, chunks=4)))
+            rig.tier()
+            rig.ingest(list(conversation(rig.producer, chunks=4)))
+            records = rig.records()
+        third = second.model_copy(update={"data": tmp_path / "third", "cold": original.elsewhere(tmp_path).cold})
+        found = []
+        for source, target in ((first, second), (second, third)):
+            folder = tmp_path / f"backup-{target.data.name}"
+            Backup(source, folder, __version__, with_keys=True).run()
+            back = restore(target, folder, __version__)
+            with tiered(target) as rig:
+                found.append((back.faults(), back.put > 0, back.rebuilt["digests_equal"], rig.records()))
+
+        assert found == [([], True, 4, records)] * 2
+
     @pytest.mark.parametrize("step", ["restore.put_one:3", "restore.told_one"])
     def test_a_restore_killed_at_any_step_goes_on(self, step: str, original: Original, tmp_path: Path) -> None:
         """There is no directory; the same command makes it whole, whatever stands in bucket and topic already."""
