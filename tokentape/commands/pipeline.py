@@ -148,7 +148,7 @@ def _history_row(run: Any) -> dict[str, Any]:
 @click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
 @with_installation
 def status(installation: Installation, fmt: str) -> None:
-    """What runs, how fresh the index is, what is missing, storage by tier, locks, last checkpoint."""
+    """What runs, how fresh the index is, what is missing, storage by tier, locks, last checkpoint, what is watched, and alerts."""
     render(collect(installation), fmt)
 
 
