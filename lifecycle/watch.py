@@ -181,6 +181,8 @@ def _tried(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return part()
     except TokentapeError as error:
         return {"error": str(error), "hint": error.hint}
+    except OSError as error:
+        return {"error": f"{error.strerror or error} ({error.filename})", "hint": "check the disk and the rights on it"}
 
 
 def _files(folder: Path) -> dict[str, Any]:
