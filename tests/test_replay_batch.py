@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program
     ended = program.run(*words, "--engine", vllm.url, "--engine", dead, "--engine", f"{vllm.url}/v1", "--format", "json").rows[0]
 
     assert 0 < before < SESSIONS
-    assert SESSIONS == before + sum(ended["verdicts"].values())
+    assert (before, SESSIONS) == (sum(ended["verdicts_before"].values()), before + sum(ended["verdicts"].values()))
     rows, again = program.ask(
         "SELECT subject_session_id AS session, verdict FROM replays JOIN sessions USING (session_id) "
         "WHERE workflow = 'nightly' AND verdict IS NOT NULL",
@@ -106,6 +106,8 @@ def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program
     assert ended["worst"][0]["drift_max"] > 1
     nothing_left = program.run(*words)
     assert f"{SESSIONS} done before" in nothing_left.stderr
+    said = [line.split() for line in nothing_left.stdout.decode().splitlines()[:2]]
+    assert [["180", "identical,", "180"], ["30", "model", "differs,"]] == [words[:3] for words in said]
 
 
 def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list[str]]) -> None:
