@@ -93,7 +93,8 @@ def test_tools_and_forms(rig: Rig, seen: Any) -> None:
 
 def test_errors_are_the_clients_own(rig: Rig, seen: Any, vllm: VllmService) -> None:
     """Each client raises its own exceptions, and the tape has a failure for each."""
-    raised = {name: (saw["raised"], saw["status"]) for name, saw in seen.items() if isinstance(saw, dict) and "raised" in saw and "text" not in saw}
+    whole = {name: saw for name, saw in seen.items() if isinstance(saw, dict) and "raised" in saw and "text" not in saw}
+    raised = {name: (saw["raised"], saw["status"]) for name, saw in whole.items()}
 
     assert raised == {
         "openai_no_model": ("NotFoundError", 404),
