@@ -21,7 +21,7 @@ from store.directory import SessionDirectory
 from store.log import open_log
 from store.log.base import Log
 from store.rows import StoredEvent
-from store.sql import Completeness, completeness
+from store.sql import completeness
 from tokentape.api.access import Gate, Principal
 from tokentape.api.work import Works
 from tokentape.installation import Installation
@@ -104,7 +104,7 @@ class Desks:
 
     def completeness(self) -> dict[str, Any]:
         """How complete an answer is."""
-        return completeness_document(completeness(self.installation.catalog))
+        return completeness(self.installation.catalog).document()
 
     @contextlib.contextmanager
     def log(self) -> Iterator[Log]:
@@ -133,12 +133,6 @@ class Desks:
     def debug(self, principal: Principal) -> Desk:
         """Breakpoints and stopped requests, as this person decides about them."""
         return Desk(self.control, principal.name, answer_timeout_s=self.installation.settings.debug.answer_timeout_s)
-
-
-def completeness_document(found: Completeness) -> dict[str, Any]:
-    """Completeness as JSON types."""
-    names = ("gaps", "lost", "quarantined", "duplicates", "erased", "sampled_out")
-    return {"fresh_to": found.fresh_to.isoformat() if found.fresh_to else None, **{name: getattr(found, name) for name in names}}
 
 
 def custodian(principal: Principal) -> str:
