@@ -8,14 +8,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ingest.debug.desk import Desk
+from ingest.traces.taking import Traces
 from lifecycle.runs import RunLedger
 from replay.fold import Until
 from replay.player import Player
 from replay.state import SessionState
 from schemas.errors import TokentapeError, UsageError
+from schemas.events import Event
 from store.control import ControlLog
 from store.directory import SessionDirectory
 from store.log import open_log
@@ -129,6 +132,15 @@ class Desks:
             while len(self._tapes) > TAPES_KEPT:
                 self._tapes.popitem(last=False)
         return tape
+
+    @cached_property
+    def traces(self) -> Traces:
+        """Spans on their way to the tape. What others wrote of their sessions in the last seconds may be unseen; see `freshen`."""
+        return Traces(self.installation.settings, self._recorded)
+
+    def _recorded(self, session_id: bytes) -> list[Event]:
+        self.freshen()
+        return [stored.event for stored in self.installation.reader.session(session_id)]
 
     def debug(self, principal: Principal) -> Desk:
         """Breakpoints and stopped requests, as this person decides about them."""
