@@ -23,7 +23,7 @@ try:
     from langchain_core.outputs import ChatGeneration, Generation, LLMResult
     from langchain_core.version import VERSION
 except ImportError as error:
-    raise ImportError(f"tokentape.langchain needs langchain-core (pip install langchain-core): {error}") from error
+    raise ImportError(f"tokentape.langchain needs langchain-core (pip install 'tokentape[langchain]'): {error}") from error
 
 CONVERSATIONS = ("thread_id", "session_id", "conversation_id")
 """Under which names a run's metadata tell which conversation it belongs to."""
