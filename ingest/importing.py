@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ingest.redaction import Redactor
-from ingest.retelling import Answered, Asked, Bodies, answers_of, entries, request_of
+from ingest.retelling import Answered, Asked, Bodies, answers_of, request_of
 from schemas import clock
 from schemas import events as e
 from schemas.codec import decode, encode
@@ -79,7 +79,9 @@ def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistr
     found = read_session(data, registry)
     found += _labels(owner, found[-1][1])
     strand = Strand(new_id(), os.urandom(16), os.urandom(8))
-    return strand.session_id, append(found, strand, owner, log=log, settings=settings)
+    entries = entries_of(found, strand, owner, log=log, settings=settings)
+    log.append(entries)
+    return strand.session_id, len(entries)
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,10 @@ class Strand:
     producer_id: bytes
 
 
-def append(found: Sequence[Recorded], strand: Strand, owner: Owner, *, log: Log, settings: Settings) -> int:
-    """Write what happened in a session as events of source `import`, redacted as the owner's tenant is; how many.
+def entries_of(found: Sequence[Recorded], strand: Strand, owner: Owner, *, log: Log, settings: Settings) -> list[Entry]:
+    """What happened in a session as events of source `import`, redacted as the owner's tenant is, for `log` to take.
 
     They are all that this producer ever records, so the same ones written again are duplicates, which the index leaves out.
-
-    Raises:
-        LogUnavailable: the log does not take it.
     """
     redactor = Redactor.of(settings).for_tenant(owner.tenant)
     content = settings.redaction.of(owner.tenant).content == "full"
@@ -118,8 +117,7 @@ def append(found: Sequence[Recorded], strand: Strand, owner: Owner, *, log: Log,
             payload=redacted(payload, redactor) if content else _without_content(payload),
         )
         entries.append(Entry(partition, strand.session_id, encode(event)))
-    log.append(entries)
-    return len(entries)
+    return entries
 
 
 def _labels(owner: Owner, at: int) -> list[Recorded]:
@@ -203,7 +201,7 @@ def _conversation(data: Mapping[str, Any]) -> Iterator[Recorded]:
     answers = [Answered(said={"content": text}, finish_reason=str(response.get("finish_reason") or "stop"))]
     for payload in answers_of(generation, answers):
         yield payload, at
-    yield e.GenerationFinished(generation_id=generation, sequences=1, tokens_recorded=entries(answers), offset_us=0), at
+    yield e.GenerationFinished(generation_id=generation, sequences=1, tokens_recorded=1, offset_us=0), at
 
 
 # Redaction comes before the log, whoever brings an event

@@ -285,19 +285,19 @@ def test_a_bomb(api: Api) -> None:
     assert (sent(b"{}", "gzip"), sent(b"{}", "br")) == (400, 415)
 
 
-def test_nobody_looks_and_it_is_there_once(settings_embedded: Settings) -> None:
+def test_nobody_looks_and_it_is_there_once(deployment: Settings) -> None:
     """Two programs that do not know of one another send the same request: the index leaves out what was said before."""
     spans, owner = from_document(request(TOLD_AS["json"])), Owner("acme", "somebody", ("t",), "team")
-    log = open_log(settings_embedded.log, settings_embedded.data)
+    log = open_log(deployment.log, deployment.data)
     try:
-        first, second = (Traces(settings_embedded, lambda session: []).take(spans, owner, log) for _ in range(2))
+        first, second = (Traces(deployment, lambda sessions: {}).take(spans, owner, log) for _ in range(2))
     finally:
         log.close()
-    rows = _rows(settings_embedded, "sql", "SELECT kind, count(*) AS n FROM events WHERE source = 'import' GROUP BY 1 HAVING n > 1")
+    rows = _rows(deployment, "sql", "SELECT kind, count(*) AS n FROM events WHERE source = 'import' GROUP BY 1 HAVING n > 1")
 
     assert first == second
     assert rows == []
-    assert _rows(settings_embedded, "sql", "SELECT tags, tokens FROM sessions") == [{"tags": ["t"], "tokens": 1}]
+    assert _rows(deployment, "sql", "SELECT tags, tokens FROM sessions") == [{"tags": ["t"], "tokens": 1}]
 
 
 def test_exported_sessions_come_back(settings_embedded: Settings, tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_ids_do_not_cross_tenants(settings_embedded: Settings) -> None:
     spans = from_document(request(span({**FACTS, "gen_ai.conversation.id": "c", "tokentape.session.id": str(uuid.UUID(int=7))})))
     log = open_log(settings_embedded.log, settings_embedded.data)
     try:
-        made = [Traces(settings_embedded, lambda session: []).take(spans, Owner(tenant, "x"), log).sessions for tenant in ("a", "b")]
+        made = [Traces(settings_embedded, lambda sessions: {}).take(spans, Owner(tenant, "x"), log).sessions for tenant in ("a", "b")]
     finally:
         log.close()
 

@@ -10,23 +10,25 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ingest.importing import Owner, Recorded, Strand, append
+from ingest.importing import Owner, Recorded, Strand, entries_of
 from ingest.retelling import Bodies, answers_of, entries, request_of
 from ingest.traces.conventions import CONVERSATION, USER, call_of, first_of, is_call
 from ingest.traces.reading import CLIENT, Span
 from schemas import events as e
 from schemas.settings import Settings
-from store.log.base import Log
+from store.log.base import Entry, Log
+from store.rows import StoredEvent
 
-SESSIONS_KEPT = 500
+SESSIONS_KEPT = 2000
 """Sessions of which is kept in memory what they hold, so that the next span of one does not have it read again."""
 ERROR_TYPES = {"timeout": "upstream_timeout", "cancelled": "client_disconnected", "invalid_request_error": "invalid_request"}
 """Names of errors that the tape has a name of its own for."""
 
-Look = Callable[[bytes], Iterable[e.Event]]
+Look = Callable[[Sequence[bytes]], Mapping[bytes, Sequence[StoredEvent]]]
+"""Gives the events that each of some sessions has on the tape; those that are not known are left out."""
 
 
 @dataclass
@@ -52,61 +54,67 @@ class Traces:
     """Takes spans in. Safe for threads."""
 
     def __init__(self, settings: Settings, look: Look) -> None:
-        """`look` gives the events that a session has on the tape, none for one that is not known."""
         self._settings = settings
         self._look = look
         self._lock = threading.Lock()
         self._known: OrderedDict[bytes, Known] = OrderedDict()
 
     def take(self, spans: Sequence[Span], owner: Owner, log: Log) -> Taken:
-        """Write what is new; it is durable when this returns.
+        """Write what is new, all of it at once; it is durable when this returns.
 
         Raises:
-            UsageError: a part of a call is no JSON.
-            LogUnavailable: the log does not take it; what it took of other sessions is left out the next time.
+            UsageError: a part of a call is no JSON; nothing is written.
+            LogUnavailable: the log does not take it; what it took none the less is left out the next time.
         """
-        calls = _calls(spans)
         taken = Taken(aside=len(spans) - sum(map(is_call, spans)))
         by_session: dict[bytes, list[tuple[bytes, Span]]] = {}
-        for key, span in sorted(calls.items(), key=lambda item: item[1].start):
+        for key, span in sorted(_calls(spans).items(), key=lambda item: item[1].start):
             session = _id(owner.tenant, "session", first_of(span, CONVERSATION) or span.trace_id)
             by_session.setdefault(session, []).append((_id(owner.tenant, "generation", *key), span))
         with self._lock:
-            for session, told in by_session.items():
-                self._write(session, told, owner, log, taken)
+            self._learn(list(by_session))
+            try:
+                entries = [entry for session, told in by_session.items() for entry in self._entries(session, told, owner, log, taken)]
+                log.append(entries)
+            except BaseException:
+                for session in by_session:
+                    del self._known[session]  # they are said to hold now what the tape may not have
+                raise
+            while len(self._known) > SESSIONS_KEPT:
+                self._known.popitem(last=False)
         return taken
 
-    def _write(self, session: bytes, told: list[tuple[bytes, Span]], owner: Owner, log: Log, taken: Taken) -> None:
-        known = self._of(session)
+    def _learn(self, sessions: Sequence[bytes]) -> None:
+        """Know what these sessions hold, by one look at those that were not met lately."""
+        strange = [session for session in sessions if session not in self._known]
+        found = self._look(strange) if strange else {}
+        for session in sessions:
+            if session not in self._known:
+                self._known[session] = _known([stored.event for stored in found.get(session, ())])
+            self._known.move_to_end(session)
+
+    def _entries(self, session: bytes, told: Sequence[tuple[bytes, Span]], owner: Owner, log: Log, taken: Taken) -> list[Entry]:
+        known = self._known[session]
         fresh = [(generation, span) for generation, span in told if generation not in known.generations]
         taken.repeated += len(told) - len(fresh)
         if not fresh:
-            return
+            return []
         found: list[Recorded] = [] if known.opened else list(_opening(fresh[0][1], owner))
+        for generation, span in fresh:
+            found += _generation(generation, span, known.bodies)
         names = b"".join(sorted(generation for generation, _ in fresh))
-        try:
-            for generation, span in fresh:
-                found += _generation(generation, span, known.bodies)
-            strand = Strand(session, known.salt, hashlib.sha256(session + names).digest()[:8])
-            written = append(found, strand, owner, log=log, settings=self._settings)
-        except BaseException:
-            del self._known[session]  # it knows bodies now that the tape may not have
-            raise
+        strand = Strand(session, known.salt, hashlib.sha256(session + names).digest()[:8])
         known.generations |= {generation for generation, _ in fresh}
         known.opened = True
-        taken.sessions[session] = len(fresh), written
+        taken.sessions[session] = len(fresh), len(found)
+        return entries_of(found, strand, owner, log=log, settings=self._settings)
 
-    def _of(self, session: bytes) -> Known:
-        if session not in self._known:
-            events = list(self._look(session))
-            payloads = [event.payload for event in events]
-            salt = next((event.salt for event in events if event.salt), None) or os.urandom(16)
-            generations = {payload.generation_id for payload in payloads if isinstance(payload, e.RequestSubmitted)}
-            self._known[session] = Known(salt, Bodies(payloads), generations, bool(events))
-            while len(self._known) > SESSIONS_KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(session)
-        return self._known[session]
+
+def _known(events: Sequence[e.Event]) -> Known:
+    payloads = [event.payload for event in events]
+    salt = next((event.salt for event in events if event.salt), None) or os.urandom(16)
+    generations = {payload.generation_id for payload in payloads if isinstance(payload, e.RequestSubmitted)}
+    return Known(salt, Bodies(payloads), generations, bool(events))
 
 
 def _calls(spans: Iterable[Span]) -> dict[tuple[str, str], Span]:

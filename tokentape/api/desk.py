@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,6 @@ from replay.fold import Until
 from replay.player import Player
 from replay.state import SessionState
 from schemas.errors import TokentapeError, UsageError
-from schemas.events import Event
 from store.control import ControlLog
 from store.directory import SessionDirectory
 from store.log import open_log
@@ -138,9 +137,9 @@ class Desks:
         """Spans on their way to the tape. What others wrote of their sessions in the last seconds may be unseen; see `freshen`."""
         return Traces(self.installation.settings, self._recorded)
 
-    def _recorded(self, session_id: bytes) -> list[Event]:
+    def _recorded(self, sessions: Sequence[bytes]) -> dict[bytes, list[StoredEvent]]:
         self.freshen()
-        return [stored.event for stored in self.installation.reader.session(session_id)]
+        return self.installation.reader.sessions(sessions)
 
     def debug(self, principal: Principal) -> Desk:
         """Breakpoints and stopped requests, as this person decides about them."""

@@ -81,7 +81,7 @@ def _take_spans(installation: Installation, file: Path, owner: Owner, fmt: str) 
     """Every call of the file, as one request."""
     spans = [span for several in _each(file, from_document) for span in several]
     installation.freshen()
-    traces = Traces(installation.settings, lambda session: [stored.event for stored in installation.reader.session(session)])
+    traces = Traces(installation.settings, installation.reader.sessions)
     with installation.accessing("import", f"import --otlp {file}") as access:
         taken = traces.take(spans, owner, installation.log)
         access["rows"] = sum(events for _, events in taken.sessions.values())
