@@ -84,8 +84,8 @@ def fill(rig: Tiered, *, before: Callable[[], None] = lambda: None, took: list[f
 
 def _copy_of_hot(rig: Tiered) -> float:
     """Seconds in which DuckDB alone writes what is hot to a file, sorted and compressed as a segment is."""
-    sql = rig.settings.sql
-    with duck.connect(threads=sql.threads, memory_limit=f"{sql.memory_mb}MB") as connection:
+    sql, folder = rig.settings.sql, str(rig.settings.data)
+    with duck.connect(threads=sql.threads, memory_limit=f"{sql.memory_mb}MB", temp_directory=folder) as connection:
         hot = attach(connection, rig.catalog.snapshot().shards)
         target = rig.settings.data / "copy.parquet"
         with timed() as took:
