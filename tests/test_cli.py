@@ -122,6 +122,7 @@ NONSENSE = [
     (["replay", "SESSION", "--mode", "fast", "--to", "breakpoint"], 2, "no breakpoint"),
     (["replay", "SESSION", "--engine", "http://127.0.0.1:9"], 8, "127.0.0.1:9"),
     (["replay", "SESSION", "--engine", "ftp://nowhere"], 2, "ftp://nowhere"),
+    (["compare", "SESSION", "--generation", "ffff"], 2, "no generation 'ffff' with tokens"),
     (["kv", "ffffffff-0000-7000-8000-000000000000"], 3, "no call of a KV connector is on the tape"),
     (["kv", "not-an-id"], 2, "'not-an-id' is no id"),
     (["breakpoints", "add"], 2, "say which requests to stop"),

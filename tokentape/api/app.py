@@ -21,7 +21,7 @@ from starlette.routing import Route as Path
 
 from ingest.gateway.problems import PROBLEM_JSON, Problem, problem_document, status_of
 from schemas.errors import TokentapeError
-from tokentape.api import custody, debug, operation, query, sessions
+from tokentape.api import comparing, custody, debug, engines, operation, query, sessions
 from tokentape.api.desk import Desks
 from tokentape.api.idempotency import Idempotency
 from tokentape.api.openapi import document
@@ -34,7 +34,10 @@ log = structlog.get_logger(__name__)
 BODY_BYTES_MAX = 128 << 20
 """An import may hold a long session."""
 
-ROUTES: tuple[Route, ...] = (*sessions.ROUTES, *debug.ROUTES, *query.ROUTES, *custody.ROUTES, *operation.ROUTES)
+ROUTES: tuple[Route, ...] = (
+    *(*sessions.ROUTES, *comparing.ROUTES, *engines.ROUTES, *debug.ROUTES),
+    *(*query.ROUTES, *custody.ROUTES, *operation.ROUTES),
+)
 """Everything under `/api/v1`."""
 
 _STATEMENT_CHARACTERS = 20_000
