@@ -228,7 +228,7 @@ def test_status_and_doctor(program: Program) -> None:
     shown, found = program.batch(["status", "--format", "json"], ["doctor", "storage", "--format", "json"])
     status, findings = json.loads(shown.stdout), {row["check"]: row["state"] for row in found.rows}
 
-    assert status.keys() == {"running", "log", "storage", "missing", "object_store", "checkpoint"}
+    assert status.keys() == {"running", "log", "storage", "missing", "object_store", "checkpoint", "upstreams"}
     assert status["log"]["lag"] == sum(row["end"] - row["indexed"] for row in status["log"]["partitions"])
     assert status["storage"]["hot"]["events"] > 60
     assert findings.keys() == {"data directory", "room", "duckdb extensions", "log", "object store", "ledger key"}
