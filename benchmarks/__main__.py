@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "stops", "memory", "custody", "retention", "verdicts")
-LONG = ("open_streams", "capture", "exact", "replay")
+LONG = ("open_streams", "capture", "exact", "page", "replay")
 """Only when they are named: they take long, or a machine of their own."""
 
 RESULTS = Path(__file__).parent / "results"

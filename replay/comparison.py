@@ -175,7 +175,9 @@ def _pair(
 
 def _parted(found: Judgement, first: Side, second: Side, mine: Several[Entry], theirs: Several[Entry], at: int) -> Judgement:
     """Both thought alike of the tokens that they share, and then one took another."""
-    says = [repr(entries[at].text) if at < len(entries) else "nothing more" for entries in (mine, theirs)]
+    parts = [entries[at] if at < len(entries) else None for entries in (mine, theirs)]
+    alike = len({part.text for part in parts if part}) < 2 and None not in parts  # other tokens may read alike
+    says = [f"{part.text!r}" + (f" (id {part.token_id})" if alike else "") if part else "nothing more" for part in parts]
     reason = f"the same for {count(at, 'token')}; then the first says {says[0]}, the second {says[1]}"
     asked = [each.generation.request for each in (first, second)]
     if any(request and request.seed is None and request.temperature != 0 for request in asked):

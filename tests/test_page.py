@@ -183,6 +183,12 @@ def test_every_view(site: Site, dark: bool) -> None:
         expect(page.locator("[aria-current=page]")).to_contain_text(key)
         _look(page, f"view-{key}-{'dark' if dark else 'light'}")
         _sound(page)
+        if not dark:
+            page.set_viewport_size({"width": 400, "height": 860})
+            _look(page, f"view-{key}-narrow")
+            beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert (key, beyond) == (key, 0)
+            page.set_viewport_size({"width": 1440, "height": 900})
     page.close()
 
     assert site.complaints == []
@@ -212,7 +218,7 @@ def test_what_happens_now_and_a_dead_upstream(site: Site) -> None:
     status = site.api("GET", "status")
     page.route("**/api/v1/status", lambda route: route.fulfill(json={**status, "upstreams": [dead]}))
     page.goto(f"{site.api.url}/#/health")
-    expect(page.get_by_role("alert")).to_contain_text("upstream upstream is dead")
+    expect(page.get_by_role("alert")).to_contain_text("the upstream is dead")
     _look(page, "health-dead")
     page.close()
 

@@ -1,6 +1,6 @@
 // Engine: a recorded run step by step: how full batches and the cache were, who shared a step with whom, what the KV connector found.
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import type { EngineRun, KvReport, Overview, Steps } from "../api";
+import type { EngineRun, KvReport, Me, Overview, Steps } from "../api";
 import { Badge, Empty, Head, Table, Trouble } from "../parts/bits";
 import { type Line, Plot } from "../parts/chart";
 import { useAsk, useKeys } from "../parts/use";
@@ -13,6 +13,7 @@ const LEFT = 84;
 const TOP = 18;
 
 export function Engine({ id }: { id: string }) {
+  const me = useAsk<Me>("me");
   const runs = useAsk<{ runs: EngineRun[] }>("engine-runs", 10_000);
   const chosen = id || runs.data?.runs[0]?.engine_run || "";
   const run = runs.data?.runs.find((one) => one.engine_run === chosen);
@@ -28,7 +29,7 @@ export function Engine({ id }: { id: string }) {
       <Trouble problem={runs.problem} />
       {runs.data && !runs.data.runs.length && !id ? (
         <Empty title="No run of an engine is on the tape">
-          <p>Start vLLM with <code>TOKENTAPE_ENGINE__CAPTURE=on</code>, and each step of its scheduler appears here.</p>
+          {me.data?.tenant ? <p>Steps are of all tenants at once: a key that is bound to one does not see them.</p> : <p>Start vLLM with <code>TOKENTAPE_ENGINE__CAPTURE=on</code>, and each step of its scheduler appears here.</p>}
         </Empty>
       ) : null}
       {run ? (
@@ -148,7 +149,7 @@ function Shared({ steps, at, onPick }: { steps: Steps; at: number; onPick: (step
           {inside.length ? (
             <Table
               label={`Sequences in step ${at}`}
-              columns={["sequence", "session", "in this step", "with (of the steps shown)"]}
+              columns={["sequence", "session", "in this step", "with whom, in how many of these steps"]}
               rows={inside.map((member) => [
                 <span class="mono">{name(member)}</span>,
                 steps.sessions[member.generation] ? <a class="mono" href={`#/session/${steps.sessions[member.generation]}`}>…{steps.sessions[member.generation]!.slice(-8)}</a> : <span class="dim">not on this tape</span>,

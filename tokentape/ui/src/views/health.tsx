@@ -46,7 +46,7 @@ export function Health() {
       </div>
       {(found?.upstreams ?? []).filter((one) => !one.answers).map((one) => (
         <div class="trouble" role="alert">
-          <strong>upstream {visible(one.name)} is dead</strong> {visible(one.url)}: {visible(one.detail)}
+          <strong>{one.name === "upstream" ? "the upstream" : `the upstream ${visible(one.name)}`} is dead</strong> {visible(one.url)}: {visible(one.detail)}
         </div>
       ))}
       <div class="grid">
