@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
 
 _SEARCHES_KEPT = 32  # answers of searches kept: a page asks for the same one every few seconds
+_ANEW_MAX = 5_000  # sessions whose rows are made anew one by one; of more, as after a merge, all are
 _FIRST = (
     "regexp_extract(list_filter(request_submitted.content.messages, lambda m: m.role = 'user')[1].body, "
     r"""'(?:"(?:content|text)"\s*:\s*|^\s*)"((?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u]){1,200})', 1)"""
@@ -75,7 +76,8 @@ _SEVERITY = ("model_differs", "sampling_differs", "inconclusive", "numeric_drift
 # Within one event a tag that is both added and removed is gone, as in the view `sessions`: the added one has the smaller place there.
 _SESSIONS = """
     WITH told AS (
-        SELECT session_id, list_sort(flatten(list(list_concat(coalesce(added, []), coalesce(removed, []))))) AS said FROM part GROUP BY ALL
+        SELECT session_id, list_sort(flatten(list(list_concat(coalesce(added, []), coalesce(removed, []))))) AS said
+        FROM {part} GROUP BY ALL
     ), each AS (
         SELECT session_id, unnest(said) AS one FROM told
     ), flat AS (
@@ -95,7 +97,7 @@ _SESSIONS = """
             CAST(sum(tokens) AS BIGINT) AS tokens, coalesce(any_value(opened_by), any_value(actor)) AS owner, any_value("user") AS "user",
             any_value(workflow) AS workflow, any_value(purpose) AS purpose, any_value(client) AS client, any_value(title) AS title,
             list_sort(list_distinct(flatten(list(coalesce(models, []))))) AS models, max(shown) AS shown
-        FROM part GROUP BY session_id HAVING sum(events) > sum(looks)
+        FROM {part} GROUP BY session_id HAVING sum(events) > sum(looks)
     )
     SELECT s.* EXCLUDE (shown, first_said), s.first_said.text AS first_message,
         coalesce(s.shown.visibility, 'team') AS visibility, s.shown.by AS shown_by,
@@ -196,14 +198,12 @@ class SessionDirectory:
             if not self._made:
                 return Listing([], 0)
             condition += self._saying(wanted.words)
-            found = f"SELECT *, count(*) OVER () AS total FROM session WHERE {condition}"
-            page = f"{found} ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
-            rows = self._connection.execute(page).to_arrow_table().to_pylist()
-            if not rows and offset:
+            order = f"ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
+            rows = self._connection.execute(f"SELECT * FROM session WHERE {condition} {order}").to_arrow_table().to_pylist()
+            total = len(rows) + offset
+            if len(rows) == limit or not rows:
                 total = self._connection.execute(f"SELECT count(*) FROM session WHERE {condition}").fetchall()[0][0]
-                return Listing([], int(total))
-        total = rows[0]["total"] if rows else 0
-        return Listing([_told({name: value for name, value in row.items() if name != "total"}) for row in rows], int(total))
+        return Listing([_told(row) for row in rows], int(total))
 
     def session(self, viewer: Viewer, session_id: bytes) -> dict[str, Any] | None:
         """One session as `sessions` lists it; None where there is none that this viewer may see."""
@@ -261,16 +261,37 @@ class SessionDirectory:
         if sources.keys() == self._known.keys():
             return
         gone = self._known.keys() - sources.keys()
+        changed = self._of(gone)
         read = {name: sources[name] for name in sources.keys() - self._known.keys() if self._read(name, sources[name])}
         for name in gone:
             for table in ("part", "replay"):
                 self._connection.execute(f"DELETE FROM {table} WHERE source = {literal(name)}")
         self._known = {name: source for name, source in self._known.items() if name not in gone} | read
         if self._known or self._made:
-            # Put together once for all looks until the next part comes, which is a second away at least.
             self._connection.execute(f"CREATE OR REPLACE TABLE replayed AS {_REPLAYED}")
-            self._connection.execute(f"CREATE OR REPLACE TABLE session AS {_SESSIONS}")
+            self._put_together(changed | self._of(read))
+
+    def _of(self, names: Collection[str]) -> set[bytes]:
+        """The sessions that parts of some sources tell of, those included that are replayed there."""
+        if not names or not self._made:
+            return set()
+        there = f"source IN ({', '.join(map(literal, names))})"
+        replayed = f"SELECT subject FROM replayed WHERE subject IS NOT NULL AND replay IN (SELECT replay FROM replay WHERE {there})"
+        rows = self._connection.execute(f"SELECT session_id FROM part WHERE {there} UNION {replayed}").fetchall()
+        return {bytes(row[0]) for row in rows}
+
+    def _put_together(self, changed: set[bytes]) -> None:
+        """Make the rows of the sessions that changed anew, or all where that are many: each look at the tape is news of it, too."""
+        if not self._made or len(changed) > _ANEW_MAX:
+            self._connection.execute(f"CREATE OR REPLACE TABLE session AS {_SESSIONS.format(part='part')}")
             self._made = True
+            return
+        self._connection.register("changed", pa.table({"session_id": pa.array(list(changed), pa.binary())}))
+        those = "session_id IN (SELECT session_id FROM changed)"
+        self._connection.execute(f"DELETE FROM session WHERE {those}")
+        some = _SESSIONS.format(part=f"(SELECT * FROM part WHERE {those})")
+        self._connection.execute(f"INSERT INTO session BY NAME {some}")
+        self._connection.unregister("changed")
 
     def _read(self, name: str, source: Shard | Segment) -> bool:
         """Read one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""

@@ -15,11 +15,14 @@ from replay.comparison import generations_document, replay_document
 from replay.fold import fold
 from schemas.errors import UnknownName, UsageError
 from schemas.settings import Settings
+from store.directory import SessionDirectory, Viewer, Wanted
+from store.merge import merge
 from tests.api_rig import Api, put, serving
 from tests.tape import FOLLOW_UP, QUESTION, Tape, engine_run, finish, ident, incident
 from tests.test_api import configured
 from tests.test_compare import Scorer, Sink, scored, taped
 from tokentape.cli import main
+from tokentape.installation import Installation
 
 RECORDED = [-1.0, -2.0, -3.0, -0.5]
 MOVED = [-1.0, -2.0, -9.0, -0.5]
@@ -148,6 +151,43 @@ def test_a_connector_and_why_it_found_nothing(api: Api) -> None:
     assert [one["rate"] for one in found["requests"]] == [0, 0, pytest.approx(2 / 3), 0]
     assert found["requests"][0]["why"].startswith("a new prompt")
     api("GET", f"engine-runs/{SESSION}/kv", status=404)
+
+
+def test_a_list_that_grows_is_the_list_made_at_once(tmp_path: Any) -> None:
+    """Looked at after each thing that came, in whatever part it stands, and after a merge: the same rows as of who looks only then."""
+    settings = Settings(data=tmp_path)
+    whole = incident().events
+    pieces = [
+        whole[:40],
+        taped(RECORDED).events,
+        whole[40:104],
+        replayed(MOVED, "nightly").events(),
+        whole[104:],
+        answers("a", [1], [-1.0]).events,
+    ]
+    every = Wanted(replays=True)
+    with Installation(settings) as installation:
+        grown = SessionDirectory(installation.catalog, installation.reader)
+        for piece in pieces:
+            put(settings, [stored.event for stored in piece])
+            installation.freshen()
+            grown.sessions(Viewer(), every)
+        merge(settings, installation.catalog)
+        made = SessionDirectory(installation.catalog, installation.reader)
+        rows = [directory.sessions(Viewer(), every).rows for directory in (grown, made)]
+        runs = [directory.runs(Viewer()) for directory in (grown, made)]
+        some = grown.sessions(Viewer(), every, limit=2, offset=1)
+        grown.close()
+        made.close()
+
+    assert rows[0] == rows[1]
+    assert runs[0] == runs[1]
+    assert (len(rows[0]), rows[0][0]["tags"], {row["verdict"] for row in rows[0]}) == (
+        4,
+        ["eu", "incident", "prod"],
+        {None, "model_differs"},
+    )
+    assert (some.rows, some.total) == (rows[0][1:3], 4)
 
 
 def test_compare_on_the_command_line(tmp_path: Any) -> None:
