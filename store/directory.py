@@ -184,7 +184,13 @@ class SessionDirectory:
         self._known: dict[str, Shard | Segment] = {}
         self._searches: OrderedDict[tuple[str, ...], dict[str, dict[str, int]]] = OrderedDict()
         self._connection = duckdb.connect(":memory:", config={"threads": 1})
-        self._made = False
+        self._made = self._closed = False
+
+    def warm(self) -> None:
+        """Read what there is ahead of who looks first: of many events that takes seconds. What is wrong is told to whoever looks."""
+        with self._lock, contextlib.suppress(TokentapeError):
+            if not self._closed:
+                self._refresh()
 
     def sessions(self, viewer: Viewer, wanted: Wanted, *, limit: int = 50, offset: int = 0) -> Listing:
         """A page of what the viewer may see and wants.
@@ -250,6 +256,7 @@ class SessionDirectory:
 
     def close(self) -> None:
         """Forget everything; safe to call twice."""
+        self._closed = True
         with self._lock:
             self._connection.close()
 
@@ -262,7 +269,12 @@ class SessionDirectory:
             return
         gone = self._known.keys() - sources.keys()
         changed = self._of(gone)
-        read = {name: sources[name] for name in sources.keys() - self._known.keys() if self._read(name, sources[name])}
+        read = {}
+        for name in sources.keys() - self._known.keys():
+            if self._closed:
+                return
+            if self._read(name, sources[name]):
+                read[name] = sources[name]
         for name in gone:
             for table in ("part", "replay"):
                 self._connection.execute(f"DELETE FROM {table} WHERE source = {literal(name)}")
