@@ -182,6 +182,8 @@ def _parted(found: Judgement, first: Side, second: Side, mine: Several[Entry], t
     asked = [each.generation.request for each in (first, second)]
     if any(request and request.seed is None and request.temperature != 0 for request in asked):
         reason += "; choices were not seeded, so that this may be chance"
+    elif len(told := dict.fromkeys((request.seed, request.temperature) for request in asked if request)) > 1:
+        reason += "; they were asked with " + " and ".join(f"seed {seed}, temperature {temperature}" for seed, temperature in told)
     figures = (found.drift_mean, found.drift_p99, found.drift_max)
     return Judgement("sampling_differs", reason, len(mine), found.scored, at, *figures, found.floor)
 

@@ -297,15 +297,19 @@ def test_compare(site: Site, dark: bool) -> None:
         page.get_by_label("colour by").select_option("drift")
         expect(page.locator(".tokens.drift .h7").first).to_be_attached()
         _look(page, "session-drift")
+        page.get_by_role("link", name="beside 1, which was asked the same").click()
+        expect(page.locator("h1")).to_have_text("Two generations")
+        expect(page.locator(".verdict-line")).to_contain_text("sampling differs")
+        _look(page, "compare-generations")
+        _sound(page)
     page.close()
 
     assert site.complaints == []
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_engine(site: Site, dark: bool) -> None:
+def test_engine(site: Site) -> None:
     """Batches and cache over steps; keys walk through the steps, each says who shared it; the connector says why it found nothing."""
-    page = site.open("engine", dark=dark)
+    page = site.open("engine")
     expect(page.locator(".chart canvas")).to_have_count(3)
     expect(page.locator("main")).to_contain_text("a new prompt: no request before shares its first block")
     page.get_by_label("Step", exact=True).fill("100")
@@ -313,11 +317,10 @@ def test_engine(site: Site, dark: bool) -> None:
     page.keyboard.press("k")
     expect(page.locator("main")).to_contain_text("Step 99")
     expect(page.get_by_role("region", name="Sequences in step 99").locator("tbody tr")).to_have_count(3)
-    _look(page, f"engine-{'dark' if dark else 'light'}")
+    _look(page, "engine")
     _sound(page)
-    if not dark:
-        page.set_viewport_size({"width": 400, "height": 860})
-        _look(page, "engine-narrow")
+    page.set_viewport_size({"width": 400, "height": 860})
+    _look(page, "engine-narrow")
     page.close()
 
     assert site.complaints == []

@@ -71,12 +71,14 @@ def test_a_replay_beside_what_it_replayed() -> None:
         ([1, 2, 3], [-1.0, -2.0, -9.0], {}, "model_differs", 2, "floors off"),
         ([1, 2, 4], [-1.0, -2.0, -3.0], {}, "sampling_differs", 2, "the first says 'w3 ', the second 'w4 '; choices were not seeded"),
         ([1, 2], [-1.0, -2.0], {"temperature": 0}, "sampling_differs", 2, "the second nothing more"),
+        ([1, 3], [-1.0, -2.0], {"seed": 7}, "sampling_differs", 1, "asked with seed 1, temperature 0.8 and seed 7, temperature 0.8"),
         ([1, 2, 3], [-1.0, -2.0, -3.0], {"question": FOLLOW_UP}, "inconclusive", None, "the prompts differ"),
     ],
 )  # fmt: skip
 def test_two_generations(ids: list[int], logprobs: list[float], fields: Any, verdict: str, telling: int | None, says: str) -> None:
     """As far as they say the same they are judged by drift; where they part is what tells; other prompts are not compared."""
-    found = beside(answers("a", [1, 2, 3], [-1.0, -2.0, -3.0]), answers("b", ids, logprobs, **fields))
+    seeded = {"seed": 1} if "seed" in fields else {}
+    found = beside(answers("a", [1, 2, 3], [-1.0, -2.0, -3.0], **seeded), answers("b", ids, logprobs, **fields))
 
     assert (found["verdict"], found["sequences"][0]["first_telling"]) == (verdict, telling)
     assert says in found["reason"]

@@ -297,6 +297,7 @@ function One({ id, number, generation, before, measure, beside, moving }: Shown 
   const messages: any[] = Array.isArray(request.messages) ? request.messages : request.messages ? [{ role: "user", content: request.messages }] : [];
   const held = new Set(before.flatMap((other) => (Array.isArray(other.request.messages) ? other.request.messages : []).map((message: unknown) => JSON.stringify(message))));
   const fresh = messages.filter((message) => !held.has(JSON.stringify(message)));
+  const again = messages.length ? before.findLastIndex((other) => JSON.stringify(other.request.messages) === JSON.stringify(request.messages)) : -1;
   const parameters = Object.entries(request.parameters ?? {}).filter(([name]) => name !== "stream");
   return (
     <article class="card generation" aria-label={`Generation ${number}`}>
@@ -306,6 +307,7 @@ function One({ id, number, generation, before, measure, beside, moving }: Shown 
         <b>{visible(request.model ?? "?")}</b>
         <span class="dim">{clock(generation.submitted_at)} · {visible(generation.actor || "client")}</span>
         <span class="grow" />
+        {again >= 0 ? <a class="small" href={`#/compare/${id}${query({ generation: before[again]!.request.generation_id, with_generation: request.generation_id })}`}>beside {again + 1}, which was asked the same</a> : null}
         <span class="mono dim">
           {generation.first_token_us != null ? `first token ${duration(generation.first_token_us)}` : ""}
           {generation.duration_us != null ? ` · ${duration(generation.duration_us)}` : ""}
