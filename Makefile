@@ -15,7 +15,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 UPGRADE = $(if $(PACKAGE),$(if $(filter all,$(PACKAGE)),--upgrade,--upgrade-package $(PACKAGE)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo page test lint simulate custody bench services-up services-down lock clean
+.PHONY: help setup up demo page docs test lint simulate custody bench services-up services-down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ demo: setup ## show all of it on real input (DEPLOYMENT=embedded or distributed)
 # Users need no Node: the bundle is committed, and a test finds one that was not built from these sources.
 page: ## build the page anew from tokentape/ui (needs Node and npm)
 	@cd tokentape/ui && npm ci --silent && npm run --silent build
+
+docs: setup ## build the site of docs/ into site/ (with pictures where SCREENSHOTS=docs/screenshots pytest tests/test_page.py left some)
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet && echo site/index.html
 
 # A file stays with one worker, so that what its tests share is made once; the order is kept, for files that need vLLM come last.
 test: setup ## run all tests, on services that are started and stopped for it (WORKERS=0: in one process)

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes the table to `benchmarks/results/`.
 
-python -m benchmarks [recorder ingest query bytes gateway history fresh memory custody retention verdicts …]
+python -m benchmarks [recorder ingest query bytes gateway history fresh memory custody retention damage verdicts …]
 """
 
 from __future__ import annotations
@@ -16,7 +16,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("recorder", "ingest", "fresh", "query", "bytes", "gateway", "history", "stops", "memory", "custody", "retention", "verdicts")
+NAMES = (
+    "recorder",
+    "ingest",
+    "fresh",
+    "query",
+    "bytes",
+    "gateway",
+    "history",
+    "stops",
+    "memory",
+    "custody",
+    "retention",
+    "damage",
+    "verdicts",
+)
 LONG = ("open_streams", "capture", "exact", "page", "replay")
 """Only when they are named: they take long, or a machine of their own."""
 

@@ -47,7 +47,7 @@ def rows_of(outcomes: list[dict[str, Any]], recorded: dict[str, Any], free: dict
     same = sum(one["ids"] == free.get(name, {}).get("ids") for name, one in recorded.items())
     bitwise = sum(one == free.get(name) for name, one in recorded.items())
     first, worst = outcomes[0], min(outcomes, key=lambda outcome: outcome["sequences_reproduced"])
-    said = f"{first['requests']} requests, {first['recorded_steps']} steps, {len(outcomes)} replays"
+    said = f"{first['requests']} requests, {first['recorded_steps']} steps, {first['preemptions']} preemptions, {len(outcomes)} replays"
     return [
         _row(
             f"sequences bit for bit, worst replay: {said}",

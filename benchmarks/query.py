@@ -218,7 +218,7 @@ def _group(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
 
 def _cold(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
     """Timelines out of segments in MinIO, through a relay that counts requests."""
-    with _minio(folder) as cold, _relay(cold.endpoint) as (endpoint, counted):
+    with minio(folder) as cold, relay(cold.endpoint) as (endpoint, counted):
         settings = Settings(data=folder / "minio-only", cold=cold.model_copy(update={"endpoint": endpoint}))
         catalog = open_catalog(settings.data)
         _put(catalog, settings, files)
@@ -242,7 +242,7 @@ def _cold(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _minio(folder: Path) -> Iterator[ColdSettings]:
+def minio(folder: Path) -> Iterator[ColdSettings]:
     """A MinIO: that of `TOKENTAPE_SERVICES`, or one started for this run."""
     from scripts.services import Services, load
 
@@ -265,7 +265,7 @@ def _minio(folder: Path) -> Iterator[ColdSettings]:
 
 
 @contextmanager
-def _relay(endpoint: str) -> Iterator[tuple[str, Callable[[], int]]]:
+def relay(endpoint: str) -> Iterator[tuple[str, Callable[[], int]]]:
     """A TCP relay before an endpoint; the function counts the GET requests so far."""
     host, _, port = endpoint.rpartition(":")
     counts: list[int] = []

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.custody import DAYS, EVENTS, fill, timed
+from benchmarks.custody import COPY, DAYS, EVENTS, fill, peak_mb, timed
 from lifecycle.holds import Holds
 from lifecycle.retention import Retention
 from lifecycle.selectors import Selector
@@ -24,9 +24,6 @@ from tests.tiered import Tiered, tiered
 
 NOW = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
 """Long after the last of the days."""
-
-_COPY = "FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 15, PARQUET_VERSION V2, ROW_GROUP_SIZE 20480, WRITE_BLOOM_FILTER false"
-"""As segments are written."""
 
 
 def run() -> list[dict[str, Any]]:
@@ -52,7 +49,7 @@ def _copy(rig: Tiered, held: list[str]) -> tuple[float, float]:
                 kept = f"SELECT * FROM ({events_sql([], [rig.objects.read_url(segment.key, expires_s=60)])})"
                 order = 'ORDER BY session_id, "partition", "offset"'
                 target = rig.settings.data / f"{number}.parquet"
-                connection.execute(f"COPY ({kept} WHERE session_id IN (FROM held) {order}) TO '{target}' ({_COPY})")
+                connection.execute(f"COPY ({kept} WHERE session_id IN (FROM held) {order}) TO '{target}' ({COPY})")
         return took[0], time.process_time() - began
 
 
@@ -60,10 +57,10 @@ def _retain(rig: Tiered, sessions: list[str], held: list[str], copied: tuple[flo
     control = open_control(rig.settings)
     Holds(rig.tiering(), control).place(Selector(sessions=tuple(held)), by="ada", reason="matter")
     control.close()
-    before, began = _peak_mb(reset=True), time.process_time()
+    before, began = peak_mb(reset=True), time.process_time()
     with timed() as took:
         done = Retention(rig.tiering(), now=lambda: NOW).apply()
-    used, grown = time.process_time() - began, _peak_mb() - before
+    used, grown = time.process_time() - began, peak_mb() - before
     live = {segment.key for segment in rig.catalog.snapshot().segments}
     left = dict(rig.objects.remains("events/"))
     if set(left) != live or any(count != 1 for count in left.values()):
@@ -81,11 +78,3 @@ def _retain(rig: Tiered, sessions: list[str], held: list[str], copied: tuple[flo
 def _beside(what: str, value: float, unit: str, beside: float) -> dict[str, Any]:
     row = {"what": what, "value": value, "unit": unit, "beside": "DuckDB COPY of what stays", "beside_value": beside}
     return {**row, "ratio": value / beside, "reach": "≤ 60 s at 10 M" if "retention" in what else None}
-
-
-def _peak_mb(*, reset: bool = False) -> float:
-    """The most memory that this process had since the last reset; Linux counts it."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024

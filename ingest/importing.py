@@ -14,15 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from ingest.redaction import Redactor
+from ingest.retelling import Answered, Asked, Bodies, answers_of, request_of
 from schemas import clock
 from schemas import events as e
 from schemas.codec import decode, encode
 from schemas.errors import DataError, UsageError
 from schemas.registry import SchemaRegistry
-from schemas.requests.jsontext import dump
 from schemas.settings import Settings
 from schemas.sink import new_id
 from store.log.base import Entry, Log, partition_of
@@ -80,27 +78,46 @@ def import_session(data: Any, owner: Owner, *, log: Log, registry: SchemaRegistr
     """
     found = read_session(data, registry)
     found += _labels(owner, found[-1][1])
-    session, salt, producer = new_id(), os.urandom(16), os.urandom(8)
+    strand = Strand(new_id(), os.urandom(16), os.urandom(8))
+    entries = entries_of(found, strand, owner, log=log, settings=settings)
+    log.append(entries)
+    return strand.session_id, len(entries)
+
+
+@dataclass(frozen=True)
+class Strand:
+    """Where events go: their session, its salt, and the producer that they are numbered by, from 0."""
+
+    session_id: bytes
+    salt: bytes
+    producer_id: bytes
+
+
+def entries_of(found: Sequence[Recorded], strand: Strand, owner: Owner, *, log: Log, settings: Settings) -> list[Entry]:
+    """What happened in a session as events of source `import`, redacted as the owner's tenant is, for `log` to take.
+
+    They are all that this producer ever records, so the same ones written again are duplicates, which the index leaves out.
+    """
     redactor = Redactor.of(settings).for_tenant(owner.tenant)
     content = settings.redaction.of(owner.tenant).content == "full"
+    partition = partition_of(strand.session_id, log.partitions)
     entries = []
     for number, (payload, at) in enumerate(found):
         event = e.Event(
             event_id=new_id(),
-            session_id=session,
-            salt=salt,
+            session_id=strand.session_id,
+            salt=strand.salt,
             tenant=owner.tenant,
             retention_class=settings.retention_class,
             actor=owner.actor,
             source="import",
-            producer_id=producer,
+            producer_id=strand.producer_id,
             producer_seq=number,
             recorded_at=at,
-            payload=_redacted(payload, redactor) if content else _without_content(payload),
+            payload=redacted(payload, redactor) if content else _without_content(payload),
         )
-        entries.append(Entry(partition_of(session, log.partitions), session, encode(event)))
-    log.append(entries)
-    return session, len(entries)
+        entries.append(Entry(partition, strand.session_id, encode(event)))
+    return entries
 
 
 def _labels(owner: Owner, at: int) -> list[Recorded]:
@@ -176,26 +193,15 @@ def _conversation(data: Mapping[str, Any]) -> Iterator[Recorded]:
             raise UsageError(f"{name} is no text", operation="import", hint=_HINT)
     at, generation = clock.now_us(), new_id()
     yield e.SessionOpened(content=e.SessionContent(title=title) if title else None), at
-    bodies = [e.Message(message_id=new_id(), role=str(message.get("role", "?")), body=_json(message)) for message in messages]
-    rest = {name: value for name, value in request.items() if name != "messages"}
-    content = e.RequestContent(messages=bodies, parameters=_json(rest))
-    ids = [body.message_id for body in bodies]
-    yield e.RequestSubmitted(generation_id=generation, endpoint="/v1/chat/completions", model=model, message_ids=ids, content=content), at
+    asked = Asked(messages, {name: value for name, value in request.items() if name != "messages"})
+    yield request_of(generation, asked, Bodies()), at
     if text is None:
         return
     yield e.GenerationStarted(generation_id=generation, status=200, authoritative="import", offset_us=0), at
-    said = e.ChunkContent(text=text, lengths=[len(text)])
-    yield e.TokenChunk(generation_id=generation, index=0, position=0, offsets_us=[0], content=said), at
-    reason = response.get("finish_reason")
-    yield e.SequenceFinished(generation_id=generation, index=0, tokens=1, finish_reason=str(reason or "stop"), offset_us=0), at
+    answers = [Answered(said={"content": text}, finish_reason=str(response.get("finish_reason") or "stop"))]
+    for payload in answers_of(generation, answers):
+        yield payload, at
     yield e.GenerationFinished(generation_id=generation, sequences=1, tokens_recorded=1, offset_us=0), at
-
-
-def _json(value: Any) -> str:
-    try:
-        return dump(value).decode()
-    except (TypeError, ValueError, orjson.JSONEncodeError) as error:
-        raise UsageError(f"a part of the request is no JSON: {error}", operation="import", hint=_HINT) from error
 
 
 # Redaction comes before the log, whoever brings an event
@@ -205,7 +211,8 @@ def _without_content(payload: e.Payload) -> e.Payload:
     return payload.model_copy(update={"content": None}) if "content" in type(payload).model_fields else payload
 
 
-def _redacted(payload: e.Payload, redactor: Redactor) -> e.Payload:
+def redacted(payload: e.Payload, redactor: Redactor) -> e.Payload:
+    """The payload without what the rules take."""
     content = getattr(payload, "content", None)
     if content is None or not redactor.searches:
         return payload

@@ -1,18 +1,15 @@
-"""A timeline as one page that opens offline: no script, no network, and no way for a recorded text to become markup.
-
-Every recorded text goes through `html.escape` after what moves a cursor or hides has been made visible; the page's own policy
-forbids scripts, frames, forms and loads besides.
-"""
+"""A timeline as one page that opens offline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from replay.html import document, text
 from replay.sections import sections
 from replay.timeline import REPEATED, Row, Timeline, ttft_summary
-from replay.words import clock, content_text, count, date, duration, paragraph, printable, relative, short_id, uuid
+from replay.words import clock, content_text, count, date, duration, paragraph, relative, short_id, uuid
 
 LANES = 6
 """Colours of generations, in turn; the style sheet has as many."""
@@ -22,48 +19,7 @@ BARS_MAX = 60
 """Generations in the overview; the table has all."""
 _WIDTH = 1000  # units of the overview from the first event to the last
 
-_STYLE = """
-:root { color-scheme: light dark; --bg: #fbfbfd; --fg: #1d1f27; --dim: #6b7080; --line: #e3e5ec; --card: #fff; --bad: #c62134;
-  --warn: #9a6200; --good: #167a3f; --badbg: #fdecee; --warnbg: #fff6e0; --l1: #2a6fdb; --l2: #a14bd0; --l3: #14868c; --l4: #c2571a;
-  --l5: #5b6ee0; --l6: #b0347d; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14161c; --fg: #e4e6ee; --dim: #8e95a8; --line: #2a2e3a; --card: #1b1e27;
-  --bad: #ff7685; --warn: #f0b64c; --good: #5ecb88; --badbg: #3a1b22; --warnbg: #332813; --l1: #7aa7ff; --l2: #cf8ff5; --l3: #58c9cf;
-  --l4: #f29a63; --l5: #9aa6ff; --l6: #ee7fbd; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg); font: 14px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 64px; }
-h1 { font-size: 20px; margin: 0 0 2px; overflow-wrap: anywhere; } h2 { font-size: 15px; margin: 32px 0 10px; }
-code, .t, .mono { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px; }
-.dim { color: var(--dim); } .facts { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0 20px; }
-.fact { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; min-width: 92px; }
-.fact b { display: block; font-size: 17px; font-variant-numeric: tabular-nums; } .fact span { color: var(--dim); font-size: 12px; }
-.fact.bad b { color: var(--bad); } .fact.warn b { color: var(--warn); } .fact.good b { color: var(--good); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 500; color: var(--dim); font-size: 12px;
-  border-bottom: 1px solid var(--line); padding: 8px 10px; white-space: nowrap; position: sticky; top: 0; background: var(--card); }
-td { padding: 4px 10px; vertical-align: top; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
-tr:last-child td { border-bottom: 0; } td.t, td.n { white-space: nowrap; color: var(--dim); } td.n, th.n { text-align: right;
-  font-variant-numeric: tabular-nums; } td.what { white-space: nowrap; font-weight: 600; } td.who { white-space: nowrap; }
-tr.bad { background: var(--badbg); } tr.bad .what, tr.bad .x { color: var(--bad); } tr.warn { background: var(--warnbg); }
-tr.warn .what, tr.warn .x { color: var(--warn); } tr.good .what { color: var(--good); } tr.dim td { color: var(--dim); }
-q { color: var(--dim); font-style: italic; quotes: "“" "”"; } tr.bad q, tr.warn q { color: inherit; }
-tr.day td { background: var(--bg); color: var(--dim); font-size: 12px; padding: 10px; }
-.lane { display: inline-block; white-space: nowrap; min-width: 26px;
-  text-align: center; border-radius: 9px; padding: 0 7px; font-size: 11.5px; color: #fff; }
-.l1 { background: var(--l1); fill: var(--l1); } .l2 { background: var(--l2); fill: var(--l2); } .l3 { background: var(--l3);
-  fill: var(--l3); } .l4 { background: var(--l4); fill: var(--l4); } .l5 { background: var(--l5); fill: var(--l5); }
-.l6 { background: var(--l6); fill: var(--l6); }
-@media (prefers-color-scheme: dark) { .lane { color: #10121a; } }
-svg { display: block; width: 100%; } svg .wait { opacity: .35; } svg .stall { fill: var(--warn); } svg .fail { fill: var(--bad); }
-svg text { fill: var(--dim); font: 10px ui-monospace, monospace; } .chart { padding: 12px 14px; }
-details { border-bottom: 1px solid var(--line); } details:last-child { border-bottom: 0; } summary { cursor: pointer; padding: 9px 14px; }
-.said { padding: 0 14px 12px 34px; } .said h3 { font-size: 12px; margin: 10px 0 2px; color: var(--dim); font-weight: 600; }
-pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-a { color: var(--l1); text-decoration: none; } a:hover { text-decoration: underline; }
-@media print { th { position: static; } main { max-width: none; padding: 0; } details { break-inside: avoid; } }
-"""
 _README = "README.txt says what is in it, verify.py checks it."
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def session_page(made: Timeline) -> str:
@@ -72,8 +28,8 @@ def session_page(made: Timeline) -> str:
     name = uuid(state.session_id) if state.session_id else "no events"
     title = state.opened.content.title if state.opened and state.opened.content else None
     body = [
-        f"<h1>{_text(title or f'Session {name}')}</h1>",
-        f'<div class="dim"><code>{_text(name)}</code> · tenant {_text(state.tenant or "")}</div>',
+        f"<h1>{text(title or f'Session {name}')}</h1>",
+        f'<div class="dim"><code>{text(name)}</code> · tenant {text(state.tenant or "")}</div>',
         _facts(made),
         "".join(_overview(made)),
         "<h2>Timeline</h2>",
@@ -81,7 +37,7 @@ def session_page(made: Timeline) -> str:
         f"<tbody>{''.join(_rows(made.rows))}</tbody></table></div>",
         "".join(_conversation(made)),
     ]
-    return _document(title or f"Session {name}", body)
+    return document(title or f"Session {name}", body)
 
 
 def index_page(sessions: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
@@ -94,11 +50,11 @@ def index_page(sessions: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
     rows = []
     for item in sessions:
         figures = "".join(f'<td class="n">{item[name]:,}</td>' for name in columns)
-        link = f'<a href="{_text(item["folder"])}/timeline.html">{_text(item["title"] or item["session"])}</a>'
-        under = f'<div class="mono dim">{_text(item["session"])}</div>' if item["title"] else ""
+        link = f'<a href="{text(item["folder"])}/timeline.html">{text(item["title"] or item["session"])}</a>'
+        under = f'<div class="mono dim">{text(item["session"])}</div>' if item["title"] else ""
         level = "bad" if item["failures"] else "warn" if item["stalls"] else ""
-        first = _text((item["first_at"] or "").replace("T", " ")[:19])
-        rows.append(f'<tr class="{level}"><td class="t">{first}</td><td>{link}{under}</td><td>{_text(item["tenant"])}</td>{figures}</tr>')
+        first = text((item["first_at"] or "").replace("T", " ")[:19])
+        rows.append(f'<tr class="{level}"><td class="t">{first}</td><td>{link}{under}</td><td>{text(item["tenant"])}</td>{figures}</tr>')
     total = sum(item["events"] for item in sessions)
     missing = sum(item["not_in_ledger"] for item in sessions)
     note = f'<p class="dim">{count(missing, "event")} not in the ledger yet when this was made.</p>' if missing else ""
@@ -108,22 +64,9 @@ def index_page(sessions: Sequence[Mapping[str, Any]], checkpoint: str) -> str:
         note,
         f'<h2>Sessions</h2><div class="card"><table><thead><tr><th>began, UTC</th><th>session</th><th>tenant</th>{head}</tr></thead>',
         f"<tbody>{''.join(rows)}</tbody></table></div>",
-        f'<h2>Checkpoint</h2><div class="card chart"><pre>{_text(checkpoint) or "none yet"}</pre></div>',
+        f'<h2>Checkpoint</h2><div class="card chart"><pre>{text(checkpoint) or "none yet"}</pre></div>',
     ]
-    return _document("Case file", body)
-
-
-def _document(title: str, body: Iterable[str]) -> str:
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-    view = '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-    parts = "\n".join(part for part in body if part)
-    named = f"<title>{_text(title)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html>\n<html lang=en><head>{head}{view}{named}</head>\n<body><main>{parts}</main></body></html>\n"
-
-
-def _text(text: str) -> str:
-    """A recorded text as characters and nothing else, on one line."""
-    return escape(printable(text))
+    return document("Case file", body)
 
 
 def _facts(made: Timeline) -> str:
@@ -142,8 +85,8 @@ def _facts(made: Timeline) -> str:
         *([(f"{state.lost:,}", "events lost", "bad")] if state.lost else []),
         *([(f"{len(state.anomalies):,}", "unexpected events", "warn")] if len(state.anomalies) else []),
     ]
-    cards = "".join(f'<div class="fact {level}"><b>{_text(value)}</b><span>{name}</span></div>' for value, name, level in facts)
-    return f'<div class="facts">{cards}</div><div class="dim">{_text(ttft_summary(made.ttft_us))}</div>'
+    cards = "".join(f'<div class="fact {level}"><b>{text(value)}</b><span>{name}</span></div>' for value, name, level in facts)
+    return f'<div class="facts">{cards}</div><div class="dim">{text(ttft_summary(made.ttft_us))}</div>'
 
 
 def _overview(made: Timeline) -> Iterator[str]:
@@ -190,13 +133,13 @@ def _rows(rows: Sequence[Row]) -> Iterator[str]:
         if date(row.at) != day:
             day = date(row.at)
             yield f'<tr class="day"><td colspan="6">{day} UTC</td></tr>'
-        lane = f'<span class="lane {_lane(row.lane)}">{_text(row.lane)}</span>' if row.lane else ""
-        facts = _text(row.text) + (f" · {row.events:,}×" if row.events > 1 and row.what in REPEATED else "")
-        quote = f" <q>{_text(row.quote.strip())}</q>" if row.quote else ""
+        lane = f'<span class="lane {_lane(row.lane)}">{text(row.lane)}</span>' if row.lane else ""
+        facts = text(row.text) + (f" · {row.events:,}×" if row.events > 1 and row.what in REPEATED else "")
+        quote = f" <q>{text(row.quote.strip())}</q>" if row.quote else ""
         place = f' title="event {uuid(row.event_id)}"' if row.event_id else ""
         yield (
             f'<tr class="{row.level}"{place}><td class="t">{clock(row.at)}</td><td class="n">{relative(row.since_us)}</td><td>{lane}</td>'
-            f'<td class="who">{_text(row.who)}</td><td class="what">{_text(row.what)}</td><td class="x">{facts}{quote}</td></tr>'
+            f'<td class="who">{text(row.who)}</td><td class="what">{text(row.what)}</td><td class="x">{facts}{quote}</td></tr>'
         )
 
 
@@ -209,7 +152,7 @@ def _conversation(made: Timeline) -> Iterator[str]:
         told = sections(made.state, generation.generation_id)
         request = told["request"] or {}
         facts = [request.get("model") or "", request.get("endpoint") or "", request.get("status") or ""]
-        name = f'<span class="lane {_lane(str(number))}">{number}</span> {_text(" · ".join(filter(None, facts)))}'
+        name = f'<span class="lane {_lane(str(number))}">{number}</span> {text(" · ".join(filter(None, facts)))}'
         yield f'<details><summary>{name} <code class="dim">{short_id(generation.generation_id)}</code></summary><div class="said">'
         yield from _messages(request)
         for edit in told["edits"]:
@@ -237,5 +180,5 @@ def _answer(answer: Mapping[str, Any]) -> Iterator[str]:
         yield _block(f"answer {answer['index']}, tool call", f"{call['name']}({call['arguments']})" if call else "[erased]")
 
 
-def _block(name: str, text: str) -> str:
-    return f"<h3>{_text(name)}</h3><pre>{escape(paragraph(text))}</pre>"
+def _block(name: str, said: str) -> str:
+    return f"<h3>{text(name)}</h3><pre>{escape(paragraph(said))}</pre>"

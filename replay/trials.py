@@ -18,10 +18,10 @@ SEED = 1
 
 
 class Repeated(NamedTuple):
-    """Whether a case came the same each time; else the first sequence and token that did not, or why it was not asked."""
+    """Whether a case came the same each time, None where the engine refused it; `reason` names the first token that did not, or why."""
 
     case: Case
-    same: bool
+    same: bool | None
     reason: str
 
 
@@ -48,7 +48,7 @@ def determinism(suite: Suite, engine: Engine, *, times: int = 2) -> Iterator[Rep
         answers = [engine.generate(request_of(case)) for _ in range(times)]
         refused = next((answer for answer in answers if isinstance(answer, Refused)), None)
         if refused:
-            yield Repeated(case, False, refused.reason)
+            yield Repeated(case, None, refused.reason)
             continue
         first, *others = [answer for answer in answers if isinstance(answer, Generated)]
         reason = next((why for other in others if (why := _parted(first, other))), "")

@@ -45,7 +45,9 @@ def connect(
         connection = duckdb.connect(str(path) if path else ":memory:", read_only=read_only, config=settings)
         for name in extensions:
             connection.execute(f"LOAD '{extension_path(name)}'")
-        connection.execute("SET TimeZone='UTC'; SET enable_progress_bar = false")  # it would print into answers
+        connection.execute("SET TimeZone='UTC'")
+        if connection.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0][0]:  # else a notebook may refuse to set it
+            connection.execute("SET enable_progress_bar = false")  # it would print into answers
     except duckdb.Error as error:
         raise mapped(error, operation="open", place=str(path or "memory")) from error
     return connection

@@ -249,7 +249,7 @@ class EventReader:
             remote = self._settings.cold.kind != "local"
             # A look-up is one row group's work: more threads would only wait for one another.
             self._connection = connect(extensions=("httpfs",) if remote else (), threads=1)
-            self._connection.execute("SET parquet_metadata_cache = true; SET enable_progress_bar = false")
+            self._connection.execute("SET parquet_metadata_cache = true")
             if remote:
                 self._connection.execute("SET http_keep_alive = true; SET enable_http_metadata_cache = true")
         return self._connection

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +46,10 @@ class Completeness:
     duplicates: int
     erased: int | None = None
     sampled_out: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """The same as JSON types."""
+        return {**asdict(self), "fresh_to": self.fresh_to.isoformat() if self.fresh_to else None}
 
 
 @dataclass(frozen=True)

@@ -289,10 +289,10 @@ class BatchCase:
             upstream.open.set()
             still = [desk.facts.status(batch) for batch in (first, second)]
             with forks.worker(own, upstream.url, attempts_max=2) as pid:
-                until(lambda: upstream.asked["deadly"] == 2, 60.0)
+                until(lambda: upstream.asked["deadly"] == 2)
                 kill(pid)
             with forks.worker(own, upstream.url, attempts_max=2):
-                until(lambda: desk.facts.ended(first.batch_id) and desk.facts.ended(second.batch_id), 60.0)
+                until(lambda: desk.facts.ended(first.batch_id) and desk.facts.ended(second.batch_id))
             one, two = ([json.loads(line) for line in b"".join(desk.results(batch)).splitlines()] for batch in (first, second))
 
         assert still == ["in_progress", "in_progress"]

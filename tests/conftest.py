@@ -7,6 +7,7 @@ Services are started when the first test asks for one and stopped at the end of 
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from scripts.native.component import Address
 from scripts.services import Services, load
 from tests.lender import Lender, borrow, lend, say, want
 from tests.tiered import Tiered, tiered
+
+# A failed assertion of a shared case says what it compared, as in a test's own file.
+_helpers = {f"tests.{path.stem}" for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
+pytest.register_assert_rewrite(*sorted(_helpers - sys.modules.keys()))
 
 for _name in [name for name in os.environ if name.startswith("TOKENTAPE_") and name not in ("TOKENTAPE_SERVICES", "TOKENTAPE_CACHE")]:
     del os.environ[_name]  # settings of the person who runs the tests are not settings of the tests

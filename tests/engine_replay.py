@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from replay.exact.replay import ExactReplay
+from replay.exact.run import Run
+from schemas.enginerun import calls
 from schemas.events import Payload
 from schemas.sink import SessionContext, new_id
 from tests.engine_log import runs_of
@@ -36,7 +38,13 @@ def main() -> None:
         context = SessionContext(new_id(), "default", "replay")
         outcome = ExactReplay(run, _Nowhere(), context, until, given.forced, given.model, given.engine).execute()
         said: dict[str, Any] = outcome.document()
-        sys.stdout.write(json.dumps({**said, "requests": len(run.requests), "recorded_steps": len(run.steps)}) + "\n")
+        counted = {"requests": len(run.requests), "recorded_steps": len(run.steps), "preemptions": preemptions(run)}
+        sys.stdout.write(json.dumps({**said, **counted}) + "\n")
+
+
+def preemptions(run: Run) -> int:
+    """How often a request was put off because the cache was full."""
+    return sum(len(call.numbers) for step in run.steps for call in step.calls if isinstance(call, calls.Preempt))
 
 
 if __name__ == "__main__":

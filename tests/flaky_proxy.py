@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 
@@ -41,7 +42,7 @@ class Proxy:
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._upstream) as server:
+        with client, socket.create_connection(self._upstream) as server, contextlib.suppress(OSError):  # a client that was killed
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
             passed = 0
             while data := _receive(server):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -14,10 +15,15 @@ import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
 from schemas.events import GenerationFailed
+from schemas.settings import Settings
+from tests.api_rig import serving
 from tests.conftest import VllmService
 from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Peer, Rig, broken, chunk, running
+from tests.program import until
+from tests.test_api import configured
 from tests.test_gateway import payloads
 from tests.told import last_told
 
@@ -125,6 +131,25 @@ class TestLiteLlm:
         """An unknown model is its own exception."""
         with pytest.raises(litellm.NotFoundError):
             litellm.completion(model="openai/nobody", api_base=f"{rig.url}/v1", api_key=KEY, messages=HELLO, num_retries=0)
+
+    def test_its_own_telemetry(self, tmp_path: Path, vllm: VllmService, litellm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With its OpenTelemetry callback, straight to the engine and without a gateway: the API's tape has what it was told."""
+        from litellm.integrations.opentelemetry import OpenTelemetry, OpenTelemetryConfig
+
+        engine: dict[str, Any] = {"model": f"openai/{vllm.model}", "base_url": f"{vllm.url}/v1", "api_key": KEY}
+        with serving(configured(Settings(data=tmp_path / "data"))) as api:
+            own = api.by("debugger", "analyst", owner="lite", tenant="lite")
+            exporter = OTLPSpanExporter(endpoint=f"{own.url}/api/v1/traces", headers=own.headers)
+            monkeypatch.setattr(litellm, "callbacks", [OpenTelemetry(config=OpenTelemetryConfig(exporter=exporter, skip_set_global=True))])
+            told: Any = litellm.completion(**engine, max_tokens=8, messages=HELLO)
+            asked = {"query": "SELECT session_id, model, outcome, prompt_tokens, completion_tokens FROM generations"}
+            rows = until(lambda: own("POST", "sql", asked)["rows"] or None, DEADLINE_S)
+            shown = own("GET", f"debug-sessions/{rows[0][0]}")["generations"][0]
+
+        assert rows[0][1:] == [vllm.model, "finished", told.usage.prompt_tokens, 8]
+        assert shown["response"][0]["content"] == told.choices[0].message.content
+        assert shown["request"]["messages"] == HELLO
+        assert "litellm.call_id" in shown["request"]["parameters"]["metadata"]["otel"]["attributes"]
 
 
 class TestCurl:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import pstats
 import re
 import socket
 import subprocess
@@ -75,11 +76,14 @@ def test_a_broken_connector_is_told_by_its_fault(tmp_path: Path, name: str, modu
 @loads_vllm
 def test_a_sound_connector_gives_back_what_it_was_given(tmp_path: Path) -> None:
     """vLLM's example: found, built, missed, saved, found again, loaded and equal."""
-    plain = driven(tmp_path, "ExampleConnector", None)
+    plain = driven(tmp_path, "ExampleConnector", None, profile=tmp_path / "profile")
+    calls = {name for _, _, name in pstats.Stats(str(tmp_path / "profile")).stats}  # type: ignore[attr-defined]  # typeshed lacks it
 
-    assert [("ok", check) for check in ("module", "class", "built", "lookup", "save", "load", "compare")] == [
+    assert [("ok", check) for check in ("module", "class", "built", "lookup", "save", "load", "compare", "profile")] == [
         (f.state, f.check) for f in plain
     ]
+    assert {"get_num_new_matched_tokens", "save_kv_layer", "start_load_kv"} <= calls
+    assert re.search(r"lookup \d+\.\d\d ms, save \d+\.\d\d ms, load \d+\.\d\d ms; most of it in .+ \d+%", plain[-1].detail)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,7 @@ def test_a_connector_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
         (["--connector", "a:B", "--config", "{}"], "say which connector"),
         (["--config", "{"], "--config is no JSON"),
         (["--config", "[]"], "no JSON object"),
+        (["--connector", "a:B", "--profile", "no/folder/profile"], "no folder there"),
     ],
 )
 def test_no_connector_to_examine(arguments: list[str], word: str) -> None:

@@ -183,8 +183,8 @@ class TestOnCue:
             return [(part.text, bool(part.thought)) for part in found]
 
         with broken(act) as upstream, running(tmp_path, upstream.url) as rig:
-            assert parts(shown=True) == [("Hm.", True), ("42", False)]
-            assert parts(shown=False) == [("42", False)]
+            assert parts(shown=True) == [("Hm.", True), ("42", False), ("", False)]
+            assert parts(shown=False) == [("42", False), ("", False)]
             assert text_of(rig.wait_for("generation_finished"), 0, "reasoning").startswith("Hm.")
 
     def test_tools_in_pieces(self, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from store.log.base import Log, murmur2, partition_of
 from store.log.embedded import EmbeddedLog
 from tests.conftest import KafkaService
 from tests.log_case import PATIENCE_S, LogCase, Opener, entries, numbered, read_all
+from tests.signing import flip
 
 
 class TestEmbeddedLog(LogCase):
@@ -132,6 +133,44 @@ class TestEmbeddedLog(LogCase):
 
         assert "silent" not in outcomes
         assert outcomes.count("found") > 25
+
+    @pytest.mark.parametrize("harm", ["flip", "header", "remove", "cut", "all"])
+    def test_a_lost_end(self, log: Log, tmp_path: Path, harm: str) -> None:
+        """SQLite takes damage in its write-ahead log for the log's end: what was acknowledged and is gone is told, once and for all."""
+        for value in numbered(5):
+            log.append(entries([value]))
+        left = tmp_path / "left"
+        shutil.copytree(tmp_path / "log", left, ignore=shutil.ignore_patterns("*-shm"))  # as a process leaves it that is killed
+        wal, path = left / "log.sqlite-wal", left / "log.sqlite"
+        good = wal.read_bytes()
+        bad = {"flip": flip(good, len(good) * 7), "header": flip(good, 20), "cut": good[: len(good) // 2]}
+        if harm in bad:
+            wal.write_bytes(bad[harm])
+        else:
+            wal.unlink()
+        if harm == "all":
+            path.unlink()
+
+        for _ in range(2):
+            with pytest.raises(CorruptStore, match="events that it acknowledged are gone") as caught:
+                EmbeddedLog(path, partitions=4)
+        assert "remove log.sqlite-end to go on" in caught.value.hint
+        (left / "log.sqlite-end").unlink()
+        with contextlib.closing(EmbeddedLog(path, partitions=4)) as again:
+            assert read_all(again) in [list(numbered(count)) for count in range(5)]
+            again.append(entries([b"on"]))
+
+    @pytest.mark.parametrize("note", [b"", b"x" * 28, None])
+    def test_a_note_that_says_nothing(self, log: Log, tmp_path: Path, note: bytes | None) -> None:
+        """Where the note of what was acknowledged is damaged, missing or behind, the log is what it is."""
+        log.append(entries(numbered(3)))
+        path = tmp_path / "log" / "log.sqlite-end"
+        behind = path.read_bytes()
+        log.append(entries([b"later"]))
+        path.write_bytes(behind if note is None else note)
+
+        with contextlib.closing(EmbeddedLog(_file(tmp_path), partitions=4)) as again:
+            assert [*numbered(3), b"later"] == read_all(again)
 
     def test_flipped_bit_in_a_value(self, log: Log, tmp_path: Path) -> None:
         """The error says where."""

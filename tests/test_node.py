@@ -14,7 +14,7 @@ import pytest
 from schemas.events import GenerationFailed
 from scripts.native import tools
 from tests.conftest import VllmService
-from tests.gateway_rig import Rig, running
+from tests.gateway_rig import Peer, Rig, broken, chunk, running
 from tests.test_gateway import payloads
 from tests.told import told_of
 
@@ -40,13 +40,25 @@ def rig(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def seen(rig: Rig, vllm: VllmService) -> Any:
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A gateway before an upstream that ends every stream after its first token."""
+
+    async def act(peer: Peer) -> None:
+        await peer.begin_stream()
+        await peer.send(chunk("Once"))
+
+    with broken(act) as upstream, running(tmp_path_factory.mktemp("cut"), upstream.url) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def seen(rig: Rig, cut: Rig, vllm: VllmService) -> Any:
     """What the clients saw, case by case; one process for all."""
     node, modules = tools.node_clients(FOLDER, print)
     script = modules / f"clients-{uuid.uuid4().hex}.mjs"  # Node looks for packages beside the script
     script.write_text((FOLDER / "clients.mjs").read_text(encoding="utf-8"), encoding="utf-8")
     try:
-        ran = subprocess.run([node, str(script), rig.url, vllm.model], capture_output=True, text=True, timeout=240, check=False)
+        ran = subprocess.run([node, str(script), rig.url, vllm.model, cut.url], capture_output=True, text=True, timeout=240, check=False)
     finally:
         script.unlink()
     assert ran.returncode == 0, ran.stderr
@@ -81,7 +93,8 @@ def test_tools_and_forms(rig: Rig, seen: Any) -> None:
 
 def test_errors_are_the_clients_own(rig: Rig, seen: Any, vllm: VllmService) -> None:
     """Each client raises its own exceptions, and the tape has a failure for each."""
-    raised = {name: (saw["raised"], saw["status"]) for name, saw in seen.items() if isinstance(saw, dict) and "raised" in saw}
+    whole = {name: saw for name, saw in seen.items() if isinstance(saw, dict) and "raised" in saw and "text" not in saw}
+    raised = {name: (saw["raised"], saw["status"]) for name, saw in whole.items()}
 
     assert raised == {
         "openai_no_model": ("NotFoundError", 404),
@@ -93,6 +106,15 @@ def test_errors_are_the_clients_own(rig: Rig, seen: Any, vllm: VllmService) -> N
     assert "resp_1" in seen["openai_no_response"]["message"]
     assert len(payloads(rig.events(), GenerationFailed)) == 5
     assert (seen["models"], seen["counted"] > 0) == ([vllm.model], True)
+
+
+def test_a_stream_that_ends_badly(cut: Rig, seen: Any) -> None:
+    """What had come is there, then each client raises its own exception; the tape says how far it got."""
+    found = {name: (seen[name]["text"], seen[name]["raised"]) for name in ("chat_cut", "responses_cut", "message_cut")}
+    failures = payloads(cut.events(), GenerationFailed)
+
+    assert found == dict.fromkeys(found, ("Once", "APIError"))
+    assert [(failure.error_type, failure.position) for failure in failures] == [("upstream_disconnected", 1)] * 3
 
 
 def test_keys_are_nowhere(rig: Rig, seen: Any) -> None:

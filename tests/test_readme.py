@@ -1,4 +1,4 @@
-"""Every command that the README shows is run as it stands there, on an installation with a session on its tape."""
+"""Every command that the README and the pages of docs/ show is run as it stands there, on an installation with a session on its tape."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.debug_rig import wait_known
 from tests.program import ROOT, Program, Ran, until
 
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = ("git clone", "make ", "docker ", "curl ")
 """Beginnings of commands that set up a machine or are a client; the frame's, the services' and other tests run those."""
 DEBUGGING = "## Stop a request, edit it, let it go"
@@ -33,10 +34,10 @@ ENGINE = "http://127.0.0.1:8000"
 
 
 def shown() -> list[str]:
-    """The command lines in the README's shell blocks, comments taken away."""
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    """The command lines in shell blocks, each once, comments taken away."""
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)]
     lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def runnable() -> list[str]:

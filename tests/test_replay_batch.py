@@ -24,6 +24,7 @@ from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
 from store.log import open_log
 from tests.conftest import VllmService
+from tests.flaky_proxy import Proxy
 from tests.gateway_rig import Peer, broken, free_port
 from tests.program import Program, until
 from tests.recording import events_of, opened
@@ -31,6 +32,8 @@ from tests.tape import Tape, finish
 from tests.test_compare import Scorer, Sink, scored, taped
 
 SESSIONS = 210
+SILENT_AFTER = 350_000
+"""Bytes that an engine sends before it says no more: half of its answers, of which 32 at a time are asked for."""
 MESSAGES = [{"role": "user", "content": "What happened at nine?"}]
 
 
@@ -79,16 +82,19 @@ def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program
     """Killed after a part, started again with two engines and a dead one: every session has one finished replay, and its right verdict."""
     program, sessions = recorded
     words = ["replay-batch", "--where", "tokens > 0", "--run", "nightly"]
-    process = subprocess.Popen(program.command(*words), cwd=program.folder, env=program.environment, stderr=subprocess.DEVNULL)
-    until(lambda: _finished(program) >= 20 or None)
-    process.kill()
-    process.wait()
+    with Proxy(vllm.url.removeprefix("http://")) as proxy:  # the engine falls silent after a part, however fast it was
+        proxy.silent_after = SILENT_AFTER
+        command = program.command(*words, "--engine", f"http://{proxy.endpoint}")
+        process = subprocess.Popen(command, cwd=program.folder, env=program.environment, stderr=subprocess.DEVNULL)
+        until(lambda: (proxy.sent >= SILENT_AFTER and _finished(program) > 0) or None)
+        process.kill()
+        process.wait()
     before = _finished(program)
     dead = f"http://127.0.0.1:{free_port()}"
     ended = program.run(*words, "--engine", vllm.url, "--engine", dead, "--engine", f"{vllm.url}/v1", "--format", "json").rows[0]
 
     assert 0 < before < SESSIONS
-    assert SESSIONS == before + sum(ended["verdicts"].values())
+    assert (before, SESSIONS) == (sum(ended["verdicts_before"].values()), before + sum(ended["verdicts"].values()))
     rows, again = program.ask(
         "SELECT subject_session_id AS session, verdict FROM replays JOIN sessions USING (session_id) "
         "WHERE workflow = 'nightly' AND verdict IS NOT NULL",
@@ -100,6 +106,8 @@ def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program
     assert ended["worst"][0]["drift_max"] > 1
     nothing_left = program.run(*words)
     assert f"{SESSIONS} done before" in nothing_left.stderr
+    said = [line.split() for line in nothing_left.stdout.decode().splitlines()[:2]]
+    assert [["180", "identical,", "180"], ["30", "model", "differs,"]] == [words[:3] for words in said]
 
 
 def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list[str]]) -> None:

@@ -9,8 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import openai
 import pytest
+from google import genai
+from google.genai import types
 
 from ingest.gateway.conversations import Conversations, Said
 from ingest.gateway.history import History
@@ -25,6 +28,8 @@ from tests.conftest import VllmService
 from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk
 from tests.program import Program, until
 from tokentape.config import load
+
+FUNCTION: Any = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}]
 
 
 def of_kind(events: list[Event], kind: type[Any]) -> list[Any]:
@@ -112,6 +117,29 @@ def test_a_session_found_in_a_real_chat(tmp_path: Path, vllm: VllmService) -> No
         events = ended(rig, 3)
 
     assert len({event.session_id for event in events}) == 1
+
+
+def test_conversations_of_every_endpoint(tmp_path: Path) -> None:
+    """OpenAI's responses, Anthropic's messages and Gemini's contents as their own clients send them back, each one session."""
+    with broken(Counting()) as upstream, gateway(tmp_path, upstream.url) as rig:
+        responses, items = rig.client().responses, list[Any]()
+        claude = rig.keep(anthropic.Anthropic(base_url=rig.url, api_key="sk-ant", max_retries=0))
+        google = rig.keep(genai.Client(api_key="AIza", vertexai=False, http_options=types.HttpOptions(base_url=rig.url)))
+        gemini, messages = google.chats.create(model="m"), list[Any](HELLO)
+        for number in range(3):
+            asked: Any = "The sea?" if number == 0 else [*items, {"role": "user", "content": "More."}]
+            with responses.stream(model="m", input=asked, tools=FUNCTION if number == 1 else openai.omit) as stream:
+                final = stream.get_final_response()
+            asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+            items = [*asked, *(item.model_dump(exclude_none=True) for item in final.output)]
+            items += [{"type": "function_call_output", "call_id": "c", "output": "7"}] if number == 1 else []
+            with claude.messages.stream(model="m", messages=messages, max_tokens=9) as told:
+                messages += [{"role": "assistant", "content": told.get_final_message().content}, {"role": "user", "content": "More."}]
+            list(gemini.send_message_stream("The sea?"))
+        events = ended(rig, 9)
+    requests = {(event.session_id, event.payload.endpoint) for event in events if isinstance(event.payload, RequestSubmitted)}
+
+    assert sorted(endpoint for _, endpoint in requests) == ["/v1/messages", "/v1/responses", "/v1beta/models:streamGenerateContent"]
 
 
 def test_conversations_that_cannot_be_told_apart_stay_apart() -> None:

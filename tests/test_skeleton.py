@@ -78,7 +78,10 @@ def test_lock_holds_names_versions_and_hashes_only(lock: Path) -> None:
 
 def test_locks_are_in_step_with_the_project() -> None:
     """Everything that pyproject.toml asks for is locked where it is installed from; `make lock` writes the locks."""
-    groups = project()["dependency-groups"]
+    listed = project()["dependency-groups"]
+    groups = {name: [entry for entry in of if isinstance(entry, str)] for name, of in listed.items()}
+    for name, of in listed.items():
+        groups[name] += [entry for included in of if isinstance(included, dict) for entry in listed[included["include-group"]]]
     core = names(project()["project"]["dependencies"])
     missing = {
         "core": core - locked("core"),

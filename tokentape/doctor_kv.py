@@ -52,12 +52,15 @@ def transfer_of(connector: str | None, config: str | None) -> dict[str, Any]:
     return found
 
 
-def kv(transfer: dict[str, Any], *, dtype: str, device: str, seconds: float) -> list[Finding]:
-    """What is right and wrong with a connector, in the order in which it would show; the first fault of the driven part ends it."""
+def kv(transfer: dict[str, Any], *, dtype: str, device: str, seconds: float, profile: Path | None = None) -> list[Finding]:
+    """What is right and wrong with a connector, in the order in which it would show; the first fault of the driven part ends it.
+
+    A profile of its calls goes to the file `profile`.
+    """
     findings = [*_places(transfer.get("kv_connector_extra_config") or {})]
     if any(finding.state == "bad" for finding in findings):
         return findings
-    return findings + _driven([json.dumps(transfer), dtype, device, str(seconds)], seconds)
+    return findings + _driven([json.dumps(transfer), dtype, device, str(seconds), *([str(profile)] if profile else [])], seconds)
 
 
 def _places(extra: Any) -> Iterator[Finding]:
@@ -134,7 +137,9 @@ def _driven(arguments: list[str], seconds: float) -> list[Finding]:
         for pipe in (process.stdout, process.stderr):
             if pipe is not None:
                 pipe.close()
-    if not findings or (process.returncode not in (0, 1) and findings[-1].state == "ok" and findings[-1].check != "compare"):
+    if not findings or (
+        process.returncode not in (0, 1) and findings[-1].state == "ok" and findings[-1].check not in ("compare", "profile")
+    ):
         last = next((text.strip() for text in reversed(noise) if text.strip()), "it said nothing")
         findings.append(
             Finding("connector", "bad", f"the process ended with {process.returncode}: {last}", "run it again and read its log")

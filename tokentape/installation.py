@@ -58,6 +58,10 @@ class Installation:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened; safe to call twice."""
         self._stack.close()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""An event as JSON: what case files, exports and the REST API hand over."""
+"""Events and sessions as JSON: what case files, exports and the REST API hand over."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ def event_document(stored: StoredEvent, position: int) -> dict[str, Any]:
     place = {"partition": stored.partition, "offset": stored.offset, "event_id": uuid_text(event.event_id)}
     who = {"kind": event.kind, "recorded_at": iso(event.recorded_at), "actor": event.actor, "source": event.source}
     return {"position": position, **who, **place, "payload": event.payload.model_dump(mode="json", exclude_none=True)}
+
+
+def session_line(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A session as lists of them tell it: a row of `store.directory`, its id as text and its times in UTC."""
+    named = {name: value for name, value in row.items() if name not in ("session_id", "first_at", "last_at", "shown_by")}
+    return {"session_id": uuid_text(row["session_id"]), "started_at": iso(row["first_at"]), "last_event_at": iso(row["last_at"]), **named}
 
 
 def plain(value: Any) -> Any:

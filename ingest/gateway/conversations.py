@@ -17,6 +17,7 @@ from typing import Any
 
 from ingest.gateway.sessions import Session
 from schemas.requests import ClientRequest, dump, load
+from schemas.requests.client import GeminiRequest, ResponsesRequest
 
 ANSWERS_MAX = 10_000
 """Answers remembered; the oldest are forgotten first."""
@@ -39,21 +40,19 @@ class Conversations:
 
     def find(self, owner: str, request: ClientRequest) -> Session | None:
         """The session that a request goes on with; `owner` is the tenant and key that asks."""
-        if request.FIELD != "messages":
-            return None
         found = None
-        for message, digest in zip(request.messages, self._digests(owner, request), strict=True):
-            if _role(message) == "assistant":
+        for own, digest in self._digests(owner, request):
+            if own:
                 found = self._sessions.get(digest) or found
         return found
 
     def answered(self, owner: str, request: ClientRequest, answers: Iterable[Said], session: Session) -> None:
         """The session answered a request so: whoever goes on from there goes on with it."""
-        if request.FIELD != "messages":
-            return
-        opening = self._start(owner, request)
-        for opening in self._digests(owner, request):  # noqa: B007  the last one counts
+        opening = None
+        for _, opening in self._digests(owner, request):  # noqa: B007  the last one counts
             pass
+        if opening is None:
+            return
         for said in answers:
             digest = _step(opening, _spoken(said.text, said.calls))
             known = self._sessions.setdefault(digest, session)
@@ -62,36 +61,97 @@ class Conversations:
             while len(self._sessions) > ANSWERS_MAX:
                 self._sessions.popitem(last=False)
 
-    def _start(self, owner: str, request: ClientRequest) -> bytes:
-        first = dump([owner, request.fields.get("system")], sort_keys=True)
-        return blake2b(first, key=self._key, digest_size=16).digest()
+    def _digests(self, owner: str, request: ClientRequest) -> Iterator[tuple[bool, bytes]]:
+        """Whether each turn is an answer, and a digest of all up to and with it; of what is no conversation, nothing."""
+        turns = _turns(request)
+        if turns is None:
+            return
+        first = dump([owner, request.fields.get(_INSTRUCTIONS[request.FIELD])], sort_keys=True)
+        digest = blake2b(first, key=self._key, digest_size=16).digest()
+        for own, form in turns:
+            digest = _step(digest, form)
+            yield own, digest
 
-    def _digests(self, owner: str, request: ClientRequest) -> Iterator[bytes]:
-        """A digest of all up to and with each message."""
-        digest = self._start(owner, request)
-        for message in request.messages:
-            digest = _step(digest, _form(message))
-            yield digest
+
+_INSTRUCTIONS = {"messages": "system", "input": "instructions", "contents": "systemInstruction"}
+"""The field that stands above a conversation, by the field that holds it."""
 
 
 def _step(digest: bytes, form: bytes) -> bytes:
     return blake2b(digest + form, digest_size=16).digest()
 
 
+def _turns(request: ClientRequest) -> Iterable[tuple[bool, bytes]] | None:
+    """Each turn as it is compared, and whether it is an answer: of that only what it said, since clients send back less than they got."""
+    if isinstance(request, GeminiRequest):
+        return ((_role(content) == "model", _content(content)) for content in request.messages)
+    if isinstance(request, ResponsesRequest):
+        return _items(request.messages)
+    if request.FIELD == "messages":
+        return ((_role(message) == "assistant", _message(message)) for message in request.messages)
+    return None
+
+
 def _role(message: Any) -> str | None:
     return message.get("role") if isinstance(message, dict) else None
 
 
-def _form(message: Any) -> bytes:
-    """A message as it is compared: of an assistant's only what it said, since clients send back less than they got."""
+def _message(message: Any) -> bytes:
+    """A message of OpenAI's chat completions or Anthropic's messages."""
     if _role(message) != "assistant":
         return dump(message, sort_keys=True)
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     parts = [part for part in parts if isinstance(part, dict)]
-    text = "".join(part["text"] for part in parts if part.get("type") == "text" and isinstance(part.get("text"), str))
     used = [(str(part.get("name")), dump(part.get("input")).decode()) for part in parts if part.get("type") == "tool_use"]
-    return _spoken(text, [*_called(message.get("tool_calls")), *used])
+    return _spoken(_texts(parts, "text"), [*_called(message.get("tool_calls")), *used])
+
+
+def _content(content: Any) -> bytes:
+    """A content of Gemini's; thoughts are left out."""
+    if _role(content) != "model":
+        return dump(content, sort_keys=True)
+    parts = content.get("parts")
+    parts = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    text = "".join(part["text"] for part in parts if isinstance(part.get("text"), str) and not part.get("thought"))
+    called = [part["functionCall"] for part in parts if isinstance(part.get("functionCall"), dict)]
+    return _spoken(text, [(str(call.get("name")), dump(call.get("args")).decode()) for call in called])
+
+
+def _items(items: Iterable[Any]) -> Iterator[tuple[bool, bytes]]:
+    """The items of OpenAI's responses: those that one answer was made of are one turn, its reasoning left out."""
+    text, calls, own = "", list[tuple[str, str]](), False
+    for item in items:
+        kind = item.get("type", "message") if isinstance(item, dict) else "message"
+        if kind in ("function_call", "reasoning") or (kind == "message" and _role(item) == "assistant"):
+            own = True
+            content = item.get("content")
+            text += content if isinstance(content, str) else _texts(content, "output_text") if kind == "message" else ""
+            calls += [(str(item.get("name")), str(item.get("arguments")))] if kind == "function_call" else []
+            continue
+        if own:
+            yield True, _spoken(text, calls)
+            text, calls, own = "", [], False
+        yield False, dump(_plain(item), sort_keys=True)
+    if own:
+        yield True, _spoken(text, calls)
+
+
+def _plain(item: Any) -> Any:
+    """An input item whose text may stand alone, as content, or as a part of it: what a client sends back is written out."""
+    if isinstance(item, str):
+        return ["user", item]
+    content = item.get("content") if isinstance(item, dict) and item.get("type", "message") == "message" else None
+    if isinstance(content, str):
+        return [item.get("role"), content]
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict) and content[0].get("type") == "input_text":
+        return [item.get("role"), content[0].get("text")]
+    return item
+
+
+def _texts(parts: Any, kind: str) -> str:
+    found = [part for part in parts if isinstance(part, dict) and part.get("type") == kind] if isinstance(parts, list) else []
+    return "".join(part["text"] for part in found if isinstance(part.get("text"), str))
 
 
 def _called(calls: Any) -> Iterator[tuple[str, str]]:

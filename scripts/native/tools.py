@@ -160,6 +160,30 @@ def chromium(say: Say) -> str:
     return _program(("chromium", "chromium-browser", "google-chrome"), "chromium", say)
 
 
+def prometheus(say: Say) -> tuple[str, str]:
+    """Paths of Prometheus and its promtool: the PATH's, or those in Debian's package, which is unpacked and not installed."""
+    found = shutil.which("prometheus"), shutil.which("promtool")
+    if found[0] and found[1]:
+        return found[0], found[1]
+
+    def build(folder: Path) -> None:
+        if not shutil.which("apt-get"):
+            raise ServiceError("Prometheus is missing; install it and its promtool, and run this again")
+        say("unpacking Debian's package of Prometheus (19 MB)")
+        with locked(cache_dir() / ".apt.lock"):
+            try:
+                run(["apt-get", "download", "-q", "prometheus"], cwd=folder)
+            except ServiceError:  # a fresh machine has no lists of packages yet
+                run(["apt-get", "update", "-q"])
+                run(["apt-get", "download", "-q", "prometheus"], cwd=folder)
+        package = next(folder.glob("prometheus_*.deb"))
+        run(["dpkg", "-x", str(package), str(folder)])
+        package.unlink()
+
+    programs = _cached("prometheus-debian", build) / "usr" / "bin"
+    return str(programs / "prometheus"), str(programs / "promtool")
+
+
 def _program(names: Sequence[str], package: str, say: Say) -> str:
     """The first of some programs that is on the PATH; without any Debian's package is installed, one run at a time."""
     if found := next(filter(None, map(shutil.which, names)), None):

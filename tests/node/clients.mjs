@@ -1,11 +1,13 @@
 // OpenAI's and Anthropic's official clients for Node, unchanged, before a gateway. Prints what each saw, as one JSON document.
 //
-//     node clients.mjs GATEWAY MODEL
+//     node clients.mjs GATEWAY MODEL CUT
+//
+// CUT is a gateway whose upstream ends every stream after its first token.
 
 import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 
-const [url, model] = process.argv.slice(2);
+const [url, model, cut] = process.argv.slice(2);
 const openai = new OpenAI({ baseURL: `${url}/v1`, apiKey: "sk-node-0123456789", maxRetries: 0 });
 const anthropic = new Anthropic({ baseURL: url, apiKey: "sk-ant-node-0123456789", maxRetries: 0 });
 const messages = [{ role: "user", content: "Say something about the sea." }];
@@ -84,6 +86,15 @@ function answered({ content, stop_reason, usage }) {
   return { choices: [{ text, calls, finish }], input, output: usage.output_tokens };
 }
 
+// What came before the error that ends a stream, and that error.
+async function ends(name, open, textOf) {
+  let text = "";
+  await raises(name, async () => {
+    for await (const event of await open()) text += textOf(event) ?? "";
+  });
+  seen[name].text = text;
+}
+
 const schema = { type: "json_schema", json_schema: { name: "place", schema: city } };
 await chat("chat", { n: 3 });
 await chatStreamed();
@@ -100,6 +111,11 @@ await raises("openai_bad", () => openai.chat.completions.create({ model, message
 await raises("openai_no_response", () => openai.responses.create({ model, input: "x", previous_response_id: "resp_1" }));
 await raises("anthropic_no_model", () => anthropic.messages.create({ model: "nobody", messages, max_tokens: 1 }));
 await raises("anthropic_bad", () => anthropic.messages.create({ model, messages, max_tokens: 1, container: "c" }));
+const off = { openai: openai.withOptions({ baseURL: `${cut}/v1` }), anthropic: anthropic.withOptions({ baseURL: cut }) };
+const asked = { model: "m", messages, max_tokens: 9, stream: true };
+await ends("chat_cut", () => off.openai.chat.completions.create(asked), (event) => event.choices[0]?.delta.content);
+await ends("responses_cut", () => off.openai.responses.create({ model: "m", input: "x", stream: true }), (event) => event.delta);
+await ends("message_cut", () => off.anthropic.messages.create(asked), (event) => event.delta?.text);
 seen.models = (await openai.models.list()).data.map(({ id }) => id);
 seen.counted = (await anthropic.messages.countTokens({ model, messages })).input_tokens;
 console.log(JSON.stringify(seen));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from functools import partial
@@ -21,7 +22,7 @@ from starlette.routing import Route as Path
 
 from ingest.gateway.problems import PROBLEM_JSON, Problem, problem_document, status_of
 from schemas.errors import TokentapeError
-from tokentape.api import comparing, custody, debug, engines, operation, query, sessions
+from tokentape.api import comparing, custody, debug, engines, operation, query, sessions, traces
 from tokentape.api.desk import Desks
 from tokentape.api.idempotency import Idempotency
 from tokentape.api.openapi import document
@@ -36,10 +37,12 @@ BODY_BYTES_MAX = 128 << 20
 
 ROUTES: tuple[Route, ...] = (
     *(*sessions.ROUTES, *comparing.ROUTES, *engines.ROUTES, *debug.ROUTES),
-    *(*query.ROUTES, *custody.ROUTES, *operation.ROUTES),
+    *(*query.ROUTES, *custody.ROUTES, *operation.ROUTES, *traces.ROUTES),
 )
 """Everything under `/api/v1`."""
 
+OTLP_PATH = "/v1/traces"
+"""Where exporters look by default; with `/api` in their endpoint they find the route of the table."""
 _STATEMENT_CHARACTERS = 20_000
 _JSON_OPTIONS = orjson.OPT_NAIVE_UTC | orjson.OPT_NON_STR_KEYS
 
@@ -74,7 +77,7 @@ class Api:
         principal = await self._desks.gate.admit(request, route.roles)
         body = await _body(request)
         asked = _query(route, request)
-        given = _document(route, request, body) if route.body else None
+        given = _document(route, request, body) if route.body else _read(route, request, body) if route.reads else None
         call = Call(self._desks, principal, request.path_params, asked, given, request.headers)
         key = request.headers.get("idempotency-key") if route.writes else None
         if key is None:
@@ -111,6 +114,7 @@ def make_app(desks: Desks, lifespan: Callable[[Starlette], AbstractAsyncContextM
         by_path.setdefault(route.path, {})[route.method] = route
     every = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     paths = [Path(PREFIX + path, api.endpoint(routes), methods=every) for path, routes in by_path.items()]
+    paths.append(Path(OTLP_PATH, api.endpoint(by_path["/traces"]), methods=every))
     described = orjson.dumps(document(ROUTES))
 
     async def openapi(request: Request) -> Response:
@@ -165,9 +169,36 @@ def _query(route: Route, request: Request) -> BaseModel:
     return _checked(route.query, given, "query")
 
 
+def _read(route: Route, request: Request, body: bytes) -> Any:
+    """A body of somebody else's format, compressed or not."""
+    kind, encoding = _media(request), request.headers.get("content-encoding", "identity").lower()
+    if kind not in route.reads:
+        raise Problem(415, f"a body of type {kind or 'unknown'}", f"send content-type: {' or '.join(route.reads)}")
+    if encoding == "gzip":
+        body = _unpacked(body)
+    elif encoding != "identity":
+        raise Problem(415, f"a body with content-encoding {encoding[:40]}", "send it as it is, or with gzip")
+    return route.reads[kind](body)
+
+
+def _unpacked(body: bytes) -> bytes:
+    reader = zlib.decompressobj(wbits=31)  # gzip
+    try:
+        unpacked = reader.decompress(body, BODY_BYTES_MAX)
+    except zlib.error as error:
+        raise Problem(400, f"the body is no gzip: {error}", "send it as it is") from error
+    if reader.unconsumed_tail:
+        raise Problem(413, f"the body is over the limit of {BODY_BYTES_MAX:,} bytes", "send less")
+    return unpacked
+
+
+def _media(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _document(route: Route, request: Request, body: bytes) -> BaseModel:
     assert route.body is not None
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _media(request)
     if not body:
         return _checked(route.body, {}, "body")
     if kind != "application/json":

@@ -6,11 +6,13 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ingest.debug.desk import Desk
+from ingest.traces.taking import Traces
 from lifecycle.runs import RunLedger
 from replay.fold import Until
 from replay.player import Player
@@ -21,7 +23,7 @@ from store.directory import SessionDirectory
 from store.log import open_log
 from store.log.base import Log
 from store.rows import StoredEvent
-from store.sql import Completeness, completeness
+from store.sql import completeness
 from tokentape.api.access import Gate, Principal
 from tokentape.api.work import Works
 from tokentape.installation import Installation
@@ -104,7 +106,7 @@ class Desks:
 
     def completeness(self) -> dict[str, Any]:
         """How complete an answer is."""
-        return completeness_document(completeness(self.installation.catalog))
+        return completeness(self.installation.catalog).document()
 
     @contextlib.contextmanager
     def log(self) -> Iterator[Log]:
@@ -130,15 +132,18 @@ class Desks:
                 self._tapes.popitem(last=False)
         return tape
 
+    @cached_property
+    def traces(self) -> Traces:
+        """Spans on their way to the tape. What others wrote of their sessions in the last seconds may be unseen; see `freshen`."""
+        return Traces(self.installation.settings, self._recorded)
+
+    def _recorded(self, sessions: Sequence[bytes]) -> dict[bytes, list[StoredEvent]]:
+        self.freshen()
+        return self.installation.reader.sessions(sessions)
+
     def debug(self, principal: Principal) -> Desk:
         """Breakpoints and stopped requests, as this person decides about them."""
         return Desk(self.control, principal.name, answer_timeout_s=self.installation.settings.debug.answer_timeout_s)
-
-
-def completeness_document(found: Completeness) -> dict[str, Any]:
-    """Completeness as JSON types."""
-    names = ("gaps", "lost", "quarantined", "duplicates", "erased", "sampled_out")
-    return {"fresh_to": found.fresh_to.isoformat() if found.fresh_to else None, **{name: getattr(found, name) for name in names}}
 
 
 def custodian(principal: Principal) -> str:

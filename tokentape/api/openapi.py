@@ -12,6 +12,8 @@ from tokentape import __version__
 from tokentape.api.routing import PREFIX, Route
 
 _PROBLEMS = ("400", "401", "403", "404", "405", "409", "413", "415", "422", "503")
+READ: dict[str, Schema] = {"application/json": {"type": "object"}, "application/x-protobuf": {"type": "string", "format": "binary"}}
+"""Bodies of somebody else's format, of which their own specification says more."""
 _REF = "#/components/schemas/{model}"
 
 
@@ -56,6 +58,8 @@ def _operation(route: Route, schemas: dict[str, Schema]) -> dict[str, Any]:
         schemas |= schema.pop("$defs", {})
         required = bool(schema.get("required"))
         made["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+    if route.reads:
+        made["requestBody"] = {"required": True, "content": {media: {"schema": READ[media]} for media in route.reads}}
     return made
 
 

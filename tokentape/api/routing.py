@@ -58,7 +58,7 @@ Handler = Callable[[Call], Reply | Response]
 class Route:
     """One operation. `content` says that it shows or changes what people said, so each call is an `access_logged` event.
 
-    `writes` makes an `Idempotency-Key` count.
+    `writes` makes an `Idempotency-Key` count. `reads` are readers of bodies by their media type, where those are no documents of ours.
     """
 
     method: str
@@ -69,6 +69,7 @@ class Route:
     handle: Handler
     query: type[Taken] = Nothing
     body: type[Taken] | None = None
+    reads: Mapping[str, Callable[[bytes], Any]] = field(default_factory=dict)
     answer: Schema = field(default_factory=lambda: OBJECT)
     status: int = 200
     content: bool = False

@@ -27,7 +27,7 @@ from tokentape.api.live import EVENT_STREAM, follow
 from tokentape.api.replays import Replayed, replay
 from tokentape.api.routing import Call, Nothing, Reply, Route, Taken
 from tokentape.exports import whole_session
-from tokentape.lines import event_document
+from tokentape.lines import event_document, session_line
 
 WRITERS: frozenset[Role] = frozenset({"analyst", "debugger"})
 """Who adds to what others see."""
@@ -123,7 +123,7 @@ def list_sessions(call: Call) -> Reply:
     found = call.desks.directory.sessions(call.principal.viewer, wanted, limit=asked.limit, offset=asked.offset)
     call.rows = len(found.rows)
     page = {"total": found.total, "limit": asked.limit, "offset": asked.offset}
-    return Reply({"sessions": [_row(row) for row in found.rows], **page, "completeness": call.desks.completeness()})
+    return Reply({"sessions": [session_line(row) for row in found.rows], **page, "completeness": call.desks.completeness()})
 
 
 def import_one(call: Call) -> Reply:
@@ -144,7 +144,7 @@ def show(call: Call) -> Reply:
     tape, row = _tape(call)
     state = tape.at(call.query.at)
     last = {"at": iso(state.last.at), "event_id": uuid_text(state.last.event_id)} if state.last else {"at": None, "event_id": None}
-    document = {"session": _row(row), **last, "of": len(tape.events), **session_document(state)}
+    document = {"session": session_line(row), **last, "of": len(tape.events), **session_document(state)}
     return Reply({**document, "completeness": call.desks.completeness()})
 
 
@@ -214,11 +214,6 @@ def _tape(call: Call) -> tuple[Tape, dict[str, Any]]:
     tape = call.desks.tape(session_id)
     call.rows = len(tape.events)
     return tape, row
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    named = {name: value for name, value in row.items() if name not in ("session_id", "first_at", "last_at", "shown_by")}
-    return {"session_id": uuid_text(row["session_id"]), "started_at": iso(row["first_at"]), "last_event_at": iso(row["last_at"]), **named}
 
 
 def at_us(moment: dt.datetime | None) -> int | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 from rich.markup import escape
 
 from replay.words import printable
+from schemas.errors import UsageError
 from tokentape import doctor as checks
 from tokentape import doctor_kv, doctor_vllm
 from tokentape.commands.common import format_option, with_installation
@@ -46,13 +48,21 @@ def vllm(fmt: str) -> None:
 @click.option("--dtype", default="bfloat16", show_default=True, help="The dtype of the cache.")
 @click.option("--device", default="cpu", show_default=True, help="Where the cache is: cpu, cuda or cuda:N.")
 @click.option("--timeout", type=click.FloatRange(0.1, 600), default=10.0, show_default=True, help="Seconds that a transfer may take.")
+@click.option(
+    "--profile",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Drive it many times more, and write what its calls took to this file, for pstats and its viewers.",
+)
 @format_option
-def kv(connector: str | None, config: str | None, dtype: str, device: str, timeout: float, fmt: str) -> None:
+def kv(connector: str | None, config: str | None, dtype: str, device: str, timeout: float, profile: Path | None, fmt: str) -> None:
     """Find a KV connector, build it, and drive it by hand: look up, save a small tensor, look it up again, load it, compare.
 
     Needs vLLM, and no model. What it saves are three blocks of random tokens, which stay in the connector's store.
     """
-    _write(doctor_kv.kv(doctor_kv.transfer_of(connector, config), dtype=dtype, device=device, seconds=timeout), fmt)
+    transfer = doctor_kv.transfer_of(connector, config)
+    if profile is not None and not profile.absolute().parent.is_dir():
+        raise UsageError("no folder there", operation="doctor kv", place=str(profile), hint="name a file in a folder that exists")
+    _write(doctor_kv.kv(transfer, dtype=dtype, device=device, seconds=timeout, profile=profile), fmt)
 
 
 def _write(findings: Sequence[checks.Finding], fmt: str) -> None:

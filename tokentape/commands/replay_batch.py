@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,9 +21,13 @@ from tokentape.commands.exact import ExactOptions, play_again
 from tokentape.engines import calibrations, open_cluster, open_engine
 from tokentape.installation import Installation
 from tokentape.output import err, write_json
-from tokentape.selection import column, replayable_sessions
+from tokentape.selection import replayable_sessions
 
-DONE = "SELECT parent_session_id FROM sessions WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
+DONE = (
+    "SELECT parent_session_id, verdict FROM sessions JOIN replays USING (session_id) "
+    "WHERE workflow = '{run}' AND purpose = 'replay' AND closed = 'replay finished'"
+)
+"""Sessions that a run has replayed, and what came of each."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -117,8 +122,10 @@ def _compare_all(
     installation.freshen()
     with installation.accessing("replay-batch", f"{name}: {where}") as access:
         chosen = replayable_sessions(installation, where)
-        done = set(column(installation, DONE.format(run=name)))
+        finished = installation.sql.query(DONE.format(run=name)).table.to_pylist()
+        done = {str(row["parent_session_id"]): str(row["verdict"]) for row in finished}
         left = [session for session in chosen if session not in done]
+        earlier = Counter(done[session] for session in chosen if session in done)
         access["rows"] = len(left)
         err.print(f"run {name}: {count(len(chosen), 'session')}, {len(chosen) - len(left):,} done before", markup=False)
         with _progress(len(chosen), len(chosen) - len(left)) as told:
@@ -135,9 +142,9 @@ def _compare_all(
                 summary = batch.run(opened() if left else [], at_once=at_once)
             finally:
                 if batch.summary.verdicts:
-                    _print(name, batch.summary, fmt)
+                    _print(name, batch.summary, earlier, fmt)
         if not summary.verdicts:
-            _print(name, summary, fmt)
+            _print(name, summary, earlier, fmt)
 
 
 @contextmanager
@@ -153,15 +160,18 @@ def _progress(total: int, before: int) -> Iterator[Callable[[Outcome], None]]:
         yield told
 
 
-def _print(run: str, summary: Summary, fmt: str) -> None:
+def _print(run: str, summary: Summary, earlier: Counter[str], fmt: str) -> None:
+    """What came of a run: of this process, and of those before it that `earlier` counts."""
     speed = summary.tokens / summary.seconds if summary.seconds else 0.0
     worst = [{**token._asdict(), "session": uuid(token.session), "generation": uuid(token.generation)} for token in summary.worst]
     if fmt == "json":
-        figures = {"verdicts": dict(summary.verdicts), "tokens": summary.tokens, "tokens_per_s": speed, "unknown": summary.unknown}
+        verdicts = {"verdicts": dict(summary.verdicts), "verdicts_before": dict(earlier)}
+        figures = {**verdicts, "tokens": summary.tokens, "tokens_per_s": speed, "unknown": summary.unknown}
         write_json({"run": run, **figures, "worst": worst})
         return
-    for verdict, sessions in summary.verdicts.most_common():
-        click.echo(f"{sessions:8,}  {verdict.replace('_', ' ')}")
+    for verdict, sessions in (summary.verdicts + earlier).most_common():
+        before = f", {earlier[verdict]:,} of them before" if earlier[verdict] else ""
+        click.echo(f"{sessions:8,}  {verdict.replace('_', ' ')}{before}")
     if summary.unknown:
         click.echo(f"{summary.unknown:8,}  gone since they were listed")
     click.echo(f"{count(summary.tokens, 'token')} in {summary.seconds:.1f} s, {speed:,.0f} tokens/s; recorded as run {run}")

@@ -135,12 +135,20 @@ def _verdict(result: Result) -> dict[str, Any]:
 def determinism_(
     installation: Installation, file: Path, engine: str | None, options: tuple[str, ...], model: str | None, times: int, fmt: str
 ) -> None:
-    """Ask every case of FILE again and again by the same seed, alone; exit code 6 unless all answers are the same, token by token."""
+    """Ask every case of FILE again and again by the same seed, alone; exit code 6 unless all answers are the same, token by token.
+
+    Cases that the engine refuses are named and say nothing; exit code 2 if it refuses all.
+    """
     read = read_suite(file)
     speaker = open_engine(installation, engine, model, options)
     found = list(determinism(read, speaker, times=times))
     write_rows([{"case": name_of(one.case), "same": one.same, "reason": one.reason} for one in found], fmt, REPEATED)
-    if other := [one for one in found if not one.same]:
+    refused = [one for one in found if one.same is None]
+    if refused:
+        err.print(f"{len(refused)} of {count(len(found), 'case')} could not be asked: {refused[0].reason}", markup=False)
+    if len(refused) == len(found):
+        raise UsageError("no case of it can be asked", operation="suite determinism", place=str(file), hint="see the reasons")
+    if other := [one for one in found if one.same is False]:
         fault = f"{len(other)} of {count(len(found), 'case')} came differently: {name_of(other[0].case)}: {other[0].reason}"
         raise Regressed(fault, operation="suite determinism", place=str(file), hint="other requests on the engine change its batches")
 

@@ -20,6 +20,9 @@ PREFIXES = ("/v1beta/models/", "/v1/models/")
 
 _FINISH_REASONS = {"stop": "STOP", "tool_calls": "STOP", "function_call": "STOP", "length": "MAX_TOKENS", "content_filter": "SAFETY"}
 
+_NOTHING = {"text": ""}
+"""What Google sends where an event of a stream says nothing: its clients drop an answer from their history of which one has no part."""
+
 
 class Generate:
     """`generateContent`, or one of the two forms of `streamGenerateContent`: server-sent events, or one JSON array."""
@@ -147,8 +150,10 @@ class GenerateAnswer(TranslatedAnswer):
         parts, scores = self._parts(delta), self._logprobs(choice)
         self._grow(index, delta)
         if choice.get("finish_reason") is not None:
-            self._ends.append(self._end(index, choice))
-        return {"index": index, "content": {"role": "model", "parts": parts}, **scores} if parts or scores else None
+            end = self._end(index, choice)
+            end["content"]["parts"] = end["content"]["parts"] or [_NOTHING]
+            self._ends.append(end)
+        return {"index": index, "content": {"role": "model", "parts": parts or [_NOTHING]}, **scores} if parts or scores else None
 
     def _parts(self, said: dict[str, Any]) -> list[dict[str, Any]]:
         thought = said.get("reasoning") or said.get("reasoning_content")

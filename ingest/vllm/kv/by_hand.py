@@ -1,6 +1,6 @@
 """A KV connector driven by hand, without an engine: found, built, looked up, a small tensor saved, loaded elsewhere and compared.
 
-    python -m ingest.vllm.kv.by_hand CONFIG_JSON DTYPE DEVICE SECONDS
+    python -m ingest.vllm.kv.by_hand CONFIG_JSON DTYPE DEVICE SECONDS [PROFILE]
 
 Prints one JSON line when a stage begins and one when it ends, so that whoever started it knows where it hangs. The probe's tokens are
 random: the first look-up has to be a miss, and what is saved is of no use to anybody.
@@ -8,16 +8,20 @@ random: the first look-up has to be a miss, and what is saved is of no use to an
 
 from __future__ import annotations
 
+import cProfile
 import inspect
 import os
 import pickle
+import pstats
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +31,8 @@ MORE = 3
 """Tokens of a last block that is not whole: connectors save and look up whole blocks only."""
 WRITTEN, READ = range(1, BLOCKS + 2), range(BLOCKS + 2, 2 * BLOCKS + 3)
 """Blocks that the first request has, and those of the second; block 0 is nobody's."""
+ROUNDS = 20
+"""How often all is done again for a profile, each time with other tokens."""
 POLL_S = 0.02
 """Between two questions whether an asynchronous transfer has ended."""
 
@@ -81,8 +87,13 @@ def kind_of(error: BaseException) -> str:
     return "class" if isinstance(error, TypeError) and re.search(r"abstract|__init__|argument", text) else "connector"
 
 
-def examine(transfer: dict[str, Any], say: Say, *, dtype: str = "bfloat16", device: str = "cpu", seconds: float = 10.0) -> bool:
-    """Drive the connector of a `kv_transfer_config` through all stages; False when one of them failed, which ends it."""
+def examine(
+    transfer: dict[str, Any], say: Say, *, dtype: str = "bfloat16", device: str = "cpu", seconds: float = 10.0, profile: Path | None = None
+) -> bool:
+    """Drive the connector of a `kv_transfer_config` through all stages; False when one of them failed, which ends it.
+
+    With `profile` it is driven through them `ROUNDS` times more, and what Python's profiler counts of the calls goes to that file.
+    """
     try:
         with _stage(say, "module", "configuration and class"):
             config = _config(transfer, device)
@@ -99,6 +110,13 @@ def examine(transfer: dict[str, Any], say: Say, *, dtype: str = "bfloat16", devi
             matched = drive.load()
         with _stage(say, "compare", f"{matched} tokens are bit for bit what was saved"):
             drive.compare(matched)
+        if profile is not None:
+            measured = Measured()
+            with _stage(say, "profile", measured.words):
+                for number in range(ROUNDS):
+                    say("profile", "begun", f"round {number + 1} of {ROUNDS}", "")
+                    drive.again(measured)
+                measured.write(profile)
     except _Ended:
         return False
     return True
@@ -109,8 +127,9 @@ class _Ended(Exception):
 
 
 @contextmanager
-def _stage(say: Say, check: str, detail: str) -> Iterator[None]:
-    say(check, "begun", detail, "")
+def _stage(say: Say, check: str, detail: str | Callable[[], str]) -> Iterator[None]:
+    """A stage; a `detail` that is known only afterwards is called for then."""
+    say(check, "begun", detail if isinstance(detail, str) else "", "")
     try:
         yield
     except Exception as error:
@@ -118,7 +137,7 @@ def _stage(say: Say, check: str, detail: str) -> Iterator[None]:
         text = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
         say(fault, "bad", f"{text} (while: {check})" if fault != check else text, CURES[fault])
         raise _Ended from error
-    say(check, "ok", detail, "")
+    say(check, "ok", detail if isinstance(detail, str) else detail(), "")
 
 
 def _version() -> str:
@@ -173,6 +192,43 @@ def _suits(connector: type) -> None:
         raise Wrong("class", f"it does not implement {', '.join(missing)}")
 
 
+class Measured:
+    """What a connector's calls took, in seconds by stage, and which functions took it."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, list[float]] = {}
+        self._profiler = cProfile.Profile()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """One stage of one round."""
+        began = time.perf_counter()
+        self._profiler.enable()
+        try:
+            yield
+        finally:
+            self._profiler.disable()
+            self.took.setdefault(name, []).append(time.perf_counter() - began)
+
+    def write(self, path: Path) -> None:
+        """Write what `pstats` and its viewers read."""
+        self._profiler.dump_stats(path)
+
+    def words(self) -> str:
+        """Medians by stage, and the functions that took most."""
+        medians = ", ".join(f"{name} {statistics.median(took) * 1e3:.2f} ms" for name, took in self.took.items())
+        stats: Any = pstats.Stats(self._profiler)  # typeshed does not know what it counts
+        own = sorted(((count[2], place) for place, count in stats.stats.items()), reverse=True)[:3]
+        most = ", ".join(f"{_function(place)} {took / max(stats.total_tt, 1e-9):.0%}" for took, place in own)
+        return f"medians of {ROUNDS} rounds under the profiler: {medians}; most of it in {most}"
+
+
+def _function(place: tuple[str, int, str]) -> str:
+    """A function by its name and file; those of the interpreter have no file."""
+    file, line, name = place
+    return name.strip("<>") if file == "~" else f"{name} ({Path(file).name}:{line})"
+
+
 @dataclass
 class _Drive:
     """Both sides of one connector, and a cache of which some blocks are saved and others loaded into."""
@@ -203,6 +259,7 @@ class _Drive:
             self._worker: Any = self.connector(self.config, KVConnectorRole.WORKER, cache_config)
         self._worker.register_kv_caches(self._caches)
         self._layers = layers
+        self._round = 0
         self._tokens = [int.from_bytes(os.urandom(2), "big") for _ in range(BLOCK * BLOCKS + MORE)]
         self._saved = {name: cache.clone() for name, cache in self._caches.items()}
 
@@ -229,7 +286,7 @@ class _Drive:
         self._step(request, blocks, computed=0, saves=True)
         kept, _ = self._finish(request, blocks)
         if kept:
-            self._await("a", sending=True)
+            self._await(request.request_id, sending=True)
 
     def load(self) -> int:
         """One step in which other blocks are filled from the store; the tokens found."""
@@ -242,7 +299,7 @@ class _Drive:
             self._slots(name, blocks).zero_()
         self._step(request, blocks, computed=matched, saves=False)
         if later:
-            self._await("b", sending=False)
+            self._await(request.request_id, sending=False)
         return int(matched)
 
     def compare(self, matched: int) -> None:
@@ -257,6 +314,18 @@ class _Drive:
                         "dtype", f"values of {name} come back up to {off:.2g} off: they were kept in another dtype than {self.dtype}"
                     )
                 raise Wrong("compare", f"values of {name} come back up to {off:.2g} off")
+
+    def again(self, measured: Measured) -> None:
+        """All of it once more, with other tokens and other requests."""
+        self._tokens = [int.from_bytes(os.urandom(2), "big") for _ in self._tokens]
+        self._round += 1
+        with measured.stage("lookup"):
+            self.misses()
+        with measured.stage("save"):
+            self.save()
+        with measured.stage("load"):
+            matched = self.load()
+        self.compare(matched)
 
     def _slots(self, name: str, blocks: Any, of: Any = None) -> Any:
         """The tokens of some blocks: [block, slot, …], a view where `of` is the cache."""
@@ -322,7 +391,7 @@ class _Drive:
         hashing = _hashing()
         kv_cache_utils.init_none_hash(hashing)
         given = {
-            "request_id": name,
+            "request_id": f"{name}{self._round}",
             "prompt_token_ids": list(self._tokens),
             "sampling_params": SamplingParams(max_tokens=1),
             "pooling_params": None,
@@ -373,7 +442,7 @@ def main() -> int:
 
     from ingest.vllm.kv.outlet import outlet
 
-    transfer, dtype, device, seconds = sys.argv[1:]
+    transfer, dtype, device, seconds, *profile = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w")  # what vLLM and the connector print goes elsewhere
     os.dup2(2, 1)
 
@@ -381,7 +450,8 @@ def main() -> int:
         out.write(json.dumps(told) + "\n")
         out.flush()
 
-    good = examine(json.loads(transfer), say, dtype=dtype, device=device, seconds=float(seconds))
+    into = Path(profile[0]) if profile else None
+    good = examine(json.loads(transfer), say, dtype=dtype, device=device, seconds=float(seconds), profile=into)
     outlet.close()
     os._exit(0 if good else 1)  # threads of a connector may not want to end
 
