@@ -64,8 +64,7 @@ def run() -> list[dict[str, Any]]:
     """Rows: timelines hot and cold, GETs, count and group."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = _base(folder)
-        files = [_make(folder, base, number) for number in range(FILES)]
+        files = made_files(folder, EVENTS)
         return [*_hot(folder, files), *_group(folder, files), *_cold(folder, files)]
 
 
@@ -120,10 +119,10 @@ def _base(folder: Path) -> Path:
     return path
 
 
-def _make(folder: Path, base: Path, number: int) -> Path:
+def _make(folder: Path, base: Path, number: int, all_events: int = EVENTS) -> Path:
     """One segment: Parquet as tiering writes it."""
     made = BASE_SESSIONS * SESSION_EVENTS
-    first, last = (EVENTS // made * part // FILES for part in (number, number + 1))
+    first, last = (all_events // made * part // FILES for part in (number, number + 1))
     path = folder / f"{number}.parquet"
     select = _COPIES.format(events=made, sessions=BASE_SESSIONS, session=SESSION_EVENTS, span_us=made * 900, first=first, last=last)
     options = "FORMAT parquet, COMPRESSION zstd, PARQUET_VERSION v2, WRITE_BLOOM_FILTER false, ROW_GROUP_SIZE 20000"
@@ -152,16 +151,29 @@ def _sessions(files: list[Path], count: int) -> list[bytes]:
     return [bytes(row[0]) for row in random.Random(7).sample(rows, min(count, len(rows)))]
 
 
-def _hot(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
-    settings = Settings(data=folder / "hot-only")
+def made_files(folder: Path, all_events: int) -> list[Path]:
+    """The segments of so many events."""
+    base = _base(folder)
+    return [_make(folder, base, number, all_events) for number in range(FILES)]
+
+
+def fill_hot(settings: Settings, files: list[Path]) -> Catalog:
+    """Day shards of what is in these files."""
     catalog = open_catalog(settings.data)
     catalog.shards_folder.mkdir(parents=True)
     for number, file in enumerate(files):
         path = catalog.shards_folder / f"day-{number}.duckdb"
         with connect(threads=2) as duck:
             use_new(duck, path)
-            lay_out(duck, f"read_parquet('{file}', hive_partitioning = false)", EVENTS // FILES)
-        catalog.swap(shards=[Shard(name=path.stem, path=path, level="day", bytes=path.stat().st_size, **_covered(file))])
+            covered = _covered(file)
+            lay_out(duck, f"read_parquet('{file}', hive_partitioning = false)", covered["rows"])
+        catalog.swap(shards=[Shard(name=path.stem, path=path, level="day", bytes=path.stat().st_size, **covered)])
+    return catalog
+
+
+def _hot(folder: Path, files: list[Path]) -> list[dict[str, Any]]:
+    settings = Settings(data=folder / "hot-only")
+    catalog = fill_hot(settings, files)
     reader = EventReader(settings, catalog)
     for session in _sessions(files, ROUNDS):  # attaches every shard
         reader.table(session)

@@ -323,6 +323,47 @@ class OutcomeView:
         yield Text(f"  took {duration(outcome.duration_us)}, recorded as session {uuid(outcome.session_id)}", style="dim")
 
 
+AROUND = 4
+"""Tokens shown before and after the one that tells."""
+
+
+class ComparisonView:
+    """Draws a document of `replay.comparison`; a rich renderable."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        found = self.document
+        names = [side.get("generation_id") or side["session_id"] for side in (found["first"], found["second"])]
+        yield Text.assemble(("compare ", "bold"), names[0] or "?", ("  with ", "dim"), printable(found.get("engine") or names[1] or "?"))
+        for line in found["environment"]["lines"]:
+            yield Text(printable(f"  {line}"), style="dim")
+        for sequence in found["sequences"]:
+            style = STYLES[verdict_level(sequence["verdict"])]
+            lane = f"  …{sequence['generation_id'][-8:]}.{sequence['index']} "
+            yield Text.assemble(lane, (sequence["verdict"].replace("_", " "), style), printable(f" · {sequence['reason']}"))
+            if sequence["first_telling"] is not None:
+                yield from _telling(sequence, sequence["first_telling"])
+        yield _verdict_line(found["verdict"] or "under way", found["reason"])
+
+
+def _telling(sequence: dict[str, Any], at: int) -> Iterator[Text]:
+    """The token that tells and those around it, with what each side thought of them."""
+    first, second, drift = sequence["first"], sequence["second"], sequence["drift"]
+    for i in range(max(0, at - AROUND), min(len(first["text"]), at + AROUND + 1)):
+        values = [_figure(column, i) for column in (first["logprob"], second["logprob"], drift)]
+        told = second["text"][i] if i < len(second.get("text", ())) else first["text"][i] if "text" not in second else None
+        other = "" if told == first["text"][i] else f"  there {told!r}"
+        text = f"    token {i:<6} {values[0]:>10} {values[1]:>10} {values[2]:>10}  {first['text'][i]!r}{other}"
+        yield Text(printable(text), style="bold" if i == at else "dim")
+
+
+def _figure(values: list[float | None], i: int) -> str:
+    value = values[i] if i < len(values) else None
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _sequence_table(outcome: Outcome) -> Table:
     """One row per sequence: which, its verdict, why and where."""
     table = Table.grid(padding=(0, 1))

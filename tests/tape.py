@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from schemas import events as e
+from schemas.enginerun.sessions import steps_session
 from schemas.environment import capture
 from store.rows import StoredEvent
 
@@ -39,7 +40,7 @@ class Tape:
             tenant="acme",
             actor=actor,
             source=source,
-            producer_id=hashlib.sha256(source.encode()).digest()[:8],
+            producer_id=hashlib.sha256(source.encode() + self.session_id).digest()[:8],
             producer_seq=seq,
             recorded_at=START + round(ms * 1000),
             payload=payload,
@@ -57,11 +58,11 @@ class Tape:
         self._held.update(key for key, _ in pairs)
         parameters = fields.pop("parameters", {"model": "tiny", "stream": True})
         content = e.RequestContent(messages=fresh, parameters=json.dumps(parameters))
-        actor = fields.pop("actor", "user:42")
+        actor, source = fields.pop("actor", "user:42"), fields.pop("source", "gateway")
         defaults: dict[str, Any] = {"endpoint": "/v1/chat/completions", "model": "tiny", "stream": True, "temperature": 0.8}
         ids = [key for key, _ in pairs]
         payload = e.RequestSubmitted(generation_id=ident(name), message_ids=ids, content=content, **{**defaults, **fields})
-        self.add(payload, ms, actor=actor)
+        self.add(payload, ms, actor=actor, source=source)
         return payload.generation_id
 
     def started(self, generation: bytes, ms: float, offset_ms: float, prompt_ids: Sequence[int] = (), **fields: Any) -> None:
@@ -251,3 +252,33 @@ def _renumber(tape: Tape) -> None:
     """Sequence numbers and offsets after the order changed."""
     for i, stored in enumerate(tape.events):
         tape.events[i] = StoredEvent(stored.event.model_copy(update={"producer_seq": i}), "log", 0, 100 + i, stored.appended_at)
+
+
+def engine_run(name: str = "engine run", *, steps: int = 240, tenant: str = "acme") -> list[e.Event]:
+    """A run of an engine with a KV connector: four requests that join and leave, one preempted, a prompt that was found and one not."""
+    owner = Tape(name)
+    run, platform = owner.session_id, Tape(name)
+    platform.session_id = steps_session(run)
+    operations = Tape(f"{name} kv")
+    owner.add(e.SessionOpened(client="vllm 0.32.0", purpose="engine run"), 0, source="engine")
+    operations.add(e.SessionOpened(purpose="kv operations", parent_session=run), 0, source="engine")
+    lives = {"e1": (0, steps * 3 // 4), "e2": (4, steps // 2), "e3": (steps // 4, steps), "e4": (steps // 2, steps)}
+    ids = {each: owner.request(each, [QUESTION], at, source="engine") for each, (at, _) in lives.items()}
+    for number, (each, generation) in enumerate(ids.items()):
+        hashes = b"".join(bytes([1 if number in (0, 2) else number + 2]) * 8 for _ in range(3))
+        looked = e.KvOperation(operation="lookup", role="scheduler", connector="tests:Example", generation_id=generation, request=each)
+        found = {"tokens_asked": 48, "tokens_matched": 32 if number == 2 else 0, "tokens_local": 0, "duration_us": 800 + number}
+        looked = looked.model_copy(update={**found, "content": e.KvContent(block_hashes=hashes)})
+        operations.add(looked, lives[each][0], source="engine")
+        saved = e.KvOperation(operation="save", role="worker", connector="tests:Example", bytes=49_152, duration_us=2_000)
+        operations.add(saved, lives[each][0] + 1, source="engine")
+    for step in range(steps):
+        out = 100 <= step < 110
+        inside = [each for each, (begins, ends) in lives.items() if begins <= step < ends and not (each == "e1" and out)]
+        entries = [e.StepEntry(generation_id=ids[each], index=0, tokens=48 if step == lives[each][0] else 1) for each in inside]
+        told = e.EngineStep(engine_run=run, step=step, duration_us=4_000 + 300 * len(inside), waiting=int(out), running=len(inside))
+        used = {"preempted": int(step == 100), "kv_used": 0.1 + 0.8 * step / steps, "entries": entries}
+        platform.add(told.model_copy(update=used), step * 5, source="engine")
+    made = [stored.event for tape in (owner, operations, platform) for stored in tape.events]
+    tenants = {run: tenant, operations.session_id: tenant, platform.session_id: e.PLATFORM_TENANT}
+    return [event.model_copy(update={"tenant": tenants[event.session_id]}) for event in made]

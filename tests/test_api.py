@@ -70,6 +70,14 @@ class ApiCase:
         assert found == [[SESSION]] * len(asked)
         assert missed == [0, 0, 0, 0]
 
+    def test_what_was_said_first_and_what_is_under_way(self, api: Api) -> None:
+        """A row has the beginning of the first user message; all four requests of the incident have ended."""
+        (row,) = api("GET", "debug-sessions?q=lisbon")["sessions"]
+
+        assert row["first_message"] == "What happened to the answers this morning?\nPlease be exact about times."
+        assert row["under_way"] == 0
+        assert api("GET", "debug-sessions?q=lisbon&under_way=true")["total"] == 0
+
     def test_a_page_beyond_the_end(self, api: Api) -> None:
         """It is empty and still says how many there are."""
         page = api("GET", "debug-sessions?q=lisbon&offset=5&limit=1")
@@ -277,7 +285,7 @@ _BODIES: dict[str, Any] = {
 def test_each_role_on_each_route(guarded: Api, route: Route) -> None:
     """A role that the table names comes in, and an admin; every other one is told which it takes, and nobody comes without a key."""
     path = route.path.removeprefix("/").replace("{id}", GHOST)
-    for name in ("{name}", "{hold}", "{erasure}", "{event}", "{job}"):
+    for name in ("{name}", "{hold}", "{erasure}", "{event}", "{job}", "{run}"):
         path = path.replace(name, "nothing")
     query = "?generation=x" if route.name == "show_tokens" else ""
     statuses: dict[Role | None, int] = {None: guarded.send(route.method, path + query, _BODIES.get(route.name)).status_code}

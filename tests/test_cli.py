@@ -122,6 +122,7 @@ NONSENSE = [
     (["replay", "SESSION", "--mode", "fast", "--to", "breakpoint"], 2, "no breakpoint"),
     (["replay", "SESSION", "--engine", "http://127.0.0.1:9"], 8, "127.0.0.1:9"),
     (["replay", "SESSION", "--engine", "ftp://nowhere"], 2, "ftp://nowhere"),
+    (["compare", "SESSION", "--generation", "ffff"], 2, "no generation 'ffff' with tokens"),
     (["kv", "ffffffff-0000-7000-8000-000000000000"], 3, "no call of a KV connector is on the tape"),
     (["kv", "not-an-id"], 2, "'not-an-id' is no id"),
     (["breakpoints", "add"], 2, "say which requests to stop"),
@@ -228,7 +229,7 @@ def test_status_and_doctor(program: Program) -> None:
     shown, found = program.batch(["status", "--format", "json"], ["doctor", "storage", "--format", "json"])
     status, findings = json.loads(shown.stdout), {row["check"]: row["state"] for row in found.rows}
 
-    assert status.keys() == {"running", "log", "storage", "watch", "alerts", "missing", "object_store", "checkpoint"}
+    assert status.keys() == {"running", "log", "storage", "watch", "alerts", "missing", "object_store", "checkpoint", "upstreams"}
     assert status["log"]["lag"] == sum(row["end"] - row["indexed"] for row in status["log"]["partitions"])
     assert status["storage"]["hot"]["events"] > 60
     assert findings.keys() == {"data directory", "room", "duckdb extensions", "log", "object store", "ledger key"}

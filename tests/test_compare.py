@@ -52,8 +52,9 @@ class Sink:
         stored = []
         for i, (session, payload) in enumerate(self.recorded):
             event = e.Event(
-                event_id=i.to_bytes(16, "big"), session_id=session.session_id, salt=session.salt, tenant=session.tenant, source="replay",
-                producer_id=bytes(8), producer_seq=i, recorded_at=START + i, payload=payload,
+                event_id=session.session_id[8:] + i.to_bytes(8, "big"), session_id=session.session_id, salt=session.salt,
+                tenant=session.tenant, source="replay", producer_id=session.session_id[8:], producer_seq=i,
+                recorded_at=START + i, payload=payload,
             )  # fmt: skip
             stored.append(StoredEvent(event, "log", 0, i, START))
         return stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import os
@@ -17,12 +18,21 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from replay.compare import run_compare
+from replay.engines.base import Scored
+from replay.fold import fold
+from replay.taped import taped
 from schemas import events as e
-from schemas.settings import ApiSettings
+from schemas.settings import ApiSettings, Settings
 from scripts.native import tools
+from store.indexer import Indexer
+from store.ledger.note import Signer
+from store.ledger.rotation import rotate
 from tests.api_rig import Api, put, serving
 from tests.debug_rig import Debugged, debugging
-from tests.tape import EVIL, QUESTION, SYSTEM, Tape, finish, incident, stream
+from tests.tape import EVIL, QUESTION, SYSTEM, Tape, engine_run, environment, finish, incident, stream
+from tests.test_compare import Scorer, Sink
+from tests.tiered import tiered
 from tokentape.api.page import BUNDLE, POLICY
 
 UI = BUNDLE.parent
@@ -31,6 +41,10 @@ SESSION = str(uuid.UUID(bytes=TAPE.session_id))
 TIMEOUT_MS = 60_000
 GZIP_BYTES_MAX = 500_000
 XSS = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+WITHOUT_ED25519 = """() => {
+    const own = crypto.subtle.importKey.bind(crypto.subtle);
+    crypto.subtle.importKey = (...given) => (given[2].name === "Ed25519" ? Promise.reject(new Error("unknown")) : own(...given));
+}"""
 AXE = Path(str(axe_playwright_python.__file__)).with_name("axe.min.js")
 
 
@@ -76,13 +90,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     program = tools.chromium(print)
     with debugging(tmp_path_factory.mktemp("page")) as made:
         settings = made.rig.settings.model_copy(update={"api": ApiSettings(port=0)})
-        put(settings, [stored.event for stored in TAPE.events])
-        put(settings, [stored.event for stored in _hostile().events])
+        fill(settings)
         expect.set_options(timeout=TIMEOUT_MS)
         with serving(settings) as api, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
             yield Site(made, api, browser)
             browser.close()
+
+
+def fill(settings: Settings) -> None:
+    """The incident in the cold tier, proven by a key that was handed over; hot a hostile session, two replays and a run of an engine."""
+    put(settings, [stored.event for stored in TAPE.events])
+    with tiered(settings) as rig:
+        Indexer(settings, rig.log, rig.registry).run_once()
+        rig.set_day("2026-11-23")
+        rotate(settings, rig.objects)
+        rig.tier()
+        rig.checkpoint()
+    put(settings, [stored.event for stored in _hostile().events])
+    put(settings, [stored.event for run in (None, "nightly") for stored in _replayed(run).events()])
+    put(settings, engine_run())
 
 
 def _hostile() -> Tape:
@@ -101,11 +128,31 @@ def _hostile() -> Tape:
     return tape
 
 
+def _replayed(run: str | None) -> Sink:
+    """What a replay of the incident recorded: noise, and in the first answer of a run one token that is far from it."""
+    recorded = {}
+    for generation in fold(TAPE.events).generations.values():
+        for sequence in generation.sequences:
+            kept = taped(sequence)
+            recorded[kept.token_ids] = [value or 0.0 for value in kept.logprobs]
+    first = next(iter(recorded))
+
+    def view(ids: tuple[int, ...]) -> Scored:
+        moved = [value - 0.002 * (i % 9) ** 2 for i, value in enumerate(recorded[ids])]
+        if run and ids == first:
+            moved[38:41] = [value - far for value, far in zip(moved[38:41], (0.4, 3.0, 0.3), strict=True)]
+        return Scored(tuple(moved), tuple(1 + i % 5 for i in range(len(moved))), tuple(moved))
+
+    sink = Sink()
+    run_compare(TAPE.events, Scorer(view, environment("0.32.2", dtype="bfloat16")), sink, run=run)
+    return sink
+
+
 def _look(page: Page, name: str) -> None:
     """A picture for who wants to look: the folder is named in the environment."""
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(400)
-        page.screenshot(path=str(Path(folder) / f"{name}.png"))
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
 
 
 def _sound(page: Page) -> None:
@@ -121,15 +168,61 @@ def _sound(page: Page) -> None:
 def test_every_view(site: Site, dark: bool) -> None:
     """Each view is asked for by its key, shows what is on the tape, and is sound for who cannot see it or has no mouse."""
     page = site.open(dark=dark)
-    said = {"1": "Morning slowness", "3": "generations", "4": "Storage by tier", "5": "behind the log", "2": "No request is stopped"}
+    said = {
+        "1": "Morning slowness",
+        "2": "nightly",
+        "3": "Who shared a step with whom",
+        "5": "generations",
+        "6": "Storage by tier",
+        "7": "behind the log",
+        "4": "No request is stopped",
+    }
     for key, text in said.items():
         page.locator("body").press(key)
         expect(page.locator("main")).to_contain_text(text)
         expect(page.locator("[aria-current=page]")).to_contain_text(key)
         _look(page, f"view-{key}-{'dark' if dark else 'light'}")
         _sound(page)
+        if not dark:
+            page.set_viewport_size({"width": 400, "height": 860})
+            _look(page, f"view-{key}-narrow")
+            beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert (key, beyond) == (key, 0)
+            page.set_viewport_size({"width": 1440, "height": 900})
     page.close()
 
+    assert site.complaints == []
+
+
+def test_what_happens_now_and_a_dead_upstream(site: Site) -> None:
+    """A request that waits is under way; a search is kept under a name; an upstream that does not answer is seen."""
+    site.made.stop(breakpoint_id="now", tag="now")
+    answer = site.made.ask(headers={"x-tokentape-tags": "now"})
+    page = site.open()
+    expect(page.locator(".now")).to_contain_text("1 request under way in 1 session")
+    page.get_by_role("button", name="show only these").click()
+    expect(page.locator(".sessions li")).to_have_count(1)
+    expect(page.locator(".session-title")).to_have_text("Say something about the sea.")
+    _look(page, "sessions-now")
+    page.get_by_role("button", name="save this search").click()
+    page.get_by_label("Name of the search").fill("busy")
+    page.keyboard.press("Enter")
+    page.get_by_label("under way").uncheck()
+    page.get_by_label("Saved searches").select_option("busy")
+    expect(page).to_have_url(re.compile("under_way=true"))
+    site.made.desk.remove("now")
+    site.made.desk.ask(site.made.waiting()[0], "release")
+    answer.result(60)
+    expect(page.locator("main")).to_contain_text("No session is like that")
+    dead = {"name": "upstream", "url": "http://127.0.0.1:9", "answers": False, "detail": "[Errno 111] Connection refused"}
+    status = site.api("GET", "status")
+    page.route("**/api/v1/status", lambda route: route.fulfill(json={**status, "upstreams": [dead]}))
+    page.goto(f"{site.api.url}/#/health")
+    expect(page.get_by_role("alert")).to_contain_text("the upstream is dead")
+    _look(page, "health-dead")
+    page.close()
+
+    assert [one["answers"] for one in status["upstreams"]] == [True]
     assert site.complaints == []
 
 
@@ -175,6 +268,59 @@ def test_time_travel(site: Site, dark: bool) -> None:
         _look(page, "session-edit")
         page.set_viewport_size({"width": 420, "height": 860})
         _look(page, "session-narrow")
+    page.close()
+
+    assert site.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_compare(site: Site, dark: bool) -> None:
+    """A run leads to its sessions and each to its tokens: drift against the floor, the token that tells, the environments in words."""
+    page = site.open("compare", dark=dark)
+    page.get_by_role("link", name="nightly").click()
+    expect(page.get_by_role("button", name="model differs 1")).to_be_visible()
+    _look(page, f"compare-run-{'dark' if dark else 'light'}")
+    _sound(page)
+    page.get_by_role("link", name=f"Compare session {SESSION}").click()
+    expect(page.locator(".verdict-line")).to_contain_text("model differs")
+    expect(page.locator(".lines")).to_contain_text("0.32.0")
+    expect(page.locator(".tokens .telling").first).to_have_attribute("data-i", "38")
+    page.locator(".tokens .telling").first.hover()
+    expect(page.locator(".token-facts").first).to_contain_text(re.compile(r"token 38 · .*there p .*choice 4.* drift 0\.4\d? nats"))
+    _look(page, f"compare-{'dark' if dark else 'light'}")
+    _sound(page)
+    if not dark:
+        page.set_viewport_size({"width": 400, "height": 860})
+        _look(page, "compare-narrow")
+        page.get_by_role("link", name="…").first.click()
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.get_by_label("colour by").select_option("drift")
+        expect(page.locator(".tokens.drift .h7").first).to_be_attached()
+        _look(page, "session-drift")
+        page.get_by_role("link", name="beside 1, which was asked the same").click()
+        expect(page.locator("h1")).to_have_text("Two generations")
+        expect(page.locator(".verdict-line")).to_contain_text("sampling differs")
+        _look(page, "compare-generations")
+        _sound(page)
+    page.close()
+
+    assert site.complaints == []
+
+
+def test_engine(site: Site) -> None:
+    """Batches and cache over steps; keys walk through the steps, each says who shared it; the connector says why it found nothing."""
+    page = site.open("engine")
+    expect(page.locator(".chart canvas")).to_have_count(3)
+    expect(page.locator("main")).to_contain_text("a new prompt: no request before shares its first block")
+    page.get_by_label("Step", exact=True).fill("100")
+    expect(page.locator("main")).to_contain_text("1 preempted")
+    page.keyboard.press("k")
+    expect(page.locator("main")).to_contain_text("Step 99")
+    expect(page.get_by_role("region", name="Sequences in step 99").locator("tbody tr")).to_have_count(3)
+    _look(page, "engine")
+    _sound(page)
+    page.set_viewport_size({"width": 400, "height": 860})
+    _look(page, "engine-narrow")
     page.close()
 
     assert site.complaints == []
@@ -272,6 +418,56 @@ def test_a_custodian(site: Site) -> None:
     page.close()
 
     assert site.complaints == []
+
+
+def _proven(page: Page, event: str) -> None:
+    page.get_by_label("Event to prove").fill(event)
+    page.get_by_role("button", name="Check").click()
+
+
+def test_a_proof_in_the_browser(site: Site) -> None:
+    """An event is proven from its bytes to the first key; one bit more anywhere, or another key, and what does not hold is named."""
+    event = str(uuid.UUID(bytes=TAPE.events[2].event.event_id))
+    proof = site.api("GET", f"custody/proofs/{event}")
+    page = site.open("custody")
+    expect(page.locator(".chain li")).to_have_count(2)
+    _proven(page, event)
+    expect(page.locator(".checked .badge")).to_have_text("proven")
+    expect(page.locator(".steps")).to_contain_text("hands over to the key")
+    expect(page.locator(".steps")).to_contain_text("with its content")
+    _look(page, "custody-proof")
+    _sound(page)
+    altered = {
+        "the event is not row": {"event": {**proof["event"], "content": base64.b64encode(b"other").decode()}},
+        "the checkpoint: the signature is not by": {"checkpoint": proof["checkpoint"].replace("\nat 1", "\nat 2")},
+        "is not among those that the checkpoint covers": {"entry": {**proof["entry"], "path": proof["entry"]["path"][1:]}},
+        "the signature is not by": {"entry": {**proof["entry"], "json": proof["entry"]["json"].replace('"rows":', '"rows":1')}},
+        "names another schema": {"event": {**proof["event"], "schema": proof["event"]["schema"] + " "}},
+        "signed by": {"rotations": []},
+    }
+    for says, change in altered.items():
+        page.route("**/custody/proofs/*", lambda route, _, change=change: route.fulfill(json={**proof, **change}))
+        _proven(page, event)
+        expect(page.locator(".steps .bad-text")).to_contain_text(says)
+        expect(page.locator(".checked .badge")).to_have_text("not proven")
+        page.unroute("**/custody/proofs/*")
+    page.get_by_text("by the key that you were handed").click()
+    page.get_by_label("Public key").fill(str(Signer.make("tokentape.local/ledger").verifier))
+    _proven(page, event)
+    expect(page.locator(".steps .bad-text")).to_contain_text("not by the key in force")
+    page.close()
+
+    assert site.complaints == []
+
+
+def test_a_browser_without_ed25519(site: Site) -> None:
+    """It says that the signatures were not checked, and where they can be; a session's rows lead to the proof of each."""
+    page = site.open(f"session/{SESSION}")
+    page.evaluate(WITHOUT_ED25519)
+    page.get_by_role("link", name="prove this event").click()
+    expect(page.locator(".checked .badge")).to_have_text("hashes hold, signatures unchecked")
+    expect(page.locator(".checked")).to_contain_text("tokentape verify --proof")
+    page.close()
 
 
 def test_a_page_that_is_not_let_in(site: Site) -> None:

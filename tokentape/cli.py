@@ -37,6 +37,7 @@ GROUPS = {
     "Stop and edit": {"breakpoints": "debug", "stopped": "debug"},
     "Replay": {
         "replay": "replay",
+        "compare": "replay",
         "replay-batch": "replay_batch",
         "fork": "fork",
         "suite": "suite",

@@ -1,19 +1,31 @@
-"""How an installation stands: what runs, how fresh the index is, what is missing, storage by tier, locks, proof."""
+"""How an installation stands: what runs, how fresh the index is, what is missing, storage by tier, locks, proof, upstreams."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.table import Table
 
 from lifecycle.alerts import alerts_of
+from replay.words import printable
 from schemas.errors import TokentapeError
+from schemas.settings import UpstreamSettings
 from store.catalog import Catalog
 from tokentape.installation import Installation
 from tokentape.output import out, write_json
 from tokentape.supervisor import running
+
+PROBE_TIMEOUT_S = 2.0
+"""An upstream that takes longer to say anything is told as dead."""
+PROBE_EVERY_S = 5.0
+_PROBES: dict[str, tuple[float, bool, str]] = {}
+"""By address when it was asked, whether it answered, and how."""
 
 
 def collect(installation: Installation, *, age_s_max: float = 0.0) -> dict[str, Any]:
@@ -32,6 +44,7 @@ def collect(installation: Installation, *, age_s_max: float = 0.0) -> dict[str, 
         "missing": _missing(installation.catalog),
         "object_store": _tried(_store, installation),
         "checkpoint": _tried(_checkpoint, installation),
+        "upstreams": _upstreams(installation.settings.gateway.every_upstream),
     }
 
 
@@ -82,6 +95,35 @@ def _checkpoint(installation: Installation) -> dict[str, Any]:
     return {"ledger_entries": installation.ledger.head(), "last": signed}
 
 
+def _upstreams(entries: Sequence[UpstreamSettings]) -> list[dict[str, Any]]:
+    """Whether each upstream answers at all, whatever it answers: all asked at once, and none more often than every few seconds."""
+    with ThreadPoolExecutor(len(entries), thread_name_prefix="probe") as pool:
+        return list(pool.map(_probed, entries))
+
+
+def _probed(entry: UpstreamSettings) -> dict[str, Any]:
+    known = _PROBES.get(entry.url)
+    if known is None or time.monotonic() - known[0] > PROBE_EVERY_S:
+        known = _PROBES[entry.url] = (time.monotonic(), *_probe(entry))
+    url = urlsplit(entry.url)
+    place = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "") + url.path
+    return {"name": entry.name, "url": place, "answers": known[1], "detail": known[2]}
+
+
+def _probe(entry: UpstreamSettings) -> tuple[bool, str]:
+    """Ask for its models, without a key: being refused is an answer, too."""
+    url = urlsplit(entry.url)
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    try:
+        connection = kind(url.hostname or "", url.port, timeout=PROBE_TIMEOUT_S)
+        with contextlib.closing(connection):
+            connection.request("GET", f"{url.path.rstrip('/')}{'/v1beta' if entry.kind == 'gemini' else '/v1'}/models")
+            status = connection.getresponse().status
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return False, printable(str(error)) or f"no answer within {PROBE_TIMEOUT_S:g} s"
+    return status < 500, f"status {status}"
+
+
 def _utc(microseconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(microseconds / 1e6))
 
@@ -103,6 +145,14 @@ def _lines(status: dict[str, Any]) -> list[tuple[str, str]]:
     parts = [f"{item['part']} (process {item['pid']}{', ' + item['url'] if 'url' in item else ''})" for item in status["running"]]
     missing, storage = status["missing"], status["storage"]
     lines = [("running", "\n".join(parts) or "nothing; commands index by themselves")]
+    lines += [
+        (
+            "upstream",
+            "\n".join(
+                f"{one['name']} {one['url']}: {'answers' if one['answers'] else 'dead'}, {one['detail']}" for one in status["upstreams"]
+            ),
+        )
+    ]
     lines += [("log", _log_line(status["log"]))]
     lines += (
         [("storage", _error(storage))]

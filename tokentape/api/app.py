@@ -23,7 +23,7 @@ from starlette.routing import Route as Path
 
 from ingest.gateway.problems import PROBLEM_JSON, Problem, problem_document, status_of
 from schemas.errors import TokentapeError
-from tokentape.api import custody, debug, operation, query, sessions, traces
+from tokentape.api import comparing, custody, debug, engines, operation, query, sessions, traces
 from tokentape.api.desk import Desks
 from tokentape.api.idempotency import Idempotency
 from tokentape.api.metrics import Metrics
@@ -37,7 +37,10 @@ log = structlog.get_logger(__name__)
 BODY_BYTES_MAX = 128 << 20
 """An import may hold a long session."""
 
-ROUTES: tuple[Route, ...] = (*sessions.ROUTES, *debug.ROUTES, *query.ROUTES, *custody.ROUTES, *operation.ROUTES, *traces.ROUTES)
+ROUTES: tuple[Route, ...] = (
+    *(*sessions.ROUTES, *comparing.ROUTES, *engines.ROUTES, *debug.ROUTES),
+    *(*query.ROUTES, *custody.ROUTES, *operation.ROUTES, *traces.ROUTES),
+)
 """Everything under `/api/v1`."""
 
 OTLP_PATH = "/v1/traces"

@@ -19,6 +19,7 @@ from lifecycle.selectors import Selector
 from lifecycle.verification import outcome
 from schemas.errors import UnknownEvent
 from store import views
+from store.ledger.rotation import key_rows
 from tokentape.api.desk import custodian
 from tokentape.api.routing import Call, Reply, Route, Taken
 from tokentape.api.sessions import Tag, at_us
@@ -176,14 +177,16 @@ def prove(call: Call) -> Reply:
 
 
 def ledger(call: Call) -> Reply:
-    """The newest entries, the newest checkpoint, and the public key that checks both."""
+    """The newest entries, the newest checkpoint, the first public key, which checks both, and every key that signed since."""
     book = call.desks.installation.ledger
     newest = book.latest_checkpoint()
     entries = [
         {"number": entry.sequence, "recorded_at": entry.recorded_at, "type": entry.type, "sha256": entry.sha256}
         for entry in book.entries(max(0, book.head() - 50))
     ]
-    return Reply({"entries": entries[::-1], "checkpoint": newest.data.decode() if newest else None, "public_key": str(book.verifier)})
+    keys = [{**row, "public_key": str(span.key)} for row, span in zip(key_rows(book), book.chain().spans, strict=True)]
+    checkpoint = newest.data.decode() if newest else None
+    return Reply({"entries": entries[::-1], "checkpoint": checkpoint, "public_key": str(book.verifier), "keys": keys})
 
 
 def coverage(call: Call) -> Reply:
@@ -287,7 +290,15 @@ ROUTES = (
         answer=b.record("checkpoint"),
         content=True,
     ),
-    Route("GET", "/custody/ledger", "ledger", "Newest entries and checkpoint.", LOOKERS, ledger, answer=b.record("entries checkpoint")),
+    Route(
+        "GET",
+        "/custody/ledger",
+        "ledger",
+        "Newest entries and checkpoint.",
+        LOOKERS,
+        ledger,
+        answer=b.record("entries checkpoint public_key keys"),
+    ),
     Route("GET", "/custody/coverage", "coverage", "Where every offset is.", LOOKERS, coverage, query=Day, answer=b.record("coverage")),
     Route("GET", "/custody/tiers", "tiers", "What is kept where.", LOOKERS, tiers, answer=b.record("hot cold")),
 )

@@ -43,6 +43,7 @@ def opened(installation: Installation) -> Iterator[Desks]:
         keyring = Keyring(shared, required=settings.gateway.auth == "required")
         directory = SessionDirectory(installation.catalog, installation.reader)
         stack.callback(directory.close)
+        threading.Thread(target=directory.warm, name="directory", daemon=True).start()
         works = Works()
         stack.callback(works.close)
         gate = Gate(settings, keyring, directory)

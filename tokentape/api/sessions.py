@@ -50,6 +50,7 @@ class Listed(Taken):
     tenant: str | None = Field(default=None, max_length=100)
     tag: tuple[Tag, ...] = Field(default=(), description="A tag that the session has; several: all of them.")
     failed: bool = Field(default=False, description="Only sessions with a failure.")
+    under_way: bool = Field(default=False, description="Only sessions with a request that has not ended.")
     replays: bool = Field(default=False, description="Those too in which replays of others are recorded.")
 
 
@@ -116,6 +117,7 @@ def list_sessions(call: Call) -> Reply:
         tenant=asked.tenant,
         tags=tuple(asked.tag),
         failed=asked.failed,
+        under_way=asked.under_way,
         replays=asked.replays,
     )
     found = call.desks.directory.sessions(call.principal.viewer, wanted, limit=asked.limit, offset=asked.offset)
@@ -225,7 +227,7 @@ def at_us(moment: dt.datetime | None) -> int | None:
 SESSION = b.record(
     "session_id started_at last_event_at tenant requests failures tokens tags visibility",
     **dict.fromkeys(("session_id", "started_at", "last_event_at", "tenant", "visibility"), b.TEXT),
-    **dict.fromkeys(("requests", "failures", "tokens", "edits", "stops", "events"), b.INTEGER),
+    **dict.fromkeys(("requests", "failures", "tokens", "edits", "stops", "events", "under_way"), b.INTEGER),
     tags=b.array(b.TEXT),
     models=b.array(b.TEXT),
 )

@@ -17,21 +17,9 @@ from schemas.enginerun.sessions import steps_session
 from schemas.errors import TokentapeError, UsageError
 from schemas.sink import SessionContext, new_id
 from tokentape.commands.common import format_option, id_of, with_installation
+from tokentape.engineruns import RUNS
 from tokentape.installation import Installation
 from tokentape.output import err, out, write_json, write_table
-
-RUNS = """
-    WITH steps AS (
-        SELECT engine_run, count(*) AS steps, min(recorded_at) AS began, max(recorded_at) AS ended, sum(preempted) AS preempted,
-            max(running) AS running_max
-        FROM engine_steps GROUP BY engine_run
-    ), stepped AS (
-        SELECT uuid_text(session_id) AS run, count(DISTINCT request_submitted.generation_id) AS generations,
-            any_value(request_submitted.model) AS model
-        FROM events WHERE kind = 'request_submitted' AND source = 'engine' GROUP BY session_id
-    )
-    SELECT s.engine_run, s.began, s.ended, coalesce(t.generations, 0) AS generations, s.steps, s.running_max, s.preempted, t.model
-    FROM steps s LEFT JOIN stepped t ON t.run = s.engine_run ORDER BY s.began DESC"""
 
 
 @click.command("engine-runs")

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import click
 
-from replay.kv import Call, Report, report
+from replay.kv import Report
 from replay.words import printable, uuid
-from store.views import literal
 from tokentape.commands.common import id_of, with_installation
+from tokentape.engineruns import kv_report
 from tokentape.installation import Installation
 from tokentape.output import out, write_json, write_rows
 
-SESSIONS = """
-    SELECT DISTINCT session_id FROM kv_operations WHERE session_id = {session} OR generation_id IN (
-        SELECT uuid_text(request_submitted.generation_id) FROM events
-        WHERE kind = 'request_submitted' AND uuid_text(session_id) = {session})
-    UNION
-    SELECT uuid_text(session_id) FROM events WHERE kind = 'session_opened' AND uuid_text(session_opened.parent_session) = {session}
-        AND session_opened.purpose = 'kv operations'"""
-"""Sessions of KV operations that belong to an engine run, to a client's session, or are the one that was named."""
-CALLS = "SELECT * FROM kv_operations WHERE session_id IN ({sessions}) ORDER BY recorded_at"
-PROMPTS = """
-    SELECT uuid_text(generation_started.generation_id) AS generation_id, generation_started.content.prompt_token_ids AS ids
-    FROM events WHERE kind = 'generation_started' AND source = 'engine' AND uuid_text(generation_started.generation_id) IN (
-        SELECT generation_id FROM kv_operations WHERE session_id IN ({sessions}) AND operation = 'lookup')"""
-OWN = """
-    SELECT DISTINCT uuid_text(request_submitted.generation_id) AS id FROM events
-    WHERE kind = 'request_submitted' AND uuid_text(session_id) = {session}"""
 COLUMNS = ("request", "tokens", "local", "matched", "rate", "lookup ms", "why")
 
 
@@ -46,27 +29,12 @@ def kv(installation: Installation, session: str, fmt: str) -> None:
     name = uuid(id_of(session, "SESSION", operation="kv"))
     installation.freshen()
     with installation.accessing("kv", f"kv {name}") as access:
-        found = _report(installation, name)
+        found = kv_report(installation, name)
         access["rows"] = len(found.requests)
     if fmt == "json":
         write_json(dataclasses.asdict(found))
         return
     _print(found)
-
-
-def _report(installation: Installation, name: str) -> Report:
-    sessions = ", ".join(literal(row["session_id"]) for row in _rows(installation, SESSIONS.format(session=literal(name))))
-    if not sessions:
-        return report([], {})
-    calls = [Call.of(row) for row in _rows(installation, CALLS.format(sessions=sessions))]
-    prompts = {row["generation_id"]: row["ids"] or [] for row in _rows(installation, PROMPTS.format(sessions=sessions))}
-    own = {row["id"] for row in _rows(installation, OWN.format(session=literal(name)))}
-    return report(calls, prompts, own or None)
-
-
-def _rows(installation: Installation, statement: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = installation.sql.query(statement).table.to_pylist()
-    return rows
 
 
 def _print(found: Report) -> None:

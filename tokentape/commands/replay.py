@@ -7,9 +7,10 @@ import sys
 import click
 
 from replay.compare import run_compare
+from replay.comparison import generations_document, replay_document, subject_of
 from replay.fold import Until, fold
 from replay.player import Player, at_breakpoint, at_trouble
-from replay.render import OutcomeView, SessionPage
+from replay.render import ComparisonView, OutcomeView, SessionPage
 from schemas.errors import ConflictError, UsageError
 from tokentape.commands.common import with_installation
 from tokentape.engines import calibrations, engine_options, open_engine
@@ -115,4 +116,35 @@ def _print_step(player: Player) -> None:
     out.print(SessionPage(player.state, total=len(player)))
 
 
-COMMANDS = [replay]
+@click.command()
+@click.argument("session")
+@click.option("--generation", metavar="ID", help="Which of the session's generations.  [default: the last one with tokens]")
+@click.option("--with", "other", metavar="SESSION", help="The session of the other generation.  [default: the same]")
+@click.option("--with-generation", metavar="ID", help="Which of the other session's generations.  [default: the last one with tokens]")
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", show_default=True, help="How to print it.")
+@with_installation
+def compare(
+    installation: Installation, session: str, generation: str | None, other: str | None, with_generation: str | None, fmt: str
+) -> None:
+    """A replay beside what it replayed, or two generations, token by token, from the tape alone.
+
+    SESSION is the one in which a replay was recorded (`replay` names it), or with the options above that of a generation. Two
+    generations are compared as far as they say the same after the same prompt; where they part is the token that tells.
+    """
+    installation.freshen()
+    named = any((generation, other, with_generation))
+    with installation.accessing("compare", f"compare {session}" + (f" with {other or session}" if named else "")) as access:
+        state = fold(installation.session_events(session))
+        subject = subject_of(state)
+        if not named and subject is not None:
+            found = replay_document(state, fold(installation.session_events(subject.hex())))
+        else:
+            found = generations_document(state, fold(installation.session_events(other or session)), generation, with_generation)
+        access["rows"] = sum(len(sequence["first"]["text"]) for sequence in found["sequences"])
+    if fmt == "json":
+        write_json(found)
+    else:
+        out.print(ComparisonView(found))
+
+
+COMMANDS = [replay, compare]

@@ -29,6 +29,9 @@ export const token = {
   },
 };
 
+// randomUUID is there on https and on this machine only; a page that is looked at over plain http has this.
+const unique = (): string => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+
 export interface Options {
   method?: string;
   body?: unknown;
@@ -41,7 +44,7 @@ export async function send(path: string, options: Options = {}): Promise<Respons
   if (token.get()) headers.authorization = `Bearer ${token.get()}`;
   const method = options.method ?? (options.body === undefined ? "GET" : "POST");
   if (options.body !== undefined) headers["content-type"] = "application/json";
-  if (method !== "GET") headers["idempotency-key"] = crypto.randomUUID();
+  if (method !== "GET") headers["idempotency-key"] = unique();
   let answer: Response;
   try {
     answer = await fetch(`api/v1/${path}`, { method, headers, body: options.body === undefined ? undefined : JSON.stringify(options.body), signal: options.signal });
@@ -136,6 +139,8 @@ export interface SessionRow {
   tags: string[];
   verdict: string | null;
   replayed: number;
+  under_way: number;
+  first_message: string | null;
 }
 
 export interface TimelineRow {
@@ -237,4 +242,110 @@ export interface Tokens {
   token_id: (number | null)[] | null;
   logprob: (number | null)[] | null;
   text: (string | null)[] | null;
+}
+
+export interface Replay {
+  replay: string;
+  recorded_in: string;
+  session_id: string;
+  at: string;
+  run: string | null;
+  engine: string | null;
+  mode: string | null;
+  verdict: string | null;
+  reason: string | null;
+  tokens: number | null;
+  drift_max: number | null;
+  noise_floor: number | null;
+}
+
+export interface Run {
+  run: string;
+  sessions: number;
+  verdicts: Record<string, number>;
+  engines: string[];
+  begun_at: string;
+  ended_at: string;
+}
+
+interface Side {
+  session_id: string | null;
+  generation_id?: string;
+  model?: string | null;
+  environment_id: string | null;
+}
+
+export interface Compared {
+  generation_id: string;
+  index: number;
+  verdict: string;
+  reason: string | null;
+  tokens: number;
+  scored: number;
+  common?: number;
+  first_telling: number | null;
+  drift_mean: number | null;
+  drift_p99: number | null;
+  drift_max: number | null;
+  noise_floor: number | null;
+  first: { text: (string | null)[]; token_id: (number | null)[]; logprob: (number | null)[] };
+  second: { text?: (string | null)[]; token_id?: (number | null)[]; logprob: (number | null)[]; rank?: number[] };
+  drift: (number | null)[];
+}
+
+export interface Comparison {
+  kind: "replay" | "generations";
+  engine?: string;
+  run?: string | null;
+  first: Side;
+  second: Side;
+  verdict: string | null;
+  reason: string | null;
+  environment: { known: boolean; differences: { key: string; class: string; words: string }[]; lines: string[] };
+  sequences: Compared[];
+}
+
+export interface EngineRun {
+  engine_run: string;
+  began: string;
+  ended: string;
+  generations: number;
+  steps: number;
+  running_max: number;
+  preempted: number;
+  model: string | null;
+}
+
+export interface Overview {
+  engine_run: string;
+  every: number;
+  last: number;
+  step: number[];
+  at: string[];
+  steps: number[];
+  duration_ms: number[];
+  batch_max: number[];
+  waiting: number[];
+  running: number[];
+  kv_used: (number | null)[];
+  preempted: number[];
+  tokens: (number | null)[];
+}
+
+export interface Steps {
+  steps: { step: number; at: string; duration_ms: number; waiting: number; running: number; preempted: number; kv_used: number | null; entries: { generation_id: string; index: number; tokens: number }[] }[];
+  sessions: Record<string, string>;
+}
+
+export interface KvReport {
+  connector: string;
+  requests: { request: string; generation_id: string | null; tokens: number; local: number; matched: number; rate: number | null; duration_ms: number; why: string }[];
+  rate: number | null;
+  lookup_p50_ms: number | null;
+  lookup_p99_ms: number | null;
+  saved_bytes: number;
+  save_rate: number | null;
+  loaded_bytes: number;
+  load_rate: number | null;
+  flags: string[];
 }

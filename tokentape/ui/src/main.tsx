@@ -4,8 +4,10 @@ import { useEffect, useState } from "preact/hooks";
 import { type Me, type Problem, token } from "./api";
 import { Trouble } from "./parts/bits";
 import { useAsk, useKeys } from "./parts/use";
+import { Compare } from "./views/compare";
 import { Custody } from "./views/custody";
 import { Debug } from "./views/debug";
+import { Engine } from "./views/engine";
 import { Health } from "./views/health";
 import { SessionView } from "./views/session";
 import { Sessions } from "./views/sessions";
@@ -13,10 +15,12 @@ import { Sql } from "./views/sql";
 
 const VIEWS = [
   { path: "sessions", name: "Sessions", key: "1", roles: ["reader", "analyst", "debugger"] },
-  { path: "debug", name: "Debug", key: "2", roles: ["debugger"] },
-  { path: "sql", name: "SQL", key: "3", roles: ["analyst"] },
-  { path: "custody", name: "Custody", key: "4", roles: ["reader", "analyst", "debugger", "custodian"] },
-  { path: "health", name: "Health", key: "5", roles: [] },
+  { path: "compare", name: "Compare", key: "2", roles: ["reader", "analyst", "debugger"] },
+  { path: "engine", name: "Engine", key: "3", roles: ["analyst"] },
+  { path: "debug", name: "Debug", key: "4", roles: ["debugger"] },
+  { path: "sql", name: "SQL", key: "5", roles: ["analyst"] },
+  { path: "custody", name: "Custody", key: "6", roles: ["reader", "analyst", "debugger", "custodian"] },
+  { path: "health", name: "Health", key: "7", roles: [] },
 ];
 
 const here = (): string => location.hash.replace(/^#\/?/, "") || "sessions";
@@ -47,7 +51,7 @@ function App() {
   }, [path]);
   return (
     <Shell key={turn} path={path} asked={asked}>
-      {path === "session" ? <SessionView id={rest} /> : path === "debug" ? <Debug /> : path === "sql" ? <Sql /> : path === "custody" ? <Custody /> : path === "health" ? <Health /> : <Sessions />}
+      {path === "session" ? <SessionView id={rest} /> : path === "compare" ? <Compare key={place} rest={rest} /> : path === "engine" ? <Engine id={rest} /> : path === "debug" ? <Debug /> : path === "sql" ? <Sql /> : path === "custody" ? <Custody key={place} /> : path === "health" ? <Health /> : <Sessions />}
     </Shell>
   );
 }

@@ -1,9 +1,19 @@
-// Tokens as people read them, each coloured by how sure the model was or how long it took; point at one, or walk with the arrows.
-import { useMemo, useState } from "preact/hooks";
+// Tokens as people read them, each coloured by how sure the model was, how long it took or how far it moved; point at one, or walk with the arrows.
+import { useEffect, useMemo, useState } from "preact/hooks";
 import type { Tokens } from "../api";
 import { duration, visible } from "../words";
 
-export type Measure = "logprob" | "gap" | "plain";
+export type Measure = "logprob" | "gap" | "drift" | "plain";
+
+// What a replay or another generation says of the same tokens. `floor` is the drift that noise explains; `telling` the token that tells.
+export interface Beside {
+  drift: (number | null)[];
+  present: (number | null)[];
+  rank?: (number | null)[];
+  floor: number | null;
+  telling: number | null;
+  parted?: number;
+}
 
 // More than this at once is paged: a page of text is what a person reads.
 const PAGE = 3000;
@@ -16,58 +26,91 @@ function slow(gap: number, median: number): number {
   return Math.min(STEPS, 1 + Math.floor(Math.log2(gap / median)));
 }
 
-export function Heat({ tokens, measure }: { tokens: Tokens; measure: Measure }) {
-  const [page, setPage] = useState(0);
+// An eighth of the floor is nothing, the floor itself the third of seven steps, eight floors the sixth.
+const far = (drift: number, floor: number): number => (drift <= floor / 8 ? 0 : Math.min(STEPS, Math.max(1, Math.ceil(Math.log2(drift / floor) + 3))));
+
+const chance = (logprob: number | null | undefined): string => (logprob == null ? "logprob unknown" : `p ${(100 * Math.exp(logprob)).toFixed(1)} % (logprob ${logprob.toFixed(3)})`);
+
+interface Looked {
+  tokens: Tokens;
+  measure: Measure;
+  beside?: Beside;
+  label?: string;
+  atEnd?: boolean;
+}
+
+// `atEnd` keeps to the page with the last token, which moves while somebody travels in time.
+export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false }: Looked) {
+  const telling = beside?.telling ?? null;
+  const [turned, setPage] = useState(Math.floor((telling ?? 0) / PAGE));
+  const page = atEnd ? Math.max(0, Math.ceil(tokens.tokens / PAGE) - 1) : Math.min(turned, Math.max(0, Math.ceil(tokens.tokens / PAGE) - 1));
   const [at, setAt] = useState<number | null>(null);
+  useEffect(() => setPage(Math.floor((telling ?? 0) / PAGE)), [telling]);
   const gaps = useMemo(() => (tokens.offset_us ?? []).map((value, i, all) => (i ? value - all[i - 1]! : 0)), [tokens]);
   const median = useMemo(() => [...gaps.slice(1)].sort((a, b) => a - b)[Math.floor((gaps.length - 1) / 2)] ?? 1, [gaps]);
   const pages = Math.ceil(tokens.tokens / PAGE);
   const first = page * PAGE;
-  const shown = Math.min(PAGE, tokens.tokens - first);
+  const shown = Math.max(0, Math.min(PAGE, tokens.tokens - first));
   const level = (i: number): number => {
     if (measure === "logprob") return tokens.logprob?.[i] == null ? 0 : unsure(tokens.logprob[i]!);
-    return measure === "gap" ? slow(gaps[i]!, Math.max(median, 1)) : 0;
+    if (measure === "drift") return beside?.drift[i] == null ? 0 : far(beside.drift[i]!, beside.floor ?? 0.1);
+    return measure === "gap" && gaps.length ? slow(gaps[i]!, Math.max(median, 1)) : 0;
   };
   const move = (step: number): void => setAt((now) => Math.min(tokens.tokens - 1, Math.max(0, (now ?? first - 1) + step)));
   const point = (event: Event): void => {
     const found = (event.target as HTMLElement).closest<HTMLElement>("[data-i]");
     if (found) setAt(Number(found.dataset.i));
   };
+  // The spans of a page are made once for what they show; which of them is pointed at is drawn by the place's own rule.
+  const spans = useMemo(
+    () =>
+      Array.from({ length: shown }, (_, k) => {
+        const i = first + k;
+        const channel = tokens.channel[i] ?? "content";
+        const marks = `${i === telling ? " telling" : ""}${beside?.parted !== undefined && i >= beside.parted ? " parted" : ""}${channel === "content" ? "" : ` ch-${channel}`}`;
+        return (
+          <span key={i} data-i={i} class={`h${level(i)}${marks}`}>
+            {visible(tokens.text?.[i] ?? "▒") || "·"}
+          </span>
+        );
+      }),
+    [tokens, measure, beside, first, shown],
+  );
+  const text = at === null ? undefined : (tokens.text?.[at] ?? "erased");
   return (
     <div class="heat">
       <p
         class={`tokens ${measure}`}
         tabIndex={0}
-        aria-label="Tokens; walk with the arrow keys"
+        aria-label={`${label}; walk with the arrow keys`}
         role="application"
+        ref={(box) => {
+          box?.querySelector(".on")?.classList.remove("on");
+          if (at !== null) box?.querySelector(`[data-i="${at}"]`)?.classList.add("on");
+        }}
         onMouseOver={point}
         onClick={point}
         onKeyDown={(event) => {
           if (event.key === "ArrowRight") move(1);
           else if (event.key === "ArrowLeft") move(-1);
+          else if (event.key === "t" && telling !== null) setAt(telling);
           else return;
           event.preventDefault();
           event.stopPropagation();
         }}
       >
-        {Array.from({ length: shown }, (_, k) => {
-          const i = first + k;
-          const text = tokens.text?.[i] ?? "▒";
-          return (
-            <span key={i} data-i={i} class={`h${level(i)}${i === at ? " on" : ""}${tokens.channel[i] === "content" ? "" : ` ch-${tokens.channel[i]}`}`}>
-              {visible(text) || "·"}
-            </span>
-          );
-        })}
+        {spans}
       </p>
       <div class={`token-facts mono${at === null ? " resting" : ""}`} aria-live="polite">
         {at === null ? (
           <span class="dim">{tokens.token_id ? "point at a token, or walk with the arrows" : "no token ids were recorded"}</span>
         ) : (
           <>
-            <b>{JSON.stringify(visible(tokens.text?.[at] ?? "erased"))}</b> · token {at} · id {tokens.token_id?.[at] ?? "?"} ·{" "}
-            {tokens.logprob?.[at] == null ? "logprob unknown" : `p ${(100 * Math.exp(tokens.logprob[at]!)).toFixed(1)} % (logprob ${tokens.logprob[at]!.toFixed(3)})`} · at{" "}
-            {duration(tokens.offset_us?.[at] ?? 0)} · +{duration(gaps[at] ?? 0)} · {tokens.channel[at]}
+            <b>{JSON.stringify(visible(text!))}</b> · token {at} · id {tokens.token_id?.[at] ?? "?"} · {chance(tokens.logprob?.[at])}
+            {tokens.offset_us?.[at] != null ? ` · at ${duration(tokens.offset_us[at]!)} · +${duration(gaps[at] ?? 0)}` : ""}
+            {tokens.channel[at] && tokens.channel[at] !== "content" ? ` · ${tokens.channel[at]}` : ""}
+            {beside?.present[at] != null ? <span class="then"> · there {chance(beside.present[at])}{beside.rank?.[at] != null ? `, choice ${beside.rank[at]}` : ""}</span> : null}
+            {beside?.drift[at] != null ? <b> · drift {beside.drift[at]!.toPrecision(2)} nats{beside.floor ? `, ${(beside.drift[at]! / beside.floor).toPrecision(2)} floors` : ""}</b> : null}
           </>
         )}
       </div>
@@ -88,13 +131,15 @@ export function Heat({ tokens, measure }: { tokens: Tokens; measure: Measure }) 
   );
 }
 
+const ENDS: Record<Exclude<Measure, "plain">, [string, string]> = { logprob: ["sure", "unlikely"], gap: ["usual pace", "late"], drift: ["noise", "8 floors"] };
+
 export const Legend = ({ measure }: { measure: Measure }) =>
   measure === "plain" ? null : (
     <span class={`legend tokens ${measure}`}>
-      {measure === "logprob" ? "sure" : "usual pace"}
+      {ENDS[measure][0]}
       {Array.from({ length: STEPS + 1 }, (_, i) => (
         <i class={`h${i}`} />
       ))}
-      {measure === "logprob" ? "unlikely" : "late"}
+      {ENDS[measure][1]}
     </span>
   );

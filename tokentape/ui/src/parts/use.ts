@@ -60,6 +60,8 @@ export function useSettled<T>(value: T, ms: number): T {
   return settled;
 }
 
+const typed = (at: HTMLElement): boolean => (at.tagName === "INPUT" ? !["range", "checkbox"].includes((at as HTMLInputElement).type) : /^(TEXTAREA|SELECT)$/.test(at.tagName));
+
 // Keys that a view listens to, but not while something is typed.
 export function useKeys(keys: Record<string, () => void>): void {
   const latest = useRef(keys);
@@ -67,7 +69,7 @@ export function useKeys(keys: Record<string, () => void>): void {
   useEffect(() => {
     const press = (event: KeyboardEvent): void => {
       const at = event.target as HTMLElement;
-      if (event.metaKey || event.ctrlKey || event.altKey || /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName)) return;
+      if (event.metaKey || event.ctrlKey || event.altKey || typed(at)) return;
       const act = latest.current[event.key];
       if (act) {
         event.preventDefault();

@@ -1,11 +1,28 @@
 // Custody: what is held, what goes next, who asked to be forgotten, whether the record verifies, and where it lies.
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { type Me, type Problem, Refused, type Work, ask, job } from "../api";
 import { Badge, Head, Table, Trouble, When } from "../parts/bits";
+import { type Checked, type Proof, check } from "../parts/proof";
 import { useAsk } from "../parts/use";
 import { bytes, count, visible } from "../words";
+import { download } from "./session";
 
 const AT = 15_000;
+
+interface LedgerKey {
+  key_id: string;
+  how: "first" | "rotated" | "lost";
+  entry: number | null;
+  since: string | null;
+  public_key: string;
+}
+
+interface Ledger {
+  entries: any[];
+  checkpoint: string | null;
+  public_key: string;
+  keys: LedgerKey[];
+}
 
 export function Custody() {
   const me = useAsk<Me>("me");
@@ -16,6 +33,7 @@ export function Custody() {
         <span class="whole">{custodian ? `acts are signed by ${me.data!.name}` : "acts of custody need a key with the role custodian"}</span>
       </Head>
       <div class="grid">
+        <OneEvent />
         <Verify may={custodian} />
         <Tiers />
         <Holds may={custodian} />
@@ -46,7 +64,7 @@ function useAct(after: () => void): [Problem | undefined, (path: string, body?: 
 }
 
 function Verify({ may }: { may: boolean }) {
-  const ledger = useAsk<{ entries: any[]; checkpoint: string | null; public_key: string }>("custody/ledger", AT);
+  const ledger = useAsk<Ledger>("custody/ledger", AT);
   const jobs = useAsk<{ runs: any[] }>("jobs", AT);
   const [work, setWork] = useState<Work>();
   const [problem, setProblem] = useState<Problem>();
@@ -67,7 +85,7 @@ function Verify({ may }: { may: boolean }) {
   return (
     <section class="card" aria-labelledby="proof">
       <header>
-        <h2 id="proof">Proof</h2>
+        <h2 id="proof">Ledger</h2>
         <span class="grow" />
         {may ? <button type="button" disabled={work?.ended_at === null} onClick={run}>{work?.ended_at === null ? `verifying, ${work.progress.done} segments` : "Verify everything"}</button> : null}
       </header>
@@ -79,8 +97,23 @@ function Verify({ may }: { may: boolean }) {
         <dd>{last ? <><Badge level={last.outcome === "ok" ? "good" : "bad"}>{last.outcome}</Badge> <When iso={new Date(last.finished_at * 1000).toISOString()} /></> : <span class="dim">has not run yet</span>}</dd>
         <dt>ledger</dt>
         <dd>{count(ledger.data?.entries[0] ? ledger.data.entries[0].number + 1 : 0, "entry").replace("entrys", "entries")}</dd>
-        <dt>public key</dt>
-        <dd class="mono wrap">{ledger.data?.public_key}</dd>
+        <dt>signs now</dt>
+        <dd class="mono wrap">{ledger.data?.keys.at(-1)?.public_key}</dd>
+        {ledger.data && ledger.data.keys.length > 1 ? (
+          <>
+            <dt>keys so far</dt>
+            <dd>
+              <ol class="chain">
+                {ledger.data.keys.map((one) => (
+                  <li>
+                    <span class="mono">{one.key_id}</span>{" "}
+                    {one.how === "first" ? <span class="dim">the first one, which proves all that follow</span> : <span class={one.how === "lost" ? "warn-text" : "dim"}>{one.how === "lost" ? "begun again after a loss" : "handed over to"} in entry {one.entry} <When iso={one.since} /></span>}
+                  </li>
+                ))}
+              </ol>
+            </dd>
+          </>
+        ) : null}
         <dt>checkpoint</dt>
         <dd>{ledger.data?.checkpoint ? <pre class="mono" tabIndex={0} aria-label="Newest checkpoint">{ledger.data.checkpoint}</pre> : <span class="dim">none is signed yet</span>}</dd>
       </dl>
@@ -88,9 +121,61 @@ function Verify({ may }: { may: boolean }) {
   );
 }
 
+const OUTCOME = { proven: ["good", "proven"], unsigned: ["warn", "hashes hold, signatures unchecked"], refuted: ["bad", "not proven"] } as const;
+
+// The proof comes from the API; that it holds is found out here.
+function OneEvent() {
+  const wanted = new URLSearchParams(location.hash.split("?")[1] ?? "").get("event") ?? "";
+  const ledger = useAsk<Ledger>("custody/ledger");
+  const [event, setEvent] = useState(wanted);
+  const [handed, setHanded] = useState("");
+  const [proof, setProof] = useState<Proof>();
+  const [checked, setChecked] = useState<Checked>();
+  const [problem, setProblem] = useState<Problem>();
+  const run = async (): Promise<void> => {
+    setProblem(undefined);
+    setChecked(undefined);
+    try {
+      const found = await ask<Proof>(`custody/proofs/${encodeURIComponent(event)}`);
+      setProof(found);
+      setChecked(await check(found, handed.trim() || ledger.data?.public_key || found.public_key));
+    } catch (error) {
+      if (error instanceof Refused) setProblem(error.problem);
+    }
+  };
+  useEffect(() => {
+    if (wanted && ledger.data) void run();
+  }, [wanted, ledger.data !== undefined]);
+  return (
+    <section class="card" aria-labelledby="one-event">
+      <h2 id="one-event">Proof of one event</h2>
+      <p class="small dim">Fetched as a document and checked in this browser: SHA-256 from the event to the checkpoint, Ed25519 on the checkpoint and the entries.</p>
+      <form class="row" onSubmit={(submitted) => { submitted.preventDefault(); void run(); }}>
+        <input class="grow mono" required placeholder="event id" aria-label="Event to prove" value={event} onInput={(typed) => setEvent(typed.currentTarget.value.trim())} />
+        <button type="submit">Check</button>
+      </form>
+      <details class="small">
+        <summary>by the key that you were handed, instead of the first one that this installation names</summary>
+        <textarea class="mono" rows={2} aria-label="Public key" placeholder="NAME+HASH+BASE64" value={handed} onInput={(typed) => setHanded(typed.currentTarget.value)} />
+      </details>
+      <Trouble problem={problem} />
+      {checked && proof ? (
+        <div aria-live="polite" class="checked">
+          <p><Badge level={OUTCOME[checked.outcome][0]}>{OUTCOME[checked.outcome][1]}</Badge></p>
+          <ol class="steps">{checked.steps.map((step, i) => <li class={checked.outcome === "refuted" && i === checked.steps.length - 1 ? "bad-text" : ""}>{visible(step)}</li>)}</ol>
+          {checked.outcome === "unsigned" ? <p class="warn-text">This browser has no Ed25519. <code>tokentape verify --proof proof.json</code> checks the signatures, too.</p> : null}
+          <button type="button" onClick={() => download("proof.json", JSON.stringify(proof))}>Save the proof</button>
+        </div>
+      ) : null}
+    </section>
+  );
+}
+
 function Tiers() {
   const tiers = useAsk<{ hot: any[]; cold: any[] }>("custody/tiers", AT);
   const sum = (rows: any[] | undefined, name: string): number => (rows ?? []).reduce((all, row) => all + row[name], 0);
+  const status = useAsk<{ object_store: { conditional_create?: boolean; locks_enforced?: boolean; detail?: string; error?: string } }>("status", AT);
+  const probe = status.data?.object_store;
   const most = Math.max(1, sum(tiers.data?.hot, "bytes"), sum(tiers.data?.cold, "bytes"));
   return (
     <section class="card" aria-labelledby="tiers">
@@ -106,6 +191,16 @@ function Tiers() {
           <span class="dim">{count(sum(tiers.data?.[tier], "rows"), "event")} in {count(tiers.data?.[tier].length ?? 0, "file")}</span>
         </div>
       ))}
+      <h2>What the store was found to do</h2>
+      {probe ? (
+        <>
+          <p class="marks">
+            <Badge level={probe.conditional_create ? "good" : "bad"}>{probe.conditional_create ? "creates an object once" : "does not create once"}</Badge>
+            <Badge level={probe.locks_enforced ? "good" : "warn"}>{probe.locks_enforced ? "locks hold" : "locks do not hold"}</Badge>
+          </p>
+          <p class="small dim">{probe.detail ?? probe.error}</p>
+        </>
+      ) : null}
     </section>
   );
 }

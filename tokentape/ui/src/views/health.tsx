@@ -2,7 +2,7 @@
 import { type Completeness } from "../api";
 import { Badge, Head, Table, Trouble, When, Whole } from "../parts/bits";
 import { useAsk } from "../parts/use";
-import { ago, bytes, count } from "../words";
+import { ago, bytes, count, visible } from "../words";
 
 interface Status {
   running: { part: string; pid: number; url?: string; started_at: number }[];
@@ -11,6 +11,7 @@ interface Status {
   missing: Record<string, number>;
   object_store: any;
   checkpoint: any;
+  upstreams: { name: string; url: string; answers: boolean; detail: string }[];
   completeness: Completeness;
 }
 
@@ -43,7 +44,20 @@ export function Health() {
         <Figure name="quarantined" value={String(found?.missing.quarantined ?? "…")} bad={(found?.missing.quarantined ?? 0) > 0} note="no known schema explains them" />
         <Figure name="on the tape" value={bytes((found?.storage.hot?.bytes ?? 0) + (found?.storage.cold?.bytes ?? 0))} bad={false} note={count((found?.storage.hot?.events ?? 0) + (found?.storage.cold?.events ?? 0), "event")} />
       </div>
+      {(found?.upstreams ?? []).filter((one) => !one.answers).map((one) => (
+        <div class="trouble" role="alert">
+          <strong>{one.name === "upstream" ? "the upstream" : `the upstream ${visible(one.name)}`} is dead</strong> {visible(one.url)}: {visible(one.detail)}
+        </div>
+      ))}
       <div class="grid">
+        <section class="card" aria-labelledby="upstreams">
+          <h2 id="upstreams">Upstreams</h2>
+          <Table
+            label="Upstreams"
+            columns={["upstream", "address", "state"]}
+            rows={(found?.upstreams ?? []).map((one) => [<b>{visible(one.name)}</b>, <span class="mono wrap">{visible(one.url)}</span>, <><Badge level={one.answers ? "good" : "bad"}>{one.answers ? "answers" : "dead"}</Badge> <span class="dim small">{visible(one.detail)}</span></>])}
+          />
+        </section>
         <section class="card" aria-labelledby="jobs">
           <h2 id="jobs">Jobs</h2>
           <Trouble problem={jobs.problem} />

@@ -1,11 +1,12 @@
 // One session: its timeline as lanes with a scrubber that is time travel, the rows beside the conversation as it stood then.
 import { useEffect, useMemo, useRef, useState } from "preact/hooks";
-import { type Environment, type Generation, type Problem, Refused, type Response_, type Session, type Timeline, type TimelineRow, type Tokens, type Work, ask, job, query, token } from "../api";
-import { Badge, Empty, Head, Trouble, Whole } from "../parts/bits";
+import { type Comparison, type Environment, type Generation, type Problem, Refused, type Replay, type Response_, type Session, type Timeline, type TimelineRow, type Tokens, type Work, ask, job, query, token } from "../api";
+import { Badge, Empty, Head, Table, Trouble, When, Whole } from "../parts/bits";
 import { Diff } from "../parts/diff";
-import { Heat, Legend, type Measure } from "../parts/heat";
+import { type Beside, Heat, Legend, type Measure } from "../parts/heat";
 import { Lanes } from "../parts/lanes";
 import { useAsk, useKeys } from "../parts/use";
+import { Verdict } from "./compare";
 import { clock, count, day, duration, iso, said, us, visible } from "../words";
 
 export function SessionView({ id }: { id: string }) {
@@ -17,6 +18,11 @@ export function SessionView({ id }: { id: string }) {
   const moment = at ?? last;
   const state = useTravel(id, at === null || at >= last ? null : iso(at), live);
   const [measure, setMeasure] = useState<Measure>("logprob");
+  const replays = useAsk<{ replays: Replay[] }>(`debug-sessions/${id}/replays`);
+  const scored = replays.data?.replays.find((replay) => replay.mode === "compare" && replay.tokens);
+  const compared = useAsk<Comparison>(measure === "drift" && scored ? `debug-sessions/${scored.recorded_in}/comparison` : null);
+  const beside = useMemo(() => besides(compared.data), [compared.data]);
+  const measures: Measure[] = scored ? ["logprob", "gap", "drift", "plain"] : ["logprob", "gap", "plain"];
   useFollow(id, state.data?.of, () => {
     setLive((n) => n + 1);
     line.again();
@@ -26,7 +32,7 @@ export function SessionView({ id }: { id: string }) {
     const row = rows[Math.min(rows.length - 1, Math.max(0, current + by))];
     if (row) setAt(us(row.at));
   };
-  useKeys({ j: () => step(1), k: () => step(-1), Escape: () => setAt(null), h: () => setMeasure(measure === "logprob" ? "gap" : measure === "gap" ? "plain" : "logprob") });
+  useKeys({ j: () => step(1), k: () => step(-1), Escape: () => setAt(null), h: () => setMeasure(measures[(measures.indexOf(measure) + 1) % measures.length]!) });
   const shown = state.data;
   if (line.problem && !line.data) {
     return (
@@ -42,7 +48,7 @@ export function SessionView({ id }: { id: string }) {
       <Head title={visible(shown?.session.title ?? shown?.session.user ?? "Session")}>
         <Whole completeness={shown?.completeness} />
       </Head>
-      {shown ? <About shown={shown} line={line.data} /> : null}
+      {shown ? <About shown={shown} line={line.data} onReplayed={replays.again} /> : null}
       <Trouble problem={state.problem} />
       {rows.length ? <Lanes rows={rows} at={moment} onMove={(to) => setAt(Math.min(last, to))} /> : null}
       <div class="travel">
@@ -57,12 +63,14 @@ export function SessionView({ id }: { id: string }) {
         ) : (
           <Badge level="good">as it stands</Badge>
         )}
+        {rows[current]?.event_id ? <a class="small" href={`#/custody?event=${rows[current]!.event_id}`}>prove this event</a> : null}
         <span class="grow" />
         <label class="check">
           colour by{" "}
           <select value={measure} onChange={(event) => setMeasure(event.currentTarget.value as Measure)}>
             <option value="logprob">probability</option>
             <option value="gap">time since the token before</option>
+            {scored ? <option value="drift">drift of the last replay</option> : null}
             <option value="plain">nothing</option>
           </select>
         </label>
@@ -72,7 +80,7 @@ export function SessionView({ id }: { id: string }) {
         <Rows rows={rows} current={current} moved={at !== null} onPick={(row) => setAt(us(row.at))} />
         <section class="talk" aria-label="Conversation">
           {shown?.generations.map((generation, i) => (
-            <One key={generation.request.generation_id} id={id} at={at === null || at >= last ? null : iso(at)} number={i + 1} generation={generation} before={shown.generations.slice(0, i)} measure={measure} />
+            <One key={generation.request.generation_id} id={id} number={i + 1} generation={generation} before={shown.generations.slice(0, i)} measure={measure} beside={beside} moving={at !== null && at < last} />
           ))}
           {shown && !shown.generations.length ? <Empty title="No request had come yet" /> : null}
           {shown?.anomalies.length ? (
@@ -82,12 +90,36 @@ export function SessionView({ id }: { id: string }) {
             </details>
           ) : null}
           {shown?.replays.map((replay) => (
-            <div class="card"><b>replay</b> of <a href={`#/session/${replay.of}`}>{replay.of}</a> with {replay.engine}: {String(replay.verdict ?? "under way").replace("_", " ")} {replay.reason}</div>
+            <div class="card"><b>replay</b> of <a href={`#/session/${replay.of}`}>{replay.of}</a> with {replay.engine}: <Verdict verdict={replay.verdict} /> {replay.reason} <a href={`#/compare/${id}`}>token by token</a></div>
           ))}
+          {replays.data?.replays.length ? <Replays all={replays.data.replays} /> : null}
           {shown?.environments.length ? <Environments all={shown.environments} /> : null}
         </section>
       </div>
     </>
+  );
+}
+
+// By generation and sequence what a replay says of its tokens.
+const besides = (compared: Comparison | undefined): Map<string, Beside> =>
+  new Map((compared?.sequences ?? []).map((one) => [`${one.generation_id}.${one.index}`, { drift: one.drift, present: one.second.logprob, rank: one.second.rank, floor: one.noise_floor, telling: one.first_telling }]));
+
+function Replays({ all }: { all: Replay[] }) {
+  return (
+    <section class="card" aria-labelledby="replays">
+      <h2 id="replays">Replays of this session</h2>
+      <Table
+        label="Replays of this session"
+        columns={["when", "verdict", "engine", "largest drift", ""]}
+        rows={all.slice(0, 20).map((replay) => [
+          <When iso={replay.at} />,
+          <Verdict verdict={replay.verdict} />,
+          <span class="wrap">{visible(replay.engine ?? replay.mode ?? "?")}{replay.run ? <> · run <a href={`#/compare/run/${encodeURIComponent(replay.run)}`}>{visible(replay.run)}</a></> : null}</span>,
+          <span class="mono">{replay.drift_max === null ? "–" : replay.drift_max.toPrecision(2)}</span>,
+          <a href={`#/compare/${replay.recorded_in}`} aria-label={`Compare with the replay of ${replay.at.slice(0, 19)}`}>compare</a>,
+        ])}
+      />
+    </section>
   );
 }
 
@@ -138,7 +170,7 @@ function useFollow(id: string, from: number | undefined, news: () => void): void
   }, [id, known]);
 }
 
-function About({ shown, line }: { shown: Session; line: Timeline | undefined }) {
+function About({ shown, line, onReplayed }: { shown: Session; line: Timeline | undefined; onReplayed: () => void }) {
   const row = shown.session;
   const facts = [row.user ?? row.owner, row.client, row.workflow, row.purpose, row.tenant && `tenant ${row.tenant}`].filter(Boolean).map((fact) => visible(String(fact)));
   return (
@@ -156,14 +188,14 @@ function About({ shown, line }: { shown: Session; line: Timeline | undefined }) 
         {line?.stalls ? <Badge level="warn">{count(line.stalls, "stall")}</Badge> : null}
         {shown.lost ? <Badge level="bad">{count(shown.lost, "event")} lost</Badge> : null}
         {shown.erased ? <Badge level="warn">{count(shown.erased, "event")} erased</Badge> : null}
-        <Actions id={row.session_id} />
+        <Actions id={row.session_id} onReplayed={onReplayed} />
       </div>
       {shown.notes.map((note) => <blockquote class="note"><b>{visible(note.actor || "somebody")}</b> {visible(note.text)}</blockquote>)}
     </div>
   );
 }
 
-function Actions({ id }: { id: string }) {
+function Actions({ id, onReplayed }: { id: string; onReplayed: () => void }) {
   const [replay, setReplay] = useState<Work | null>(null);
   const [problem, setProblem] = useState<Problem>();
   const run = async (): Promise<void> => {
@@ -173,6 +205,7 @@ function Actions({ id }: { id: string }) {
       setReplay(begun);
       const done = await job(begun);
       setReplay(done);
+      onReplayed();
       if (done.problem) setProblem(done.problem);
     } catch (error) {
       if (error instanceof Refused) setProblem(error.problem);
@@ -194,8 +227,7 @@ function Actions({ id }: { id: string }) {
       <button type="button" onClick={save}>Export</button>
       {replay?.result ? (
         <div class="verdict">
-          <Badge level={["identical", "numeric_drift"].includes(replay.result.verdict) ? "good" : "warn"}>{replay.result.verdict.replace("_", " ")}</Badge> {replay.result.reason}{" "}
-          <a href={`#/session/${replay.result.recorded_in}`}>the replay's own tape</a>
+          <Verdict verdict={replay.result.verdict} /> {replay.result.reason} <a href={`#/compare/${replay.result.recorded_in}`}>token by token</a>
         </div>
       ) : null}
       <Trouble problem={problem} />
@@ -252,11 +284,20 @@ function Rows({ rows, current, moved, onPick }: { rows: TimelineRow[]; current: 
 
 const STATUS: Record<string, string> = { finished: "good", failed: "bad", paused: "warn" };
 
-function One({ id, at, number, generation, before, measure }: { id: string; at: string | null; number: number; generation: Generation; before: Generation[]; measure: Measure }) {
+interface Shown {
+  id: string;
+  generation: Generation;
+  measure: Measure;
+  beside: Map<string, Beside>;
+  moving: boolean;
+}
+
+function One({ id, number, generation, before, measure, beside, moving }: Shown & { number: number; before: Generation[] }) {
   const { request } = generation;
   const messages: any[] = Array.isArray(request.messages) ? request.messages : request.messages ? [{ role: "user", content: request.messages }] : [];
   const held = new Set(before.flatMap((other) => (Array.isArray(other.request.messages) ? other.request.messages : []).map((message: unknown) => JSON.stringify(message))));
   const fresh = messages.filter((message) => !held.has(JSON.stringify(message)));
+  const again = messages.length ? before.findLastIndex((other) => JSON.stringify(other.request.messages) === JSON.stringify(request.messages)) : -1;
   const parameters = Object.entries(request.parameters ?? {}).filter(([name]) => name !== "stream");
   return (
     <article class="card generation" aria-label={`Generation ${number}`}>
@@ -266,6 +307,7 @@ function One({ id, at, number, generation, before, measure }: { id: string; at: 
         <b>{visible(request.model ?? "?")}</b>
         <span class="dim">{clock(generation.submitted_at)} · {visible(generation.actor || "client")}</span>
         <span class="grow" />
+        {again >= 0 ? <a class="small" href={`#/compare/${id}${query({ generation: before[again]!.request.generation_id, with_generation: request.generation_id })}`}>beside {again + 1}, which was asked the same</a> : null}
         <span class="mono dim">
           {generation.first_token_us != null ? `first token ${duration(generation.first_token_us)}` : ""}
           {generation.duration_us != null ? ` · ${duration(generation.duration_us)}` : ""}
@@ -290,7 +332,9 @@ function One({ id, at, number, generation, before, measure }: { id: string; at: 
           <Diff before={edit.before} after={edit.after} label={`Edit by ${edit.actor}`} />
         </figure>
       ))}
-      {generation.response.map((response) => <Answer id={id} at={at} generation={request.generation_id} response={response} several={generation.response.length > 1} measure={measure} />)}
+      {generation.response.map((response) => (
+        <Answer key={response.index} id={id} generation={request.generation_id} response={response} several={generation.response.length > 1} measure={measure} beside={beside.get(`${request.generation_id}.${response.index}`)} moving={moving} />
+      ))}
       {generation.failures.map((failure) => (
         <div class="trouble">
           <strong>{failure.type.replaceAll("_", " ")}</strong> at the {failure.origin}'s end after {count(failure.position, "token")}, {clock(failure.at)}
@@ -316,14 +360,31 @@ function Message({ message }: { message: any }) {
   );
 }
 
-function Answer({ id, at, generation, response, several, measure }: { id: string; at: string | null; generation: string; response: Response_; several: boolean; measure: Measure }) {
-  const tokens = useAsk<Tokens>(response.tokens ? `debug-sessions/${id}/tokens${query({ generation, index: response.index, at: at ?? undefined })}` : null);
-  const same = tokens.data && tokens.data.tokens === response.tokens;
+interface Answered {
+  id: string;
+  generation: string;
+  response: Response_;
+  several: boolean;
+  measure: Measure;
+  beside: Beside | undefined;
+  moving: boolean;
+}
+
+// All tokens are asked for once; of them the first so many are what had been said at the moment that is looked at.
+function Answer({ id, generation, response, several, measure, beside, moving }: Answered) {
+  const tokens = useAsk<Tokens>(response.tokens ? `debug-sessions/${id}/tokens${query({ generation, index: response.index })}` : null);
+  const asked = useRef(0);
+  useEffect(() => {
+    if (!tokens.data || tokens.data.tokens >= response.tokens || asked.current >= response.tokens) return;
+    asked.current = response.tokens;
+    tokens.again();
+  }, [tokens.data, response.tokens]);
+  const said = useMemo(() => tokens.data && { ...tokens.data, tokens: Math.min(response.tokens, tokens.data.tokens) }, [tokens.data, response.tokens]);
   return (
     <div class="message assistant answer">
       <span class="role">{several ? `answer ${response.index}` : "answer"}</span>
       <div class="body">
-        {response.erased ? <span class="dim">its content is erased</span> : tokens.data && (same || tokens.busy) ? <Heat tokens={tokens.data} measure={measure} /> : visible(response.content ?? "")}
+        {response.erased ? <span class="dim">its content is erased</span> : said ? <Heat tokens={said} measure={measure} beside={beside} atEnd={moving} /> : visible(response.content ?? "")}
         {response.tool_calls.map((call) => <code class="call">{call ? `${visible(call.name ?? "?")} ${visible(call.arguments)}` : "erased"}</code>)}
         <span class="dim small">{response.finish_reason ?? "unfinished"} · {count(response.tokens, "token")}</span>
       </div>

@@ -3,7 +3,7 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import { type Completeness, type SessionRow, query } from "../api";
 import { Badge, Empty, Head, Trouble, Whole } from "../parts/bits";
 import { useAsk, useKeys, useNow, useSettled } from "../parts/use";
-import { ago, visible } from "../words";
+import { ago, count, visible } from "../words";
 
 interface Page {
   sessions: SessionRow[];
@@ -16,12 +16,24 @@ const SPANS: Record<string, number> = { "any time": 0, "last hour": 3600, "last 
 const VERDICTS = ["", "identical", "numeric_drift", "sampling_differs", "model_differs", "inconclusive"];
 
 // What is asked for stands in the address, so that it can be kept and passed on.
-function read(): { q: string; tags: string[]; failed: boolean; model: string; verdict: string; span: string; offset: number } {
-  const given = new URLSearchParams(location.hash.split("?")[1] ?? "");
+interface Asked {
+  q: string;
+  tags: string[];
+  failed: boolean;
+  under_way: boolean;
+  model: string;
+  verdict: string;
+  span: string;
+  offset: number;
+}
+
+function read(search = location.hash.split("?")[1] ?? ""): Asked {
+  const given = new URLSearchParams(search);
   return {
     q: given.get("q") ?? "",
     tags: given.getAll("tag"),
     failed: given.get("failed") === "true",
+    under_way: given.get("under_way") === "true",
     model: given.get("model") ?? "",
     verdict: given.get("verdict") ?? "",
     span: given.get("span") ?? "any time",
@@ -29,17 +41,70 @@ function read(): { q: string; tags: string[]; failed: boolean; model: string; ve
   };
 }
 
+// A request of which nothing was heard for so long is no news, whether or not it has an end.
+const NEWS_MS = 600_000;
+
+const current = (row: SessionRow, now: number): boolean => row.under_way > 0 && now - Date.parse(row.last_event_at) < NEWS_MS;
+
+// What is happening now: newest sessions come first, so that those under way stand on the first page.
+function Now({ rows, now, asked, onOnly }: { rows: SessionRow[]; now: number; asked: boolean; onOnly: () => void }) {
+  const busy = rows.filter((row) => current(row, now));
+  if (asked || !busy.length) return null;
+  return (
+    <p class="now" role="status">
+      <Badge level="live">now</Badge> {count(busy.reduce((all, row) => all + row.under_way, 0), "request")} under way in {count(busy.length, "session")}{" "}
+      <button type="button" class="quiet" onClick={onOnly}>show only these</button>
+    </p>
+  );
+}
+
+const SAVED = "tokentape.saved";
+
+// Searches kept under a name, in this browser.
+function Saved({ here, onPick }: { here: string; onPick: (search: string) => void }) {
+  const [kept, setKept] = useState<Record<string, string>>(() => JSON.parse(localStorage.getItem(SAVED) ?? "{}"));
+  const [name, setName] = useState<string | null>(null);
+  const keep = (next: Record<string, string>): void => {
+    localStorage.setItem(SAVED, JSON.stringify(next));
+    setKept(next);
+  };
+  const known = Object.entries(kept).find(([, search]) => search === here)?.[0];
+  if (name !== null)
+    return (
+      <form class="row" onSubmit={(event) => { event.preventDefault(); if (name.trim()) keep({ ...kept, [name.trim()]: here }); setName(null); }}>
+        <input class="narrow" autofocus placeholder="its name" aria-label="Name of the search" value={name} onInput={(event) => setName(event.currentTarget.value)} />
+        <button type="submit">Keep</button>
+      </form>
+    );
+  return (
+    <>
+      {Object.keys(kept).length ? (
+        <select aria-label="Saved searches" value={known ?? ""} onChange={(event) => onPick(kept[event.currentTarget.value] ?? here)}>
+          <option value="">saved searches</option>
+          {Object.keys(kept).sort().map((one) => <option value={one}>{one}</option>)}
+        </select>
+      ) : null}
+      {known ? (
+        <button type="button" class="quiet" onClick={() => keep(Object.fromEntries(Object.entries(kept).filter(([one]) => one !== known)))}>forget “{known}”</button>
+      ) : here ? (
+        <button type="button" class="quiet" onClick={() => setName("")}>save this search</button>
+      ) : null}
+    </>
+  );
+}
+
 export function Sessions() {
-  const [wanted, setWanted] = useState(read);
+  const [wanted, setWanted] = useState(() => read());
   const [at, setAt] = useState(0);
   const search = useRef<HTMLInputElement>(null);
   const settled = useSettled(wanted, 180);
   const now = useNow(5000);
   const since = SPANS[settled.span] ? new Date(Math.floor(now / 60_000) * 60_000 - SPANS[settled.span]! * 1000).toISOString() : undefined;
-  const { q, tags, failed, model, verdict, offset } = settled;
-  const page = useAsk<Page>(`debug-sessions${query({ q, tag: tags, failed, model, verdict, since, offset, limit: LIMIT })}`, 3000);
+  const { q, tags, failed, under_way, model, verdict, offset } = settled;
+  const page = useAsk<Page>(`debug-sessions${query({ q, tag: tags, failed, under_way, model, verdict, since, offset, limit: LIMIT })}`, 3000);
+  const here = query({ q, tag: tags, failed, under_way, model, verdict, span: settled.span === "any time" ? "" : settled.span });
   useEffect(() => {
-    const next = `#/sessions${query({ q, tag: tags, failed, model, verdict, span: settled.span === "any time" ? "" : settled.span, offset: offset || "" })}`;
+    const next = `#/sessions${query({ q, tag: tags, failed, under_way, model, verdict, span: settled.span === "any time" ? "" : settled.span, offset: offset || "" })}`;
     if (location.hash !== next && /^#?\/?(sessions|$)/.test(location.hash.replace("#", ""))) history.replaceState(null, "", next);
   }, [settled]);
   useEffect(() => {
@@ -66,6 +131,7 @@ export function Sessions() {
       <Head title="Sessions">
         <Whole completeness={page.data?.completeness} />
       </Head>
+      <Now rows={rows} now={now} asked={Boolean(here)} onOnly={() => change({ under_way: true, span: "last hour" })} />
       <div class="filters">
         <input
           ref={search}
@@ -90,6 +156,10 @@ export function Sessions() {
         <label class="check">
           <input type="checkbox" checked={wanted.failed} onChange={(event) => change({ failed: event.currentTarget.checked })} /> failed
         </label>
+        <label class="check">
+          <input type="checkbox" checked={wanted.under_way} onChange={(event) => change({ under_way: event.currentTarget.checked })} /> under way
+        </label>
+        <Saved here={here} onPick={(search) => setWanted(read(search))} />
         {wanted.tags.map((tag) => (
           <button type="button" class="tag on" aria-label={`Without the tag ${tag}`} onClick={() => change({ tags: wanted.tags.filter((other) => other !== tag) })}>
             {tag} ×
@@ -98,7 +168,7 @@ export function Sessions() {
       </div>
       <Trouble problem={page.problem} />
       {page.data && !rows.length ? (
-        <Empty title={q || tags.length || failed || model || verdict || since ? "No session is like that" : "Nothing is on the tape yet"}>
+        <Empty title={q || tags.length || failed || under_way || model || verdict || since ? "No session is like that" : "Nothing is on the tape yet"}>
           {q || tags.length ? <p>Fewer words or filters find more.</p> : <p>Point a client at the gateway, and its sessions appear here.</p>}
         </Empty>
       ) : (
@@ -106,7 +176,10 @@ export function Sessions() {
           {rows.map((row, i) => (
             <li class={`${i === at ? "on" : ""}${row.tags.length ? " tagged" : ""}`} key={row.session_id}>
               <a href={`#/session/${row.session_id}`} onFocus={() => setAt(i)}>
-                <span class="session-title">{visible(row.title ?? (row.user || row.owner || "session"))}</span>
+                <span class="session-title">
+                  {visible(row.title ?? row.first_message ?? (row.user || row.owner || "session"))}
+                  {row.title && row.first_message ? <span class="said"> {visible(row.first_message)}</span> : null}
+                </span>
                 <span class="session-id mono dim">{row.session_id.slice(-12)}</span>
                 <span class="session-facts">
                   <span>{[row.user ?? row.owner, row.workflow, ...row.models].filter(Boolean).map((part) => visible(String(part))).join(" · ") || "—"}</span>
@@ -116,7 +189,7 @@ export function Sessions() {
                   <span title="tokens">{row.tokens.toLocaleString("en")} tok</span>
                 </span>
                 <span class="session-marks">
-                  {Date.now() - Date.parse(row.last_event_at) < 10_000 ? <Badge level="live">live</Badge> : null}
+                  {current(row, now) ? <Badge level="live">{row.under_way} under way</Badge> : Date.now() - Date.parse(row.last_event_at) < 10_000 ? <Badge level="live">live</Badge> : null}
                   {row.failures ? <Badge level="bad">{row.failures} failed</Badge> : null}
                   {row.edits ? <Badge level="warn">{row.edits} edited</Badge> : null}
                   {row.verdict ? <Badge level={row.verdict === "identical" || row.verdict === "numeric_drift" ? "good" : "warn"}>{row.verdict.replace("_", " ")}</Badge> : null}
