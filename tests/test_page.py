@@ -216,9 +216,13 @@ def test_what_happens_now_and_a_dead_upstream(site: Site) -> None:
     expect(page.locator("main")).to_contain_text("No session is like that")
     dead = {"name": "upstream", "url": "http://127.0.0.1:9", "answers": False, "detail": "[Errno 111] Connection refused"}
     status = site.api("GET", "status")
-    page.route("**/api/v1/status", lambda route: route.fulfill(json={**status, "upstreams": [dead]}))
+    full = {"disk:hot": "the disk is 91% full"}
+    page.route("**/api/v1/status", lambda route: route.fulfill(json={**status, "upstreams": [dead], "alerts": full}))
     page.goto(f"{site.api.url}/#/health")
-    expect(page.get_by_role("alert")).to_contain_text("the upstream is dead")
+    expect(page.get_by_role("alert").filter(has_text="the upstream is dead")).to_be_visible()
+    expect(page.get_by_role("alert").filter(has_text="disk:hot the disk is 91% full")).to_be_visible()
+    expect(page.get_by_role("region", name="What is watched")).to_contain_text("oldest event that no query sees yet")
+    expect(page.get_by_role("region", name="Storage by tier").get_by_role("row")).to_have_count(1 + len(status["storage"]))
     _look(page, "health-dead")
     page.close()
 

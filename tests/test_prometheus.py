@@ -15,10 +15,13 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from schemas.settings import Settings
 from scripts.native.tools import prometheus
 from tests.gateway_rig import HELLO, free_port, running
 from tests.lender import say
 from tests.program import ROOT, until
+from tokentape.api.metrics import Metrics
+from tokentape.installation import Installation
 
 DEPLOY = ROOT / "deploy"
 RULES: dict[str, Any] = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
@@ -78,9 +81,11 @@ def _ready(url: str) -> bool:
         return False
 
 
-def test_every_metric_is_one(gateway: str) -> None:
-    """What rules, board and the board's variables name is told by a gateway; a name that is not would never speak."""
-    there = told(httpx.get(f"{gateway}/metrics").text)
+def test_every_metric_is_one(gateway: str, tmp_path: Path) -> None:
+    """What rules, board and the board's variables name is told by a gateway or the API; a name that is not would never speak."""
+    with contextlib.closing(Installation(Settings(data=tmp_path))) as kept:
+        kept.log.append([])
+        there = told(httpx.get(f"{gateway}/metrics").text) | told(Metrics(kept).text().decode())
     wanted = set().union(*map(named, [*EXPRESSIONS, *(variable.get("definition", "") for variable in BOARD["templating"]["list"])]))
 
     assert len(wanted) > 20
