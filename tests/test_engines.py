@@ -32,6 +32,9 @@ from tests.engine_case import DOCUMENT, MESSAGES, EngineCase
 from tests.program import Program
 from tests.recording import opened
 from tests.tape import Tape, finish
+from tokentape.engines import made_engine
+from tokentape.installation import Installation
+from tokentape.supervisor import announced
 
 CONTEXT = 512
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM in this process warns of its own and of torch's deprecations
@@ -358,3 +361,16 @@ def test_what_no_engine_can_do_is_one_line(installation: Program) -> None:
         ran = installation.run(*words, code=2)
 
         assert fault in ran.complaint
+
+
+def test_the_engine_by_default(tmp_path: Path) -> None:
+    """What the gateway that runs here forwards to, even if it was started with other settings than these; without one, what they say."""
+    with Installation(Settings(data=tmp_path, gateway=GatewaySettings(upstream="http://127.0.0.1:1"))) as installation:
+
+        def chosen(part: str, upstream: str) -> str:
+            with announced(tmp_path, part, upstream=upstream):
+                return made_engine(installation, None, None, (), None).name
+
+        assert "openai http://127.0.0.1:1" == chosen("indexer", "")
+        assert "openai http://127.0.0.1:1" == chosen("gateway", "http://127.0.0.1:1")
+        assert "openai http://127.0.0.1:2" == chosen("gateway", "http://127.0.0.1:2, http://127.0.0.1:3")

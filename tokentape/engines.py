@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ingest.gateway.upstream import without_credentials
 from replay.calibration import Calibrations
 from replay.engines.base import Engine
 from replay.engines.cluster import Cluster
@@ -18,6 +19,7 @@ from replay.state import SessionState
 from schemas.errors import UsageError
 from tokentape.commands.weights import fetched
 from tokentape.installation import Installation
+from tokentape.supervisor import running
 
 IN_PROCESS = "vllm:"
 
@@ -28,7 +30,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--engine",
             metavar="URL|vllm:MODEL",
-            help="A running vLLM, or one of this process (a folder or s3://…); `recorded` is the tape.  [default: upstream]",
+            help="A running vLLM, or one of this process (a folder or s3://…); `recorded` is the tape.  [default: the gateway's upstream]",
         ),
         click.option(
             "--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32."
@@ -99,9 +101,16 @@ def made_engine(
             raise UsageError("the tape is no engine to calibrate", operation="read --engine", hint="name a URL or vllm:MODEL")
         return RecordedEngine(state)
     gateway = installation.settings.gateway
-    url = engine or gateway.every_upstream[0].url
+    url = engine or _upstream(installation)
     secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
     return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=background)
+
+
+def _upstream(installation: Installation) -> str:
+    """What the gateway that runs here forwards to, for it may have been started with other settings; else what the settings say."""
+    own = installation.settings.gateway.every_upstream[0].url
+    told = next((part["upstream"].split(", ")[0] for part in running(installation.settings.data) if part.get("upstream")), None)
+    return own if told is None or told == without_credentials(own) else str(told)
 
 
 def open_cluster(
