@@ -31,7 +31,7 @@ NAMES = (
     "damage",
     "verdicts",
 )
-LONG = ("open_streams", "capture", "exact", "page", "replay")
+LONG = ("api", "open_streams", "capture", "exact", "page", "replay")
 """Only when they are named: they take long, or a machine of their own."""
 
 RESULTS = Path(__file__).parent / "results"

@@ -186,8 +186,8 @@ def test_every_view(site: Site, dark: bool) -> None:
         if not dark:
             page.set_viewport_size({"width": 400, "height": 860})
             _look(page, f"view-{key}-narrow")
-            beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            assert (key, beyond) == (key, 0)
+            # Charts are drawn anew once they are told of their new size.
+            page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
             page.set_viewport_size({"width": 1440, "height": 900})
     page.close()
 
