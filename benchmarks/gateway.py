@@ -2,8 +2,8 @@
 
 Processes over real sockets: a stub that streams like vLLM (64 tokens; ids and logprobs when asked for) and the load on one
 core, what is measured on another. Runs of the targets alternate, so that noise of the machine meets all of them; the
-ratios are of medians over the rounds. Latency is measured at half the load that the gateway can carry, and LiteLLM's at
-half of its own.
+ratios are of medians over the rounds. Latency is measured with as many paced streams as take half of the gateway's core, and
+LiteLLM's with as many as take half of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ _PACE_S = 0.004
 _LATENCY_ROUNDS, _STREAMS_EACH = 3, 4
 # Unpaced streams show throughput: as many at once as keep both cores busy.
 _LOAD_ROUNDS, _LOAD_STREAMS, _LOAD_PARALLEL = 3, 320, 16
+# So many paced streams at once tell what one costs; the slowest rival can carry them.
+_PROBED = 4
 # A rival that is slower by orders gets fewer streams, or a round would take minutes.
 _RIVAL_STREAMS = 32
 
@@ -68,17 +70,20 @@ def run() -> list[dict[str, Any]]:
                 load[name].append(measure(target.url, streams=streams, parallel=_LOAD_PARALLEL))
                 processor[name].append((_processor_s(target.pid) - before) / streams)
         latency: dict[str, list[_Measured]] = {name: [] for name in targets}
+        half = {name: _half_load(targets["litellm" if name == "litellm" else "gateway"]) for name in targets}
         for _ in range(_LATENCY_ROUNDS):
             for name, target in targets.items():
-                parallel = _half_load(load["litellm" if name == "litellm" else "gateway"])
+                parallel = half[name]
                 latency[name].append(measure(target.url, paced=True, streams=_STREAMS_EACH * parallel, parallel=parallel))
     return [*_load_rows(load), *_processor_rows(processor), *_latency_rows(latency)]
 
 
-def _half_load(runs: list[_Measured]) -> int:
-    """How many paced streams at once make half of the streams per second that these runs reached."""
-    speed = statistics.median(run.streams_per_s for run in runs)
-    return max(1, round(speed / 2 * TOKENS * _PACE_S))
+def _half_load(target: Target) -> int:
+    """How many paced streams at once take half of a core: paced tokens come one by one, so a stream costs more than under full load."""
+    before = _processor_s(target.pid)
+    measure(target.url, paced=True, streams=4 * _PROBED, parallel=_PROBED)
+    spent = (_processor_s(target.pid) - before) / (4 * _PROBED)
+    return max(1, round(0.5 / spent * TOKENS * _PACE_S))
 
 
 class Target(NamedTuple):

@@ -6,8 +6,10 @@ import io
 import json
 import re
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from ingest.gateway.keys import ROLES, Role
+from schemas.errors import StoreUnavailable, TokentapeError
 from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
@@ -22,6 +25,7 @@ from tests.program import ROOT, until
 from tests.tape import incident
 from tokentape.api.app import ROUTES
 from tokentape.api.routing import Route
+from tokentape.installation import Installation
 
 TAPE = incident()
 EVENTS = [stored.event for stored in TAPE.events]
@@ -444,3 +448,29 @@ def test_the_calls_of_the_readme(tmp_path: Any) -> None:
 
     assert len(ended) == 6
     assert ended == dict.fromkeys(ended, True)
+
+
+def test_a_look_that_takes_long_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While much is in the log answers are of what is indexed; what is wrong with a look is told to those who come after it."""
+    over, begun, faults = threading.Event(), threading.Event(), list[TokentapeError]()
+
+    def freshen(installation: Installation) -> None:
+        if faults:
+            raise faults[0]
+        if begun.is_set():
+            assert over.wait(DEADLINE_S)
+        begun.set()
+
+    monkeypatch.setattr(Installation, "freshen", freshen)
+    monkeypatch.setattr("tokentape.api.desk.PATIENCE_S", 0.1)
+    for name in ("FRESH_S", "STALE_S"):
+        monkeypatch.setattr(f"tokentape.api.desk.{name}", 0.0)
+    with serving(Settings(data=tmp_path, api=ApiSettings(port=0))) as api:
+        answers = [api("GET", "debug-sessions")["total"] for _ in range(3)]
+        faults.append(StoreUnavailable("the store is away", operation="look"))
+        over.set()
+        until(lambda: api.send("GET", "debug-sessions").status_code != 200 or None)
+        problem = api.send("GET", "debug-sessions")
+
+    assert answers == [0, 0, 0]
+    assert (problem.status_code, problem.json()["detail"]) == (503, "look: the store is away")

@@ -34,6 +34,9 @@ FRESH_S = 1.0
 STALE_S = 5.0
 """An older index is waited for; between the two it is made fresh behind the answer."""
 
+PATIENCE_S = 5.0
+"""A look that takes longer is not waited for: so much is in the log that answers are of what is indexed, and say how fresh that is."""
+
 TAPES_KEPT = 8
 """Sessions kept in memory, so that a scrubber does not read one again for every step."""
 
@@ -67,6 +70,10 @@ class Desks:
     works: Works
     runs: RunLedger
     _fresh: threading.Lock = field(default_factory=threading.Lock)
+    _beginning: threading.Lock = field(default_factory=threading.Lock)
+    _looking: threading.Thread | None = None
+    _began_at: float = float("-inf")
+    _fault: TokentapeError | None = None
     _fresh_at: float = float("-inf")
     _written_at: float = float("-inf")
     _closed: bool = False
@@ -75,12 +82,30 @@ class Desks:
     custody: threading.Lock = field(default_factory=threading.Lock)
 
     def freshen(self) -> None:
-        """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older."""
-        age = time.monotonic() - self._fresh_at
-        if age >= STALE_S or self._fresh_at <= self._written_at:
+        """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older.
+
+        Raises:
+            TokentapeError: the log cannot be read.
+        """
+        now = time.monotonic()
+        age = now - self._fresh_at
+        if self._fresh_at <= self._written_at:
             self._look()
-        elif age >= FRESH_S and not self._fresh.locked():
-            threading.Thread(target=self._look_behind, name="freshen", daemon=True).start()
+        elif age >= FRESH_S:
+            begun = self._begin()
+            if age >= STALE_S:
+                begun.join(max(0.0, self._began_at + PATIENCE_S - now))
+                if self._fault is not None and not begun.is_alive():
+                    raise self._fault
+
+    def _begin(self) -> threading.Thread:
+        """A look behind the answers: the one that is under way, or a new one."""
+        with self._beginning:
+            if self._looking is None or not self._looking.is_alive():
+                self._began_at = time.monotonic()
+                self._looking = threading.Thread(target=self._look_behind, name="freshen", daemon=True)
+                self._looking.start()
+            return self._looking
 
     def _look(self) -> None:
         """One at a time: a log is used by one thread."""
@@ -91,9 +116,12 @@ class Desks:
                 self._fresh_at = began  # what came during the look may not be in it
 
     def _look_behind(self) -> None:
-        """What is wrong is told to whoever waits for the next look."""
-        with contextlib.suppress(TokentapeError):
+        """What is wrong is told to whoever waits."""
+        try:
             self._look()
+            self._fault = None
+        except TokentapeError as error:
+            self._fault = error
 
     def close(self) -> None:
         """Return when nobody looks any more."""
