@@ -48,13 +48,18 @@ _TENANTS = ("acme", "beta", "gamma", "zeta")
 def run() -> list[dict[str, Any]]:
     """Rows: rates beside what is the least, seconds, bytes and requests."""
     with tempfile.TemporaryDirectory() as folder, tiered(Settings(data=Path(folder), cold=ColdSettings(lock="none"))) as rig:
-        peak_mb(reset=True)
-        copied: list[float] = []
-        took: list[float] = []
-        session = list(fill(rig, before=lambda: copied.append(_copy_of_hot(rig)), took=took))[-1]
+        copied, took, sessions, peak = list[float](), list[float](), list[str](), 0.0
+
+        def before() -> None:
+            copied.append(_copy_of_hot(rig))
+            peak_mb(reset=True)
+
+        for session in fill(rig, before=before, took=took):
+            sessions.append(session)
+            peak = max(peak, peak_mb())  # the day has just been tiered, and the next is not indexed yet
         tiering = _rate("tiering, write, read back and prove", EVENTS // DAYS, took, "DuckDB COPY of the same rows", copied, "≥ 0.6")
-        memory = {"what": "memory at its peak, indexing and tiering", "value": peak_mb(), "unit": "MB", "reach": "≤ 1,000 at 10 M"}
-        rows = [tiering, memory, *_verified(rig), *_erase(rig, session)]
+        memory = {"what": "memory at its peak while tiering", "value": peak, "unit": "MB", "reach": "≤ 1,000 at 10 M"}
+        rows = [tiering, memory, *_verified(rig), *_erase(rig, sessions[-1])]
     with tempfile.TemporaryDirectory() as folder:
         return [*rows, *_year(Path(folder))]
 
