@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +31,16 @@ class Choice:
     channel: str = "content"
     finished: bool = False
     tools: dict[int, Tool] = field(default_factory=dict)
-    said: io.StringIO = field(default_factory=io.StringIO)  # its text; pieces would take ten times the memory
+    said: bytearray = field(default_factory=bytearray)  # its text in UTF-8: pieces, which StringIO keeps, would take ten times the memory
+
+    def say(self, text: str) -> None:
+        """Go on with its text."""
+        self.said += text.encode("utf-8", "surrogatepass")
+
+    @property
+    def text(self) -> str:
+        """Its text so far."""
+        return self.said.decode("utf-8", "surrogatepass")
 
 
 class Piece(NamedTuple):

@@ -150,7 +150,7 @@ class Tape:
         """What each sequence said so far, none that said nothing."""
         tools = [[choice.tools[at] for at in sorted(choice.tools)] for choice in self._choices.values()]
         calls = [tuple((call.name or "", "".join(call.arguments)) for call in called) for called in tools]
-        said = [Said(choice.said.getvalue(), called) for choice, called in zip(self._choices.values(), calls, strict=True)]
+        said = [Said(choice.text, called) for choice, called in zip(self._choices.values(), calls, strict=True)]
         return [one for one in said if one.text or one.calls]
 
     def environment(self, event: EnvironmentCaptured | None) -> None:
@@ -263,7 +263,7 @@ class Tape:
             self._first_token_us = offset_us
             self._numbered = True
         choice.channel = "content"
-        choice.said.write("".join(run.texts))
+        choice.say("".join(run.texts))
         choice.position = self._recorder.run(
             self._context, self.generation_id, 0, choice.position, offset_us, run.token_ids, run.texts, run.logprobs
         )
@@ -421,7 +421,7 @@ class Tape:
     def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
         choice.channel = channel
         if channel == "content":
-            choice.said.write(text)
+            choice.say(text)
         choice.position = self._recorder.tokens(
             self._context,
             self.generation_id,
