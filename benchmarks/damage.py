@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from store.blobs import BlobStore
 from store.catalog import open_catalog
 from store.crashpoints import watched
 from store.indexer import Indexer
-from store.ledger import Digest, Ledger, digest_line
 from store.ledger.entry import entry_key
 from store.ledger.note import Signer
 from store.ledger.verify import verify_ledger
@@ -45,7 +43,7 @@ from store.rows import framed, rows_to_datums
 from store.stored_schemas import fetch_schema
 from store.views import events_sql
 from tests.eventgen import Producer, conversation
-from tests.signing import ORIGIN, SIGNER, flip
+from tests.signing import ORIGIN, SIGNER, flip, signed_ledger
 from tests.tiered import tiered
 
 EACH = int(os.environ.get("BENCH_DAMAGE", "0"))
@@ -132,7 +130,7 @@ class _Forged:
     def resign(self) -> None:
         """An entry, or a checkpoint, says what it said, or something else, under another key of the same name."""
         stranger = LocalStore(Path(tempfile.mkdtemp(dir=self.root.parent)))
-        _ledger(stranger, Signer(ORIGIN, self.rng.randbytes(32)), self.rng.choice((4, self.rng.randrange(1 << 30))))
+        signed_ledger(stranger, Signer(ORIGIN, self.rng.randbytes(32)), self.rng.choice((4, self.rng.randrange(1 << 30))))
         under = self.rng.choice(("ledger/entries", "ledger/checkpoints"))
         theirs = sorted((stranger.root / under).iterdir())
         number = self.rng.randrange(len(theirs))
@@ -184,29 +182,12 @@ _RIGHT = {
 _CODES = {0: "accepted", 10: "modified", 11: "missing", 12: "unsigned"}
 
 
-def _ledger(store: LocalStore, signer: Signer, seed: int) -> bytes:
-    """Entries, nine of twelve of them segments, with checkpoints in between; the last checkpoint."""
-    ledger, rng = Ledger(store, signer, ORIGIN), random.Random(seed)
-    for number in range(ENTRIES):
-        if number % 4 == 3:
-            ledger.append("job", {"n": number, "seed": seed})
-        else:
-            data = rng.randbytes(200 + number)
-            digest = sha256(data).hexdigest()
-            key = f"events/tenant=a/day=2026-01-0{number % 3 + 1}/standard-{number}-{digest[:8]}.parquet"
-            store.create(key, data)
-            ledger.append("segment", {"key": key, "bytes": len(data), "sha256": digest, "rows": 10})
-        if number % 3 == 2:
-            ledger.checkpoint([digest_line(Digest("log", 0, number, bytes([number]) * 32))])
-    return ledger.checkpoint([digest_line(Digest("log", 0, 99, bytes(32)))]).data
-
-
 def _forgeries(folder: Path) -> Iterator[dict[str, Any]]:
     root, rng = folder / "forged", random.Random(1)
-    forged = _Forged(root, _ledger(LocalStore(root), SIGNER, 4), rng)
+    forged = _Forged(root, signed_ledger(LocalStore(root)), rng)
     forged.good = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
     other = LocalStore(folder / "other")
-    _ledger(other, SIGNER, 5)
+    signed_ledger(other, seed=5)
     forged.other = {str(path.relative_to(other.root)): path.read_bytes() for path in sorted(other.root.rglob("*")) if path.is_file()}
     whole = Counter[str]()
     for name, right in _RIGHT.items():

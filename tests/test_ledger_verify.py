@@ -19,7 +19,7 @@ from store.ledger.entry import ENTRIES, decode_entry, entry_key, make_entry
 from store.ledger.note import Signer
 from store.ledger.verify import Finding, Report, verify_ledger
 from store.objects.local import LocalStore
-from tests.signing import ORIGIN, SIGNER, flip
+from tests.signing import ORIGIN, SIGNER, flip, signed_ledger
 
 
 @dataclass
@@ -40,22 +40,9 @@ class Copy:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Copy:
-    """Twelve entries, nine of them segments, with five checkpoints in between and one entry after the last but one."""
+    """Twelve entries, nine of them segments, with five checkpoints."""
     store = LocalStore(tmp_path_factory.mktemp("original"))
-    ledger = Ledger(store, SIGNER, ORIGIN)
-    log = random.Random(4)
-    for n in range(12):
-        if n % 4 == 3:
-            ledger.append("job", {"n": n})
-        else:
-            data = log.randbytes(200 + n)
-            key = f"events/tenant=a/day=2026-01-0{n % 3 + 1}/standard-{n}-{sha256(data).hexdigest()[:8]}.parquet"
-            store.create(key, data)
-            ledger.append("segment", {"key": key, "bytes": len(data), "sha256": sha256(data).hexdigest(), "rows": 10})
-        if n % 3 == 2:
-            ledger.checkpoint([digest_line(Digest("log", 0, n, bytes([n]) * 32))])
-    last = ledger.checkpoint([digest_line(Digest("log", 0, 99, bytes(32)))])
-    return Copy(store.root, last.data)
+    return Copy(store.root, signed_ledger(store))
 
 
 @pytest.fixture
