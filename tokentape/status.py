@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from rich.table import Table
 
+from ingest.gateway.upstream import without_credentials
 from lifecycle.alerts import alerts_of
 from replay.words import printable
 from schemas.errors import TokentapeError
@@ -105,8 +106,7 @@ def _probed(entry: UpstreamSettings) -> dict[str, Any]:
     known = _PROBES.get(entry.url)
     if known is None or time.monotonic() - known[0] > PROBE_EVERY_S:
         known = _PROBES[entry.url] = (time.monotonic(), *_probe(entry))
-    url = urlsplit(entry.url)
-    place = f"{url.scheme}://{url.hostname}" + (f":{url.port}" if url.port else "") + url.path
+    place = without_credentials(entry.url).partition("?")[0]
     return {"name": entry.name, "url": place, "answers": known[1], "detail": known[2]}
 
 
