@@ -1,7 +1,8 @@
 // The timeline as lanes under a scrubber: one per sequence, tokens as bars, waits and failures marked. Silences are drawn shorter.
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useMemo, useRef, useState } from "preact/hooks";
 import type { TimelineRow } from "../api";
 import { clock, duration, us } from "../words";
+import { penOf, useDrawn } from "./canvas";
 
 const LANE = 15;
 const TOP = 20;
@@ -55,14 +56,7 @@ export function axis(rows: TimelineRow[]): Axis {
 function paint(canvas: HTMLCanvasElement, rows: TimelineRow[], lanes: string[], scale: Axis): void {
   const width = canvas.clientWidth;
   const height = TOP + lanes.length * LANE + 6;
-  const ratio = devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  const pen = canvas.getContext("2d")!;
-  const color = getComputedStyle(canvas);
-  const of = (name: string): string => color.getPropertyValue(`--${name}`).trim();
-  pen.scale(ratio, ratio);
-  pen.font = `11px ${color.getPropertyValue("font-family")}`;
+  const { pen, of } = penOf(canvas, height);
   const x = (at: number): number => LEFT + scale.x(at) * (width - LEFT - RIGHT);
   ticks(pen, scale, x, width, height, of);
   lanes.forEach((lane, i) => {
@@ -132,22 +126,11 @@ export function Lanes({ rows, at, onMove }: { rows: TimelineRow[]; at: number; o
     const named = [...new Set(rows.map((row) => row.lane).filter((lane) => lane && !lane.includes("–")))];
     return named.filter((lane) => !named.some((other) => other.startsWith(`${lane}.`))).slice(0, LANES_MAX);
   }, [rows]);
-  useEffect(() => {
-    const draw = (): void => {
-      if (canvas.current) paint(canvas.current, rows, lanes, scale);
-    };
-    const watch = new ResizeObserver(() => {
-      setWidth(canvas.current?.clientWidth ?? 0);
-      draw();
-    });
-    if (canvas.current) watch.observe(canvas.current);
-    const scheme = matchMedia("(prefers-color-scheme: dark)");
-    scheme.addEventListener("change", draw);
-    return () => {
-      watch.disconnect();
-      scheme.removeEventListener("change", draw);
-    };
-  }, [rows, lanes, scale]);
+  const draw = (host: HTMLCanvasElement): void => {
+    setWidth(host.clientWidth);
+    paint(host, rows, lanes, scale);
+  };
+  useDrawn(canvas, draw, [rows, lanes, scale]);
   const height = TOP + lanes.length * LANE + 6;
   const place = LEFT + scale.x(at) * Math.max(0, width - LEFT - RIGHT);
   const to = (event: PointerEvent): void => {

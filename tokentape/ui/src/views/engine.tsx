@@ -1,7 +1,8 @@
 // Engine: a recorded run step by step: how full batches and the cache were, who shared a step with whom, what the KV connector found.
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useMemo, useRef, useState } from "preact/hooks";
 import type { EngineRun, KvReport, Me, Overview, Steps } from "../api";
 import { Badge, Empty, Head, Table, Trouble } from "../parts/bits";
+import { penOf, useDrawn } from "../parts/canvas";
 import { type Line, Plot } from "../parts/chart";
 import { useAsk, useKeys } from "../parts/use";
 import { bytes, clock, count, visible } from "../words";
@@ -171,56 +172,37 @@ function Grid({ steps, members, at, onPick }: { steps: Steps; members: Member[];
   const first = steps.steps[0]?.step ?? 0;
   const many = Math.max(1, (steps.steps.at(-1)?.step ?? first) - first + 1);
   const height = TOP + members.length * LANE + 4;
-  useEffect(() => {
-    const draw = (): void => {
-      const host = canvas.current;
-      if (!host) return;
-      const ratio = devicePixelRatio || 1;
-      host.width = Math.round(host.clientWidth * ratio);
-      host.height = Math.round(height * ratio);
-      const pen = host.getContext("2d")!;
-      const color = getComputedStyle(host);
-      const of = (wanted: string): string => color.getPropertyValue(`--${wanted}`).trim();
-      pen.scale(ratio, ratio);
-      pen.font = `11px ${color.getPropertyValue("font-family")}`;
-      const wide = (host.clientWidth - LEFT - 8) / many;
-      const x = (step: number): number => LEFT + (step - first) * wide;
-      pen.fillStyle = of("accent-soft");
-      pen.fillRect(x(at), TOP - 4, Math.max(2, wide), height - TOP);
-      for (const step of steps.steps)
-        if (step.preempted) {
-          pen.fillStyle = of("bad");
-          pen.fillRect(x(step.step), TOP - 4, Math.max(2, wide), 3);
-        }
-      const every = [1, 2, 5, 10, 20, 50, 100].find((n) => n * wide >= 56) ?? 100;
+  const draw = (host: HTMLCanvasElement): void => {
+    const { pen, of } = penOf(host, height);
+    const wide = (host.clientWidth - LEFT - 8) / many;
+    const x = (step: number): number => LEFT + (step - first) * wide;
+    pen.fillStyle = of("accent-soft");
+    pen.fillRect(x(at), TOP - 4, Math.max(2, wide), height - TOP);
+    for (const step of steps.steps)
+      if (step.preempted) {
+        pen.fillStyle = of("bad");
+        pen.fillRect(x(step.step), TOP - 4, Math.max(2, wide), 3);
+      }
+    const every = [1, 2, 5, 10, 20, 50, 100].find((n) => n * wide >= 56) ?? 100;
+    pen.fillStyle = of("dim");
+    for (let step = Math.ceil(first / every) * every; step < first + many; step += every) pen.fillText(String(step), x(step), 11);
+    members.forEach((member, i) => {
+      const y = TOP + i * LANE;
       pen.fillStyle = of("dim");
-      for (let step = Math.ceil(first / every) * every; step < first + many; step += every) pen.fillText(String(step), x(step), 11);
-      members.forEach((member, i) => {
-        const y = TOP + i * LANE;
-        pen.fillStyle = of("dim");
-        pen.textAlign = "right";
-        pen.fillText(name(member), LEFT - 8, y + 10);
-        pen.textAlign = "left";
-        const inside = [...member.cells.keys()];
-        const [begins, ends] = [Math.min(...inside), Math.max(...inside)];
-        pen.fillStyle = of("wait");
-        pen.fillRect(x(begins), y + 6, (ends - begins + 1) * wide, 2);
-        for (const [step, tokens] of member.cells) {
-          pen.fillStyle = of(isPrompt(tokens) ? "violet" : "accent");
-          pen.fillRect(x(step), y + (isPrompt(tokens) ? 1 : 3), Math.max(1, wide - (wide > 3 ? 1 : 0)), isPrompt(tokens) ? 12 : 8);
-        }
-      });
-    };
-    draw();
-    const watch = new ResizeObserver(draw);
-    if (canvas.current) watch.observe(canvas.current);
-    const scheme = matchMedia("(prefers-color-scheme: dark)");
-    scheme.addEventListener("change", draw);
-    return () => {
-      watch.disconnect();
-      scheme.removeEventListener("change", draw);
-    };
-  }, [steps, members, at, first, many, height]);
+      pen.textAlign = "right";
+      pen.fillText(name(member), LEFT - 8, y + 10);
+      pen.textAlign = "left";
+      const inside = [...member.cells.keys()];
+      const [begins, ends] = [Math.min(...inside), Math.max(...inside)];
+      pen.fillStyle = of("wait");
+      pen.fillRect(x(begins), y + 6, (ends - begins + 1) * wide, 2);
+      for (const [step, tokens] of member.cells) {
+        pen.fillStyle = of(isPrompt(tokens) ? "violet" : "accent");
+        pen.fillRect(x(step), y + (isPrompt(tokens) ? 1 : 3), Math.max(1, wide - (wide > 3 ? 1 : 0)), isPrompt(tokens) ? 12 : 8);
+      }
+    });
+  };
+  useDrawn(canvas, draw, [steps, members, at, first, many, height]);
   const pick = (event: MouseEvent): void => {
     const box = canvas.current!.getBoundingClientRect();
     const place = (event.clientX - box.left - LEFT) / (box.width - LEFT - 8);
