@@ -1,6 +1,7 @@
 """The drift of an engine against itself, as measured, and the test that a replay's drift has to pass.
 
-What was measured is kept as samples of |drift| by how likely the token was, since logprobs of unlikely tokens move more.
+What was measured under the conditions with most drift is kept as samples of |drift| by how likely the token was, since
+logprobs of unlikely tokens move more.
 Under the null hypothesis, that today's engine is the calibrated one, each token's drift has the conformal p-value
 (1 + samples at least as large) / (1 + samples) of its class (Mondrian conformal prediction, Vovk et al.). A sequence's
 tokens are joined by Fisher's method: the sum of -ln p is at most Gamma(n, 1). Tokens of one sequence are not independent, and
@@ -45,8 +46,12 @@ ROUNDING_NATS = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """About one unit in the last place of a logit: what one token may be off where calibrating saw no drift at all."""
 EQUAL_NATS = 2e-6
 """Two units in the last place of a 32-bit logprob: what printing and parsing may change."""
+LONGER = 2
+"""Times the length of the sequences measured that another one may have."""
 TELLING = 0.01
 """The first token with a p-value of this or less is the one that tells."""
+UNSEEN = math.log(5)
+"""Evidence per token of a sequence that drifts all along as the highest fifth of what was measured does."""
 SPREAD_ERRORS = 2.0
 """Standard errors added to the variance that whole sequences showed."""
 FALSE_ALARM = 1e-3
@@ -103,6 +108,10 @@ class Calibration(BaseModel):
     @cached_property
     def _classes(self) -> list[Drifts]:
         return [np.array(values, np.float64) for values in self.samples]
+
+    def reaches(self, tokens: int) -> bool:
+        """Whether sequences of so many tokens are like those that were measured: longer ones take other ways through the kernels."""
+        return tokens <= LONGER * self.tokens_median
 
     def fits(self, environment: EnvironmentCaptured) -> bool:
         """Whether it holds for an environment: same origin, semantic and numeric items; probes that flutter within noise."""
@@ -174,7 +183,8 @@ def calibrated(
 ) -> Calibration:
     """The calibration of these measurements, without a noise function."""
     rng = np.random.default_rng(0)
-    logprobs, drift = (np.concatenate([getattr(m, name) for m in measured]) for name in ("logprobs", "drift"))
+    noisy = _noisiest(measured)
+    logprobs, drift = (np.concatenate([getattr(m, name) for m in noisy]) for name in ("logprobs", "drift"))
     samples = [_sample(drift, np.searchsorted(CLASSES, -logprobs), number, rng) for number in range(len(CLASSES) + 1)]
     far = max(FAR * float(np.quantile(drift, 0.999)), FAR * ROUNDING_NATS.get(dtype, ROUNDING_NATS["bfloat16"]))
     first = Calibration(
@@ -189,7 +199,18 @@ def calibrated(
         spread=0.0,
         tokens_median=int(np.median([len(m.drift) for m in measured])),
     )
-    return first.model_copy(update={"spread": _spread(first, measured)})
+    return first.model_copy(update={"spread": _spread(first, noisy)})
+
+
+def _noisiest(measured: Sequence[Measured]) -> list[Measured]:
+    """What was measured under the conditions with most drift: nobody knows under which of them a replay will be.
+
+    A quiet condition, such as batches that all go through the same kernels, would make the drift of another look unheard of.
+    """
+    means = {
+        name: float(np.concatenate([m.drift for m in measured if m.condition == name]).mean()) for name in {m.condition for m in measured}
+    }
+    return [m for m in measured if means[m.condition] >= max(means.values()) / 2]
 
 
 def _condition(name: str, those: Sequence[Measured]) -> Condition:
@@ -212,11 +233,12 @@ def _spread(calibration: Calibration, measured: Sequence[Measured]) -> float:
     """The variance that sequences have as a whole, from the excess of their sums over n: of independent tokens it is n.
 
     Only sums above n count, and twice: what lies below raises no alarm. So few sequences tell a variance by a margin only,
-    which is added: two standard errors.
+    which is added: two standard errors. And as a p-value counts one sample more than there were, one sequence more is
+    counted, which drifts all along: where one in ten does, a dozen may show none.
     """
     lengths = np.array([len(each.drift) for each in measured], np.float64)
     sums = np.array([-np.log(calibration.p_values(each.logprobs, each.drift)).sum() for each in measured])
-    excess = 2 * np.maximum(sums - lengths, 0.0) ** 2
+    excess = 2 * np.maximum(np.append(sums - lengths, (UNSEEN - 1) * lengths.mean()), 0.0) ** 2
     margin = 1 + SPREAD_ERRORS * math.sqrt(2 / len(measured))
     return max(0.0, float((excess.mean() * margin - lengths.mean()) / (lengths**2).mean()))
 

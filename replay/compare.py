@@ -255,8 +255,12 @@ class _Run:
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
         greedy = is_greedy(document)
-        floor, alarm = self._floor(request.model), self._false_alarm
-        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=self._calibration, false_alarm=alarm)
+        calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
+        floor, alarm = self._floor(request.model, calibration), self._false_alarm
+        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
+        if self._calibration and not calibration:
+            measured = count(self._calibration.tokens_median, "token")
+            judgement = replace(judgement, reason=f"{judgement.reason}; not by the calibration, which measured sequences of {measured}")
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
             drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
@@ -273,12 +277,12 @@ class _Run:
         found = calibrations.of(self.recorded[-1]) if calibrations and alike else None
         return found if found and all(found.fits(environment) for environment in self.recorded) else None
 
-    def _floor(self, model: str | None) -> Floor:
+    def _floor(self, model: str | None, calibration: Calibration | None) -> Floor:
         """The noise floor for a model: calibrated, or measured, once, where the same kernels are at work as far as is told."""
         default = floor_of([*self.recorded, self.present])
-        if self._calibration:
-            source = f"calibrated {self._calibration.made_at:%Y-%m-%d}: p99 over {self._calibration.tokens:,} tokens"
-            return Floor(self._calibration.p99, source, default.dtype)
+        if calibration:
+            source = f"calibrated {calibration.made_at:%Y-%m-%d}: p99 over {calibration.tokens:,} tokens"
+            return Floor(calibration.p99, source, default.dtype)
         alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
         return self._memory.floor(self.engine, model, default) if alike else default
 

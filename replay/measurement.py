@@ -23,7 +23,7 @@ from schemas.errors import UsageError
 
 SEQUENCES, TOKENS = 32, 128
 """What is said by default: about 4,000 tokens, each scored twice."""
-ALONE = 4
+ALONE = 16
 """Sequences said one at a time: each costs as many steps as a whole batch."""
 ALTERNATIVES = 32
 """Likeliest tokens that a draw is made among: another seed or temperature rarely favours a token that is not among them."""

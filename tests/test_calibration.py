@@ -156,6 +156,18 @@ def test_a_calibrated_replay_sees_what_the_default_hides(tmp_path: Path) -> None
     assert "the engine's own noise explains such drift with a chance of" in outcome.reason
 
 
+def test_the_noisiest_condition_counts() -> None:
+    """Batches that drift by nothing do not make the drift of a request alone look unheard of; far longer sequences are not measured."""
+    rng = np.random.default_rng(3)
+    loud = [Measured("alone", logprobs, drift) for logprobs, drift in noise(rng, 8, 128, nats=0.01)]
+    still = [Measured("in a batch", logprobs, 0 * drift) for logprobs, drift in noise(rng, 64, 128)]
+    found = calibrated(environment(), "test", [*still, *loud], dtype="bfloat16", made_at=dt.datetime.now(dt.UTC))
+    alarms = [found.test(logprobs, drift).reason for logprobs, drift in noise(rng, 200, 128, nats=0.01)]
+
+    assert [None] * 200 == alarms
+    assert (True, False) == (found.reaches(256), found.reaches(257))
+
+
 def test_several_sequences_share_the_chance_of_an_alarm() -> None:
     """What one sequence of one would be accused of, one of a hundred is not: the session keeps the stated chance."""
     found = calibration(np.random.default_rng(2))

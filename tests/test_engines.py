@@ -319,7 +319,7 @@ def test_four_right_verdicts_from_the_command_line(installation: Program, loaded
     )
     small = [word for name in (f"max_model_len={CONTEXT}", "max_num_seqs=64") for word in ("--engine-option", name)]
     calibrated, same, seed, weights, dtype, listed = installation.batch(
-        ["calibrate", "--sequences", "12", "--tokens", "32"],
+        ["calibrate", "--sequences", "12", "--tokens", "96"],  # as long as what is replayed
         ["replay", unchanged, "--format", "json"],
         ["replay", ignored, "--format", "json"],
         ["replay", mine, "--engine", f"vllm:{changed}", *small, "--engine-option", "dtype=float32", "--format", "json"],
