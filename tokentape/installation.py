@@ -172,17 +172,22 @@ class Installation:
             with contextlib.suppress(AlreadyExists):  # the same fingerprint with other white space explains it as well
                 self.objects.create(schema_key(schema.fingerprint), schema.json().encode())
 
-    def freshen(self) -> None:
-        """Index what the log holds, or have the running indexers seal it; where that cannot be, say so and go on with what is there."""
+    def freshen(self, *, behind_max: int | None = None) -> bool:
+        """Index what the log holds, or have the running indexers seal it; where that cannot be, say so and go on with what is there.
+
+        Indexers that are more than `behind_max` events behind are not waited for, and that is not said: it is expected then. Whether all
+        that the log held at the call is there.
+        """
         try:
-            freshness = ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S, registry=self.registry)
+            freshness = ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S, behind_max=behind_max, registry=self.registry)
         except Unavailable as error:
             warn(f"the log does not answer, this is what was indexed before: {error}")
-            return
+            return False
         for partition, stopped in freshness.stopped.items():
             warn(f"partition {partition} waits: {stopped.fault}; {stopped.hint}")
-        if not freshness.complete and not freshness.stopped:
+        if not freshness.complete and not freshness.stopped and behind_max is None:
             warn(f"the indexers are more than {FRESH_TIMEOUT_S:g} s behind; later events are missing here")
+        return freshness.complete
 
     def session_id(self, text: str) -> bytes:
         """The session of an id, or of the unique beginning of one.
