@@ -131,6 +131,18 @@ class ApiCase:
         assert [row["session_id"] for row in api("GET", "debug-sessions?q=zebra%20yes.")["sessions"]] == [made["session_id"]]
         assert shown["generations"][0]["response"][0]["content"] == "Yes."
 
+    def test_what_became_private_is_gone_at_once(self, api: Api) -> None:
+        """The answer to who made it private is the last moment at which somebody else is shown it; made public, it is back."""
+        made = api("POST", "debug-sessions", {"session_data": CONVERSATION, "tags": ["mine"], "visibility": "public"}, status=201)
+        path, stranger = f"debug-sessions/{made['session_id']}", api.by("reader", owner="sid", tenant="blue")
+        found = [stranger("GET", "debug-sessions?tag=mine")["total"]]
+        for visibility in ("private", "public"):
+            api("POST", f"{path}/annotations", {"visibility": visibility}, status=201)
+            found.append(stranger("GET", "debug-sessions?tag=mine")["total"])
+            stranger("GET", path, status=404 if visibility == "private" else 200)
+
+        assert found == [1, 0, 1]
+
     def test_labels_and_a_stream(self, api: Api) -> None:
         """Who follows a session is told what is said of it; a stream goes on where it was cut off."""
         with httpx.stream("GET", f"{api.url}/api/v1/{ONE}/events?follow=true", headers=api.headers, timeout=DEADLINE_S) as stream:
@@ -454,12 +466,13 @@ def test_a_look_that_takes_long_is_not_waited_for(tmp_path: Path, monkeypatch: p
     """While much is in the log answers are of what is indexed; what is wrong with a look is told to those who come after it."""
     over, begun, faults = threading.Event(), threading.Event(), list[TokentapeError]()
 
-    def freshen(installation: Installation) -> None:
+    def freshen(installation: Installation, *, behind_max: int) -> bool:
         if faults:
             raise faults[0]
         if begun.is_set():
             assert over.wait(DEADLINE_S)
         begun.set()
+        return behind_max > 0
 
     monkeypatch.setattr(Installation, "freshen", freshen)
     monkeypatch.setattr("tokentape.api.desk.PATIENCE_S", 0.1)

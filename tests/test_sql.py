@@ -22,7 +22,6 @@ from store.directory import SessionDirectory, Viewer, Wanted
 from store.log import open_log
 from store.log.base import Entry, partition_of
 from store.objects import open_store
-from store.reader import EventReader
 from store.sql import SqlService, completeness, query
 from tests.stored import DAY, LOG_ID, put_cold, put_hot
 from tests.strategies import sample
@@ -179,9 +178,9 @@ def test_tokens_of_answers_that_broke_off(tmp_path: Path) -> None:
     catalog = open_catalog(settings.data)
     put_hot(catalog, "only", tape.events)
     (row,) = query(settings, "SELECT tokens, failures FROM sessions").table.to_pylist()
-    reader = EventReader(settings, catalog)
-    (listed,) = SessionDirectory(catalog, reader).sessions(Viewer(), Wanted()).rows
-    reader.close()
+    directory = SessionDirectory(settings, catalog)
+    (listed,) = directory.sessions(Viewer(), Wanted()).rows
+    directory.close()
 
     assert row == {"tokens": 136 + 17, "failures": 2}
     assert listed["tokens"] == row["tokens"]

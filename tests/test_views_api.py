@@ -169,13 +169,13 @@ def test_a_list_that_grows_is_the_list_made_at_once(tmp_path: Any) -> None:
     ]
     every = Wanted(replays=True)
     with Installation(settings) as installation:
-        grown = SessionDirectory(installation.catalog, installation.reader)
+        grown = SessionDirectory(settings, installation.catalog)
         for piece in pieces:
             put(settings, [stored.event for stored in piece])
             installation.freshen()
             grown.sessions(Viewer(), every)
         merge(settings, installation.catalog)
-        made = SessionDirectory(installation.catalog, installation.reader)
+        made = SessionDirectory(settings, installation.catalog)
         rows = [directory.sessions(Viewer(), every).rows for directory in (grown, made)]
         runs = [directory.runs(Viewer()) for directory in (grown, made)]
         some = grown.sessions(Viewer(), every, limit=2, offset=1)
