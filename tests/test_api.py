@@ -107,6 +107,11 @@ class ApiCase:
         page = api("GET", f"{ONE}/events?limit=3&offset=100")
 
         assert "stall" in {row["what"] for row in rows}
+        assert [(one["text"], one["token_id"]) for one in columns["alternatives"][5]] == [
+            (columns["text"][5], None),
+            ("or ", None),
+            ("\ufffd", None),
+        ]
         assert columns["tokens"] == len(columns["logprob"]) == len(columns["text"]) == len(columns["offset_us"]) == 64
         assert ([line["position"] for line in page["events"]], page["total"]) == ([101, 102, 103], 105)
 

@@ -242,6 +242,13 @@ export interface Tokens {
   token_id: (number | null)[] | null;
   logprob: (number | null)[] | null;
   text: (string | null)[] | null;
+  alternatives: Alternative[][] | null;
+}
+
+export interface Alternative {
+  text: string;
+  token_id: number | null;
+  logprob: number;
 }
 
 export interface Replay {
