@@ -112,7 +112,8 @@ class TestWithVllm:
         others = [each for part in payloads(events, TokenChunk) for each in part.content.alternatives.by_entry(len(part.offsets_us))]
         as_ids = rig.post({**asked, "stream": False, "model": vllm.model, "return_tokens_as_token_ids": True}).json()
         until(lambda: len(payloads(rig.events(), GenerationFinished)) == 2 or None)
-        last = payloads(rig.events(), TokenChunk)[-1].content.alternatives
+        chunks = [part.content.alternatives for part in payloads(rig.events(), TokenChunk)]
+        last = [told for told in chunks if told.token_ids][-1]
 
         assert [[one.text for one in each] for each in others] == [[top.token for top in score.top_logprobs] for score in told]
         assert [[one.logprob for one in each] for each in others] == [
@@ -865,7 +866,7 @@ class TestPieces:
         found = list(spread(segments, ids, [Piece(p, -1.0, other) for p, other in zip(pieces, others, strict=True)]))
 
         assert [(channel, list(own), text) for channel, own, text, _, _ in found] == expected
-        assert [told for *_, told in found if told] == [[others[i] for i in own] for _, own, _ in expected if own]
+        assert [list(told) for *_, told in found if told] == [[others[i] for i in own] for _, own, _ in expected if own]
 
     @pytest.mark.parametrize(
         ("body", "extra", "expected"),
