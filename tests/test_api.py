@@ -188,15 +188,20 @@ class ApiCase:
         ann, bob = (api.by("custodian", owner=name) for name in ("ann", "bob"))
         hold = ann("POST", "custody/holds", {"sessions": [made], "reason": "matter 4711"}, status=201)
         standing = api("GET", "custody/holds")["holds"]
+        foreseen = ann("POST", "custody/erasures/preview", {"sessions": [made]})
         kept = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=409)
         ann("POST", f"custody/holds/{hold['hold']}/release", {"reason": "settled"})
         asked = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=201)
+        waits = [who("GET", "custody/erasures")["erasures"][-1] for who in (ann, api.by("reader", owner="rob"))]
         alone = ann("POST", f"custody/erasures/{asked['erasure']}/approve", status=400)
         bob("POST", f"custody/erasures/{asked['erasure']}/approve")
         states = {row["erasure"]: row["state"] for row in api("GET", "custody/erasures")["erasures"]}
         verified = api.job(ann("POST", "custody/verify", {}, status=202))
 
         assert [row["reason"] for row in standing if row["hold"] == hold["hold"]] == ["matter 4711"]
+        assert (foreseen["sessions"], [one["hold"] for one in foreseen["held"]]) == ([made], [hold["hold"]])
+        assert foreseen["events"] == foreseen["held"][0]["events"] > foreseen["contents"] > 0
+        assert [(row["what"], row["reason"]) for row in waits] == [(f"session {made}", "asked"), (None, None)]
         assert "hold" in kept["detail"]
         assert "requested it and cannot approve it" in alone["detail"]
         assert states[asked["erasure"]] in ("applied", "finished")
@@ -287,6 +292,7 @@ _BODIES: dict[str, Any] = {
     "place_hold": {"reason": "x", "sessions": [GHOST]},
     "release_hold": {"reason": "x"},
     "request_erasure": {"reason": "x", "sessions": [GHOST]},
+    "preview_erasure": {"sessions": [GHOST]},
 }
 
 
