@@ -236,11 +236,16 @@ class ApiCase:
         assert rows[3][3] == "SELECT 42"
 
     def test_what_a_client_has_is_not_sent_again(self, api: Api) -> None:
-        """The same answer has the same ETag."""
-        first = api.send("GET", f"{ONE}?at=%2310")
-        again = api.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"])
+        """The same answer has the same ETag; who polls, and is shown nothing new, is on the tape once, with what came first and last."""
+        ivy = api.by("reader", "analyst", owner="ivy", tenant="acme")
+        first = ivy.send("GET", f"{ONE}?at=%2310")
+        again = [ivy.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"]) for _ in range(3)]
+        ivy("GET", f"{ONE}?at=%2311")
+        told = "SELECT subject, statement FROM custody WHERE actor = 'key:ivy' ORDER BY recorded_at"
+        rows = until(lambda: found if len(found := api("POST", "sql", {"query": told})["rows"]) >= 2 else None, DEADLINE_S)
 
-        assert (again.status_code, again.content) == (304, b"")
+        assert [(answer.status_code, answer.content) for answer in again] == [(304, b"")] * 3
+        assert [(name, statement[-2:]) for name, statement in rows] == [("show_session", "10"), ("show_session", "11")]
 
     def test_a_write_that_is_sent_again(self, api: Api) -> None:
         """Under its key it is done once; another request under the same key is refused."""
