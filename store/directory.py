@@ -25,6 +25,12 @@ from store.views import SPOKEN, literal
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
 
+KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
+"""Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
+
+_KIND = (
+    f"CASE purpose {' '.join(f'WHEN {literal(purpose)} THEN {literal(kind)}' for purpose, kind in KINDS.items())} ELSE 'conversation' END"
+)
 _SEARCHES_KEPT = 32  # answers of searches kept: a page asks for the same one every few seconds
 _ANEW_MAX = 5_000  # sessions whose rows are made anew one by one; of more, as after a merge, all are
 _FIRST = (
@@ -129,7 +135,8 @@ class Viewer:
 class Wanted:
     """Which sessions: all that is given must hold. Times are µs since the epoch; a session counts by its last event.
 
-    `under_way` wants a request without an end. What replays wrote of others' sessions is left out unless `replays` asks for it.
+    `under_way` wants a request without an end. Of other kinds than conversations (what replays, engines and KV connectors wrote in sessions
+    of their own) there are none unless `kinds` asks for them; `replays` asks for those of replays as well.
 
     Each word of `text` must stand in a message, an answer, the title, a tag, the session's id or the names of who and what for.
     """
@@ -144,6 +151,7 @@ class Wanted:
     failed: bool = False
     under_way: bool = False
     replays: bool = False
+    kinds: tuple[str, ...] = ("conversation",)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -152,6 +160,7 @@ class Wanted:
 
     def condition(self) -> str:
         """The condition on rows, the text left aside."""
+        kinds = sorted({*self.kinds, "replay"} if self.replays else set(self.kinds))
         parts = [
             f"last_at >= {self.since}" if self.since is not None else "",
             f"last_at < {self.until}" if self.until is not None else "",
@@ -161,7 +170,7 @@ class Wanted:
             *(f"list_contains(tags, {literal(tag)})" for tag in self.tags),
             "failures > 0" if self.failed else "",
             "under_way > 0" if self.under_way else "",
-            "" if self.replays else "coalesce(purpose, '') <> 'replay'",
+            f"{_KIND} IN ({', '.join(map(literal, kinds))})",
         ]
         return " AND ".join(filter(None, parts)) or "true"
 

@@ -118,6 +118,7 @@ export interface Me {
 
 export interface SessionRow {
   session_id: string;
+  kind: "conversation" | "engine" | "kv" | "replay";
   started_at: string;
   last_event_at: string;
   tenant: string;
