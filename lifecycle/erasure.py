@@ -318,13 +318,16 @@ class Erasures:
             "pending": pending,
         }
         if before is not None and not done.entries and pending and earlier["pending"] == pending:
-            return {**earlier, "ledger_entry": before.sequence}
+            return {**earlier, "erasure_id": id_text(erasure.erasure_id), "ledger_entry": before.sequence}
         entry = self.tiering.ledger.append(ERASURE_APPLIED if pending else ERASURE_FINISHED, body)
         self._record(erasure, entry, subject)
         if not pending:
             self.control.append(KIND, erasure.erasure_id, None)
-        log.info("erasure.applied", erasure=erasure.erasure_id, events=done.stripped, pending=len(pending), ledger_entry=entry.sequence)
-        return {**body, "ledger_entry": entry.sequence, "bytes_read": done.bytes_read, "bytes_written": done.bytes_written}
+        log.info(
+            "erasure.applied", erasure=id_text(erasure.erasure_id), events=done.stripped, pending=len(pending), ledger_entry=entry.sequence
+        )
+        named = {"erasure_id": id_text(erasure.erasure_id), "ledger_entry": entry.sequence}
+        return {**body, **named, "bytes_read": done.bytes_read, "bytes_written": done.bytes_written}
 
     def _not_searched(self) -> list[str]:
         """Folders with files that could not be read when something was repaired, where there are any; nobody but people can look there."""

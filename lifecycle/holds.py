@@ -68,7 +68,7 @@ class Holds:
             ),
             by,
         )
-        log.info("hold.placed", hold=hold_id, events=events, ledger_entry=entry.sequence)
+        log.info("hold.placed", hold=id_text(hold_id), events=events, ledger_entry=entry.sequence)
         return {
             "hold": id_text(hold_id),
             "events": events,

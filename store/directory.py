@@ -28,9 +28,8 @@ VISIBILITIES = ("private", "team", "public")
 KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
 """Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
 
-_KIND = (
-    f"CASE purpose {' '.join(f'WHEN {literal(purpose)} THEN {literal(kind)}' for purpose, kind in KINDS.items())} ELSE 'conversation' END"
-)
+_CASES = " ".join(f"WHEN {literal(purpose)} THEN {literal(kind)}" for purpose, kind in KINDS.items())
+_KIND = f"CASE purpose {_CASES} ELSE 'conversation' END"
 _SEARCHES_KEPT = 32  # answers of searches kept: a page asks for the same one every few seconds
 _ANEW_MAX = 5_000  # sessions whose rows are made anew one by one; of more, as after a merge, all are
 _FIRST = (
