@@ -53,7 +53,7 @@ def _token(entry: Entry, gap: int, shade: int) -> str:
 
 def _alternative(one: Alternative) -> str:
     said = json.dumps(paragraph(one.text), ensure_ascii=False) if one.text or one.token_id is None else f"id {one.token_id}"
-    return f"{said} {100 * math.exp(one.logprob):.1f} %"
+    return f"{said} {100 * math.exp(min(one.logprob, 0.0)):.1f} %"
 
 
 def _unsure(logprob: float | None) -> int:
