@@ -6,7 +6,7 @@ import itertools
 from collections import Counter, defaultdict
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingest.coalesce import Chunk, Coalescer, delta_of
@@ -97,6 +97,7 @@ def test_producers_differ() -> None:
 
 GENERATIONS = [new_id(), new_id()]
 SESSIONS = [context(), context()]
+REGISTRY = SchemaRegistry()
 DELTAS = st.tuples(
     st.integers(0, 1),  # session
     st.integers(0, 1),  # generation
@@ -117,7 +118,7 @@ Told = tuple[int, str, int | None, int, str, float | None, list[tuple[str, float
 def told(chunk: Chunk) -> list[Told]:
     """Entries of a chunk."""
     found, at = [], 0
-    content = decode_datum(Stamp(1).entry(chunk.session, chunk.encode(), 0).value, SchemaRegistry())[0]["token_chunk"]["content"]
+    content = decode_datum(Stamp(1).entry(chunk.session, chunk.encode(), 0).value, REGISTRY)[0]["token_chunk"]["content"]
     others = ChunkAlternatives(**(content["alternatives"] or {})).by_entry(len(chunk.offsets_us)) or [()] * len(chunk.offsets_us)
     assert (content["alternatives"] is None) == (not any(others))
     for i, (offset, length) in enumerate(zip(chunk.offsets_us, chunk.lengths, strict=True)):
@@ -131,6 +132,7 @@ def told(chunk: Chunk) -> list[Told]:
     return found
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(DELTAS, DELTAS, EVENT), max_size=80), st.sampled_from([0.0, 0.01, 0.05]), st.sampled_from([1, 4, 64]))
 def test_coalescing_loses_nothing_and_keeps_the_order(steps: list[Any], span_s: float, tokens_max: int) -> None:
     """Any interleaving gives each sequence its tokens with all that is known of them, and each session its order around other events."""
