@@ -33,6 +33,11 @@ from store.views import literal
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
 
+KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
+"""Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
+
+_CASES = " ".join(f"WHEN {literal(purpose)} THEN {literal(kind)}" for purpose, kind in KINDS.items())
+_KIND = f"CASE purpose {_CASES} ELSE 'conversation' END"
 _FOLLOW_S = 0.5  # pause between two refreshes of a directory that is followed
 _CUSTOMERS = "tenant <> '_platform'"
 _ANSWERS_KEPT = 64  # answers of one state kept
@@ -61,7 +66,8 @@ class Viewer:
 class Wanted:
     """Which sessions: all that is given must hold. Times are µs since the epoch; a session counts by its last event.
 
-    `under_way` wants a request without an end. What replays wrote of others' sessions is left out unless `replays` asks for it.
+    `under_way` wants a request without an end. Of other kinds than conversations (what replays, engines and KV connectors wrote in sessions
+    of their own) there are none unless `kinds` asks for them; `replays` asks for those of replays as well.
 
     Each word of `text` must stand in a message, an answer, the title, a tag, the session's id or the names of who and what for.
     """
@@ -76,6 +82,7 @@ class Wanted:
     failed: bool = False
     under_way: bool = False
     replays: bool = False
+    kinds: tuple[str, ...] = ("conversation",)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -84,6 +91,7 @@ class Wanted:
 
     def condition(self) -> str:
         """The condition on rows, the text left aside."""
+        kinds = sorted({*self.kinds, "replay"} if self.replays else set(self.kinds))
         parts = [
             f"last_at >= {self.since}" if self.since is not None else "",
             f"last_at < {self.until}" if self.until is not None else "",
@@ -93,7 +101,7 @@ class Wanted:
             *(f"list_contains(tags, {literal(tag)})" for tag in self.tags),
             "failures > 0" if self.failed else "",
             "under_way > 0" if self.under_way else "",
-            "" if self.replays else "coalesce(purpose, '') <> 'replay'",
+            f"{_KIND} IN ({', '.join(map(literal, kinds))})",
         ]
         return " AND ".join(filter(None, parts)) or "true"
 

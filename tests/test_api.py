@@ -107,6 +107,11 @@ class ApiCase:
         page = api("GET", f"{ONE}/events?limit=3&offset=100")
 
         assert "stall" in {row["what"] for row in rows}
+        assert [(one["text"], one["token_id"]) for one in columns["alternatives"][5]] == [
+            (columns["text"][5], None),
+            ("or ", None),
+            ("\ufffd", None),
+        ]
         assert columns["tokens"] == len(columns["logprob"]) == len(columns["text"]) == len(columns["offset_us"]) == 64
         assert ([line["position"] for line in page["events"]], page["total"]) == ([101, 102, 103], 105)
 
@@ -195,15 +200,20 @@ class ApiCase:
         ann, bob = (api.by("custodian", owner=name) for name in ("ann", "bob"))
         hold = ann("POST", "custody/holds", {"sessions": [made], "reason": "matter 4711"}, status=201)
         standing = api("GET", "custody/holds")["holds"]
+        foreseen = ann("POST", "custody/erasures/preview", {"sessions": [made]})
         kept = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=409)
         ann("POST", f"custody/holds/{hold['hold']}/release", {"reason": "settled"})
         asked = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=201)
+        waits = [who("GET", "custody/erasures")["erasures"][-1] for who in (ann, api.by("reader", owner="rob"))]
         alone = ann("POST", f"custody/erasures/{asked['erasure']}/approve", status=400)
         bob("POST", f"custody/erasures/{asked['erasure']}/approve")
         states = {row["erasure"]: row["state"] for row in api("GET", "custody/erasures")["erasures"]}
         verified = api.job(ann("POST", "custody/verify", {}, status=202))
 
         assert [row["reason"] for row in standing if row["hold"] == hold["hold"]] == ["matter 4711"]
+        assert (foreseen["sessions"], [one["hold"] for one in foreseen["held"]]) == ([made], [hold["hold"]])
+        assert foreseen["events"] == foreseen["held"][0]["events"] > foreseen["contents"] > 0
+        assert [(row["what"], row["reason"]) for row in waits] == [(f"session {made}", "asked"), (None, None)]
         assert "hold" in kept["detail"]
         assert "requested it and cannot approve it" in alone["detail"]
         assert states[asked["erasure"]] in ("applied", "finished")
@@ -238,11 +248,16 @@ class ApiCase:
         assert rows[3][3] == "SELECT 42"
 
     def test_what_a_client_has_is_not_sent_again(self, api: Api) -> None:
-        """The same answer has the same ETag."""
-        first = api.send("GET", f"{ONE}?at=%2310")
-        again = api.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"])
+        """The same answer has the same ETag; who polls, and is shown nothing new, is on the tape once, with what came first and last."""
+        ivy = api.by("reader", "analyst", owner="ivy", tenant="acme")
+        first = ivy.send("GET", f"{ONE}?at=%2310")
+        again = [ivy.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"]) for _ in range(3)]
+        ivy("GET", f"{ONE}?at=%2311")
+        told = "SELECT subject, statement FROM custody WHERE actor = 'key:ivy' ORDER BY recorded_at"
+        rows = until(lambda: found if len(found := api("POST", "sql", {"query": told})["rows"]) >= 2 else None, DEADLINE_S)
 
-        assert (again.status_code, again.content) == (304, b"")
+        assert [(answer.status_code, answer.content) for answer in again] == [(304, b"")] * 3
+        assert [(name, statement[-2:]) for name, statement in rows] == [("show_session", "10"), ("show_session", "11")]
 
     def test_a_write_that_is_sent_again(self, api: Api) -> None:
         """Under its key it is done once; another request under the same key is refused."""
@@ -294,6 +309,7 @@ _BODIES: dict[str, Any] = {
     "place_hold": {"reason": "x", "sessions": [GHOST]},
     "release_hold": {"reason": "x"},
     "request_erasure": {"reason": "x", "sessions": [GHOST]},
+    "preview_erasure": {"sessions": [GHOST]},
 }
 
 

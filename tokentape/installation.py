@@ -255,9 +255,11 @@ class Installation:
     def accessing(self, operation: str, statement: str, *, actor: str = "", tenant: str = "") -> Iterator[dict[str, Any]]:
         """Record that somebody looked: the block fills in `rows`; a failure is recorded as such and raised on.
 
+        Where the block says that nothing was `shown`, nothing is recorded.
+
         `actor` is who looks, by default who runs this process; `tenant` whose the record is, by default that of the settings.
         """
-        answer: dict[str, Any] = {"outcome": "ok", "rows": None}
+        answer: dict[str, Any] = {"outcome": "ok", "rows": None, "shown": True}
         began = time.perf_counter_ns()
         try:
             yield answer
@@ -270,4 +272,5 @@ class Installation:
             content = AccessContent(statement=statement)
             took = (time.perf_counter_ns() - began) // 1000
             event = AccessLogged(operation=operation, outcome=answer["outcome"], rows=answer["rows"], duration_us=took, content=content)
-            self.recorder.record(session, event)
+            if answer["shown"]:
+                self.recorder.record(session, event)

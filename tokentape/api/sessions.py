@@ -35,6 +35,7 @@ NDJSON = "application/x-ndjson"
 
 Tag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^,\x00-\x1f]*[^,\s\x00-\x1f][^,\x00-\x1f]*$")]
 Visibility = Literal["private", "team", "public"]
+Kind = Literal["conversation", "replay", "engine", "kv"]
 
 
 class Listed(Taken):
@@ -52,6 +53,9 @@ class Listed(Taken):
     failed: bool = Field(default=False, description="Only sessions with a failure.")
     under_way: bool = Field(default=False, description="Only sessions with a request that has not ended.")
     replays: bool = Field(default=False, description="Those too in which replays of others are recorded.")
+    kind: tuple[Kind, ...] = Field(
+        default=("conversation",), description="What wrote them: clients, replays, engines (a run's requests and tokens), KV connectors."
+    )
 
 
 class At(Taken):
@@ -119,6 +123,7 @@ def list_sessions(call: Call) -> Reply:
         failed=asked.failed,
         under_way=asked.under_way,
         replays=asked.replays,
+        kinds=asked.kind,
     )
     found = call.desks.directory.sessions(call.principal.viewer, wanted, limit=asked.limit, offset=asked.offset)
     call.rows = len(found.rows)
