@@ -15,6 +15,7 @@ from lifecycle.register import Register
 from lifecycle.rewriting import Change, Done, rewriting
 from lifecycle.tiering import WAIT_S, Tiering
 from store.catalog import Segment
+from store.cold import SEGMENT_ROWS_MAX
 
 WHY = "merge"
 
@@ -51,7 +52,8 @@ class Compaction:
         for segments in places.values():
             group: list[Segment] = []
             for segment in segments:
-                if sum(item.bytes for item in group) + segment.bytes <= self.tiering.segment_bytes_max:
+                fits = sum(item.bytes for item in group) + segment.bytes <= self.tiering.segment_bytes_max
+                if fits and sum(item.rows for item in group) + segment.rows <= SEGMENT_ROWS_MAX:
                     group.append(segment)
             if len(group) > 1:
                 groups.append(group)

@@ -31,7 +31,7 @@ from schemas import clock
 from schemas.errors import ConflictError, CorruptStore, StoreUnavailable, UsageError
 from store import duck
 from store.catalog import Segment
-from store.cold import ROW_GROUP_ROWS, Draft, plan_parts, read_content, write_part
+from store.cold import Draft, Part, plan_parts, read_content, read_sorted, write_part
 from store.crashpoints import crash_point
 from store.erasing import commit_rows, erased_sql
 from store.hot import attach, detach
@@ -180,7 +180,7 @@ class Rewriting:
             stripped, filled = commit_rows(connection, kept, where, self.tiering.registry, "erased_rows")
             kept = erased_sql(kept, "erased_rows")
         relation = f"(SELECT *, '{first.day}' AS day FROM {kept})"
-        parts = plan_parts(connection, relation, 1, 1 << 60)
+        parts = plan_parts(connection, relation, 1, 1 << 60, 1 << 60)
         rows = sum(part.rows for part in parts)
         if len(parts) > 1:
             raise CorruptStore("rows of another tenant or class in a segment", operation="rewrite", place=first.key)
@@ -188,7 +188,7 @@ class Rewriting:
             return _Made(None, nothing=True)
         if not parts:
             return _Made(None, stripped=stripped, filled=filled)
-        root = self._root(relation)
+        root = self._root(relation, parts[0])
         draft = write_part(connection, relation, parts[0], self.folder / "new.parquet")
         crash_point("rewrite.written")
         if len(change.segments) == 1 and rows == change.rows and root != first.root:
@@ -221,10 +221,9 @@ class Rewriting:
         path.write_bytes(data)
         return path
 
-    def _root(self, relation: str) -> bytes:
+    def _root(self, relation: str, part: Part) -> bytes:
         """Merkle root over the leaves of the rows as they are meant to be, made before they are written."""
-        order = f'SELECT * EXCLUDE (day) FROM {relation} ORDER BY session_id, "partition", "offset"'
-        reader = self.connection.execute(order).to_arrow_reader(ROW_GROUP_ROWS)
+        reader = read_sorted(self.connection, relation, part)
         return root_of_packed(b"".join(piece.leaves for batch in reader for piece in recode(batch, self.tiering.registry)))
 
     def _store(self, draft: Draft, root: bytes) -> Stored:
