@@ -86,8 +86,8 @@ def _name(text: str) -> str:
     return quoted if len(quoted) <= _NAME_MAX else f"{quoted[:_NAME_MAX]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> str:
-    """Rows of many shards, with the `day` that each was filed under, in one table of the connection's own file; its name.
+def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> None:
+    """Rows of many shards, with the `day` that each was filed under, in the table `staged` of the connection's own file.
 
     Raises:
         CorruptStore: a shard is damaged. StoreUnavailable: one is gone. StorageFull: no room.
@@ -102,7 +102,6 @@ def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> str
         connection.execute("CHECKPOINT")
     except duckdb.Error as error:
         raise duck.mapped(error, operation="stage shards", place="staged") from error
-    return "staged"
 
 
 def plan_parts(
