@@ -15,7 +15,6 @@ from lifecycle.register import Register
 from lifecycle.rewriting import Change, Done, rewriting
 from lifecycle.tiering import WAIT_S, Tiering
 from store.catalog import Segment
-from store.cold import SEGMENT_ROWS_MAX
 
 WHY = "merge"
 
@@ -53,7 +52,7 @@ class Compaction:
             group: list[Segment] = []
             for segment in segments:
                 fits = sum(item.bytes for item in group) + segment.bytes <= self.tiering.segment_bytes_max
-                if fits and sum(item.rows for item in group) + segment.rows <= SEGMENT_ROWS_MAX:
+                if fits and sum(item.rows for item in group) + segment.rows <= self.tiering.segment_rows_max:
                     group.append(segment)
             if len(group) > 1:
                 groups.append(group)

@@ -104,9 +104,7 @@ def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> Non
         raise duck.mapped(error, operation="stage shards", place="staged") from error
 
 
-def plan_parts(
-    connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float, bytes_max: int, rows_max: int = SEGMENT_ROWS_MAX
-) -> list[Part]:
+def plan_parts(connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float, bytes_max: int, rows_max: int) -> list[Part]:
     """Cut the rows of a relation with a `day` column into parts, between sessions, each below both limits if it can be.
 
     Raises:
@@ -153,8 +151,8 @@ def read_sorted(connection: duckdb.DuckDBPyConnection, relation: str, part: Part
     def batches() -> Iterator[pa.RecordBatch]:
         for first, last in slices:
             query = f'{select} ORDER BY session_id, "partition", "offset"'
-            rows = connection.execute(query, {**values, "first": first, "last": last}).to_arrow_table()
-            yield from rows.combine_chunks().to_batches(max_chunksize=ROW_GROUP_ROWS)
+            # Batches as DuckDB makes them: of one that Arrow cut out of a larger one it reads nested values at the wrong places.
+            yield from connection.execute(query, {**values, "first": first, "last": last}).to_arrow_reader(ROW_GROUP_ROWS)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
 
