@@ -314,6 +314,8 @@ class TestCompaction:
         reader = EventReader(rig.settings, rig.catalog, rig.objects)
         session = rig.catalog.snapshot().segments[0].session_min
         read = list(reader.session(session))
+        rows = rig.catalog.snapshot().segments[0].rows
+        assert Compaction(rig.tiering(segment_rows_max=2 * rows - 1)).run()["segments"] == 0  # too many for one
         would = Compaction(rig.tiering()).run(dry_run=True)
         done = Compaction(rig.tiering()).run()
 
