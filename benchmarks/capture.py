@@ -1,10 +1,11 @@
 """What capture costs an engine: the same vLLM with it and bare, taking turns in one process, and the hook's own µs a step.
 
-python -m benchmarks.capture [--model PATH] [--streams N] [--tokens N] [--pairs N] [--engine JSON]
+python -m benchmarks.capture [--model PATH] [--streams N] [--tokens N] [--pairs N] [--engine JSON] [--apart]
 
-The turns share one engine in one process: for the bare ones the scheduler has vLLM's own methods back, so that not a line
-of the recorder runs in its thread. In one process the engine, its front end and the tap share one interpreter,
-which is the least favourable case.
+The turns share one engine: for the bare ones the scheduler has vLLM's own methods back, so that not a line of the recorder
+runs in its thread. In one process the engine, its front end and the tap share one interpreter, which is the least favourable
+case; with --apart the engine core has a process of its own, as in `vllm serve`. What the captured turns said must be on the
+tape at the end.
 """
 
 from __future__ import annotations
@@ -19,13 +20,40 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+
+from tests.engine_log import await_end, runs_of
 
 # Steps of the synthetic engine that the hook is timed on; one of a GPU makes about a hundred a second.
 _STEPS = 2_000
 # What the recording scheduler has methods of its own for.
-_TAPPED = ("add_request", "finish_requests", "reset_prefix_cache", "schedule", "update_from_output")
+_TAPPED = ("finish_requests", "reset_prefix_cache", "schedule", "update_from_output")
+
+
+class Alternating:
+    """For `--scheduler-cls`: the recording scheduler, which is vLLM's own while requests come that say so."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A scheduler of this configuration."""
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        from ingest.vllm.scheduler import recording
+
+        config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        own: Any = AsyncScheduler if config.scheduler_config.async_scheduling else Scheduler
+        recorded: Any = recording(own)
+
+        def add_request(self: Any, request: Any) -> Any:
+            bare = request.sampling_params.extra_args["turn"] == "bare"
+            for method in _TAPPED if not self.requests else ():
+                self.__dict__.pop(method, None)
+                if bare:
+                    setattr(self, method, getattr(own, method).__get__(self))
+            return (own if bare else recorded).add_request(self, request)
+
+        return type("Alternating", (recorded,), {"add_request": add_request})(*args, **kwargs)
 
 
 def run() -> list[dict[str, Any]]:
@@ -43,7 +71,7 @@ def measured(arguments: list[str]) -> dict[str, Any]:
     """What this module, run as a program of its own, found."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TOKENTAPE_DATA": str(Path(folder) / "data")}
+        env = {**os.environ, "TOKENTAPE_DATA": str(Path(folder) / "data")}
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         subprocess.run([sys.executable, "-m", "benchmarks.capture", *arguments, "--out", str(out)], env=env, check=True)
         found: dict[str, Any] = json.loads(out.read_text())
@@ -55,7 +83,7 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     bare, captured = statistics.median(found["bare"]), statistics.median(found["captured"])
     ratios = sorted(c / b for b, c in zip(found["bare"], found["captured"], strict=True))
     noise = statistics.median(abs(a / b - 1) for a, b in zip(found["bare"], found["bare"][1:], strict=False))
-    where = f"{found['streams']} streams, {found['device']}"
+    where = f"{found['streams']} streams, {found['device']}, engine core {'apart, as in a server' if found['apart'] else 'in one process'}"
     return [
         {
             "what": f"tokens/s with capture, {where}",
@@ -125,22 +153,19 @@ def _request(name: str, parameters: Any) -> Any:
 def _engine(given: argparse.Namespace) -> Any:
     from vllm import LLM
 
-    from tests.engine_load import RECORDING
-
-    arguments = {"model": given.model, "max_num_seqs": given.streams, "enable_prefix_caching": False, "scheduler_cls": RECORDING}
-    return LLM(**{**arguments, "skip_tokenizer_init": True, **given.engine})
+    own = {"scheduler_cls": f"benchmarks.capture.{Alternating.__name__}", "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    return LLM(given.model, max_num_seqs=given.streams, **own, **given.engine)
 
 
-def _turn(engine: Any, given: argparse.Namespace, turn: int) -> float:
+def _turn(engine: Any, given: argparse.Namespace, number: int, name: str) -> float:
     """Tokens per second of one batch."""
     from vllm import SamplingParams
 
-    draw = random.Random(turn)
+    draw = random.Random(number)
     prompts = [{"prompt_token_ids": [draw.randrange(10, 500) for _ in range(draw.randrange(16, 64))]} for _ in range(given.streams)]
-    parameters = [
-        SamplingParams(max_tokens=given.tokens, ignore_eos=True, detokenize=False, logprobs=1, temperature=i % 2, seed=i)
-        for i in range(given.streams)
-    ]
+    common = {"max_tokens": given.tokens, "ignore_eos": True, "detokenize": False, "logprobs": 1, "extra_args": {"turn": name}}
+    parameters = [SamplingParams(**common, temperature=i % 2, seed=i) for i in range(given.streams)]
+    time.sleep(0.3)  # the step that an engine may have begun ahead belongs to the turn before
     began = time.perf_counter()
     engine.generate(prompts, parameters, use_tqdm=False)
     return float(given.streams * given.tokens) / (time.perf_counter() - began)
@@ -154,8 +179,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--engine", type=json.loads, default={})
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(given.apart))
     import torch
 
     on_cpu = not torch.cuda.is_available()
@@ -163,21 +190,19 @@ def main() -> None:
         given.engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "enable_chunked_prefill": False, **given.engine}
         given.engine.setdefault("max_num_batched_tokens", 1024)
     engine = _engine(given)
-    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
-    bare = type(scheduler).__mro__[2]
-    found: dict[str, Any] = {"bare": [], "captured": [], "streams": given.streams}
+    found: dict[str, Any] = {"bare": [], "captured": [], "streams": given.streams, "apart": given.apart}
     found["device"] = "CPU" if on_cpu else torch.cuda.get_device_name()
-    for turn in range(given.pairs + 2):
-        for name in ("bare", "captured")[:: 1 if turn % 2 else -1]:
-            for method in _TAPPED:
-                scheduler.__dict__.pop(method, None)
-                if name == "bare":
-                    setattr(scheduler, method, MethodType(getattr(bare, method), scheduler))
-            rate = _turn(engine, given, turn)
-            if turn >= 2:  # the first ones warm kernels up
+    for number in range(given.pairs + 2):
+        for name in ("bare", "captured")[:: 1 if number % 2 else -1]:
+            rate = _turn(engine, given, number, name)
+            if number >= 2:  # the first ones warm kernels up
                 found[name].append(rate)
-    given.out.write_text(json.dumps(found))
     engine.llm_engine.engine_core.shutdown()
+    await_end(Path(os.environ["TOKENTAPE_DATA"]), timeout_s=600)
+    (run,) = runs_of(Path(os.environ["TOKENTAPE_DATA"]))
+    taped, said = len(run.requests), (given.pairs + 2) * given.streams
+    assert taped == said, f"{taped} of {said} captured requests are on the tape"
+    given.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from schemas.codec import uuid7, zigzag, zigzags
 from schemas.encoder import encode_model
 from schemas.errors import InvalidEvent
-from schemas.events import Float32, Payload, TokenChunk
+from schemas.events import Payload, TokenChunk, floats32
 from schemas.registry import CURRENT
 from schemas.sink import SessionContext
 from store.log.base import ENTRY_BYTES_MAX, Entry, partition_of
@@ -21,7 +21,6 @@ _NULL, _THERE = b"\x00", b"\x02"
 _MINUS_ZERO = struct.pack("<f", -0.0)
 # The counter of an id has 12 bits; after that the next millisecond is borrowed.
 _COUNTER_MAX = (1 << 12) - 1
-_canonical = Float32()
 
 
 class Stamp:
@@ -143,7 +142,7 @@ def _floats(values: Sequence[float]) -> bytes:
         return b"\x00"
     packed = _pack(values)
     if _MINUS_ZERO in packed:
-        packed = _pack([_canonical(value) for value in values])
+        packed = _pack(floats32(values))
     return zigzag(len(values)) + packed + b"\x00"
 
 
@@ -151,4 +150,4 @@ def _pack(values: Sequence[float]) -> bytes:
     try:
         return struct.pack(f"<{len(values)}f", *values)
     except OverflowError:
-        return struct.pack(f"<{len(values)}f", *map(_canonical, values))
+        return struct.pack(f"<{len(values)}f", *floats32(values))

@@ -78,6 +78,7 @@ class Batch:
         told: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         self._waiting = deque(sessions)
+        self._unread = dict.fromkeys(self._waiting)
         self._events_of, self._sink, self._run, self._actor = events_of, sink, run, actor
         self._calibrations, self._told = calibrations, told
         self._lock = threading.Lock()
@@ -163,8 +164,9 @@ class Batch:
     def _events(self, session: str) -> list[StoredEvent]:
         """The session's events, read together with those of the sessions that come next; none where it is not known any more."""
         with self._reading:  # the reader of events is one connection
-            if session not in self._read:
-                with self._lock:
-                    ahead = [session, *itertools.islice(self._waiting, AHEAD - 1)]
-                self._read = {name: [] for name in ahead} | dict(self._read) | dict(self._events_of(ahead))
+            while session not in self._read:
+                ahead = list(itertools.islice(self._unread, AHEAD)) if session in self._unread else [session]  # one that came back
+                for name in ahead:
+                    self._unread.pop(name, None)
+                self._read |= {name: [] for name in ahead} | dict(self._events_of(ahead))
             return self._read.pop(session)

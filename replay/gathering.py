@@ -1,25 +1,28 @@
-"""One engine for many replays at once: what they ask while it is at work goes as one batch when it is free again.
+"""One engine for many replays at once: it works on what all of them ask, as much of it at a time as it can.
 
 An engine is far faster at a batch than at one sequence after the other, and a replay only knows its own session. So each
-replay asks in a thread of its own and waits; the batch is whatever waits, as in the group commit of a log.
+replay asks in a thread of its own and waits. An engine that takes sequences in while it is at work (`Continuous`) gets each
+as soon as it is asked for, and has a full batch all the time; any other gets what waits when it is free again, as in the
+group commit of a log.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-from replay.engines.base import Engine, Forced, Generated, Refused, Request, Scored
+from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Request, Scored
 from schemas import events as e
 
 T = TypeVar("T")
 
 
 class _Call(NamedTuple):
-    """What a replay waits for: `ask` names the engine's method for several."""
+    """What a replay waits for: `ask` names the engine's method for several, `do` what is done with `what`."""
 
     ask: str
     what: Any
@@ -29,13 +32,15 @@ class _Call(NamedTuple):
 class Gathered:
     """An `Engine` that many threads may use. `close` ends its own thread and leaves the engine to its owner.
 
-    Whatever the engine raises for a batch is raised to each that waits for a part of it.
+    Whatever the engine raises is raised to each that waits for it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._continuous = engine if isinstance(engine, Continuous) else None
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._asking = threading.Lock()
+        self._waiting: deque[_Call] = deque()
+        self._begun: dict[Hashable, _Call] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"gather {engine.name}", daemon=True)
         self._thread.start()
@@ -47,16 +52,16 @@ class Gathered:
 
     @property
     def waiting(self) -> int:
-        """How many sequences and requests wait for the engine to be free."""
-        return self._calls.qsize()
+        """How many sequences and requests wait for the engine to take them in."""
+        return self._calls.qsize() + len(self._waiting)
 
     def fingerprint(self, recorded: e.EnvironmentCaptured | None = None) -> e.EnvironmentCaptured | None:
         """See `Engine.fingerprint`."""
-        return self._between(lambda: self._engine.fingerprint(recorded))
+        return self._alone(lambda: self._engine.fingerprint(recorded))
 
     def render(self, request: Request) -> tuple[int, ...] | Refused:
         """See `Engine.render`."""
-        return self._between(lambda: self._engine.render(request))
+        return self._alone(lambda: self._engine.render(request))
 
     def generate(self, request: Request) -> Generated | Refused:
         """See `Engine.generate`."""
@@ -72,7 +77,8 @@ class Gathered:
 
     def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
         """See `Engine.force_all`."""
-        return self._gather("force_all", several)
+        said = self._gather("force_all", several)
+        return [each() for each in said] if self._continuous else said
 
     def close(self) -> None:
         """End the thread that asks; may be called twice. Nobody may wait any more."""
@@ -87,26 +93,66 @@ class Gathered:
             self._calls.put(call)
         return [call.answer.result() for call in calls]
 
-    def _between(self, ask: Callable[[], T]) -> T:
-        """Ask for what has no batches, between two of them."""
-        with self._asking:
-            return ask()
+    def _alone(self, ask: Callable[[], T]) -> T:
+        """Ask for what goes with nothing else, when the engine is free."""
+        answer: T = self._gather("alone", [ask])[0]
+        return answer
 
     def _serve(self) -> None:
-        while True:
-            calls = [self._calls.get()]
-            while not self._calls.empty():
-                calls.append(self._calls.get())
-            for ask in ("force_all", "generate_all"):
-                self._answer(ask, [call for call in calls if call is not None and call.ask == ask])
-            if calls[-1] is None:
-                return
+        while self._take():
+            ask = self._waiting[0].ask if self._waiting else "force_all"
+            if ask == "force_all" and self._continuous:
+                self._work(self._continuous)
+            elif self._begun:  # what is next wants the engine for itself
+                self._step()
+            elif ask == "alone":
+                self._answer(ask, [self._waiting.popleft()])
+            else:
+                calls = [call for call in self._waiting if call.ask == ask]
+                self._waiting = deque(call for call in self._waiting if call.ask != ask)
+                self._answer(ask, calls)
+
+    def _take(self) -> bool:
+        """Take in what was asked, waiting only where there is nothing to do; False when it is time to end."""
+        while not self._calls.empty() or not (self._waiting or self._begun):
+            call = self._calls.get()
+            if call is None:
+                return False
+            self._waiting.append(call)
+        return True
+
+    def _work(self, engine: Continuous) -> None:
+        """Begin what waits, up to what does not go with it, and let the engine work for a moment."""
+        while self._waiting and self._waiting[0].ask == "force_all":
+            call = self._waiting.popleft()
+            try:
+                name = engine.begin(call.what)
+            except BaseException as error:
+                call.answer.set_exception(error)
+                continue
+            if isinstance(name, Refused):
+                call.answer.set_result(lambda refused=name: refused)
+            else:
+                self._begun[name] = call
+        if self._begun:
+            self._step()
+
+    def _step(self) -> None:
+        assert self._continuous is not None, "only such an engine has begun anything"
+        try:
+            done = self._continuous.step()
+        except BaseException as error:
+            begun, self._begun = self._begun, {}
+            for call in begun.values():
+                call.answer.set_exception(error)
+            return
+        for name, read in done:
+            self._begun.pop(name).answer.set_result(read)
 
     def _answer(self, ask: str, calls: list[_Call]) -> None:
-        if not calls:
-            return
         try:
-            answers = self._between(lambda: getattr(self._engine, ask)([call.what for call in calls]))
+            what = [call.what for call in calls]
+            answers = [do() for do in what] if ask == "alone" else getattr(self._engine, ask)(what)
         except BaseException as error:
             for call in calls:
                 call.answer.set_exception(error)

@@ -17,6 +17,23 @@ class Taped(NamedTuple):
 
 def taped(sequence: Sequence) -> Taped:
     """The tokens of a sequence that can be forced."""
+    return _whole(sequence) or _beginning(sequence)
+
+
+def _whole(sequence: Sequence) -> Taped | None:
+    """All tokens of a sequence that is whole and came in its order, as most do: taken by chunks; None for any other."""
+    ids: list[int] = []
+    logprobs: list[float | None] = []
+    for chunk in sequence.ordered():
+        tokens = len(chunk.offsets_us)
+        if chunk.position != len(ids) or len(chunk.token_ids) != tokens:
+            return None
+        ids += chunk.token_ids
+        logprobs += chunk.logprobs if len(chunk.logprobs) == tokens else (None,) * tokens
+    return Taped(tuple(ids), tuple(logprobs), None)
+
+
+def _beginning(sequence: Sequence) -> Taped:
     entries = sequence.entries()
     ids: list[int] = []
     logprobs: list[float | None] = []

@@ -88,6 +88,8 @@ def _nullable(inner: Writer) -> Writer:
 def _array(inner: Writer) -> Writer:
     if inner is _long:
         return _longs
+    if inner is _float:
+        return _floats
 
     def write(add: Add, values: Any) -> None:
         if values:
@@ -103,6 +105,13 @@ def _longs(add: Add, values: Any) -> None:
     if values:
         add(zigzag(len(values)))
         add(zigzags(values))
+    add(_NULL)
+
+
+def _floats(add: Add, values: Any) -> None:
+    if values:
+        add(zigzag(len(values)))
+        add(struct.pack(f"<{len(values)}f", *values))
     add(_NULL)
 
 

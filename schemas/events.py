@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
+from array import array
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -38,16 +39,14 @@ class Fixed:
 
 
 class Float32:
-    """Marks a 32-bit float; NaN is refused and -0.0 becomes 0.0, so that equal values have equal bytes."""
+    """Marks a 32-bit float."""
 
-    def __call__(self, value: float) -> float:
-        """The value as a 32-bit float holds it; raises ValueError for NaN."""
-        if math.isnan(value):
-            raise ValueError("NaN has no canonical bytes; leave the value out instead")
-        try:
-            return float(struct.unpack("<f", struct.pack("<f", value))[0]) + 0.0
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
+
+def floats32(values: Sequence[float]) -> list[float]:
+    """The values as 32-bit floats hold them, -0.0 as 0.0, so that equal values have equal bytes; raises ValueError for NaN."""
+    if any(map(math.isnan, values)):
+        raise ValueError("NaN has no canonical bytes; leave the value out instead")
+    return [value + 0.0 for value in array("f", values)]
 
 
 def _text(value: str) -> str:
@@ -77,8 +76,8 @@ Digest = Annotated[bytes, AfterValidator(_DIGEST), _DIGEST]
 ProducerId = Annotated[bytes, AfterValidator(_PRODUCER), _PRODUCER]
 Text = Annotated[str, AfterValidator(_text)]
 Long = Annotated[int, _LONG]
-Logprob = Annotated[float, AfterValidator(_F32), _F32]
-"""Natural logarithm of a probability as the engine computed it: 32-bit; -inf is allowed."""
+Logprobs = Annotated[list[Annotated[float, _F32]], AfterValidator(floats32)]
+"""Natural logarithms of probabilities as the engine computed them: 32-bit; -inf is allowed."""
 Double = Annotated[float, AfterValidator(_double)]
 
 
@@ -375,7 +374,7 @@ class ChunkContent(Record):
     token_ids: list[Long] = []
     text: Text = ""
     lengths: list[Long] = []
-    logprobs: list[Logprob] = []
+    logprobs: Logprobs = []
 
 
 class TokenChunk(Payload):
@@ -556,7 +555,7 @@ class ReplayStarted(Payload):
 class ComparedContent(Record):
     """Content of `sequence_compared`: the engine's own logprob and rank for each recorded token."""
 
-    logprobs: list[Logprob] = []
+    logprobs: Logprobs = []
     ranks: list[Long] = []
 
 

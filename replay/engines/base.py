@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -154,4 +154,25 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of connections; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class Continuous(Protocol):
+    """What an engine has besides that takes sequences in while it is at work on others (continuous batching)."""
+
+    def begin(self, forced: Forced) -> Hashable | Refused:
+        """Take a sequence in: what it is called in `step`.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        ...
+
+    def step(self) -> list[tuple[Hashable, Callable[[], Scored | Refused]]]:
+        """Work for a moment: the sequences that are done, each with what reads its answer out, in whatever thread.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
         ...

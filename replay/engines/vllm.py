@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +38,14 @@ NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_rege
 """Fields that a free generation in this process does not carry out; forcing does not need them."""
 
 
+class _Asked(NamedTuple):
+    """A sequence as vLLM is asked for it, and what reads its scores out of the answer."""
+
+    text: Sequence[int]
+    parameters: Any
+    read: Callable[[Any], Scored]
+
+
 class VllmEngine:
     """A model in a folder (or of a hub), loaded into this process. `options` are vLLM's engine arguments, such as `dtype`.
 
@@ -51,6 +61,8 @@ class VllmEngine:
         check_version()
         self._llm, self._tracing = start(model, options or {})
         config = self._llm.llm_engine.vllm_config.model_config
+        self._names = count()
+        self._begun: dict[str, Callable[[Any], Scored]] = {}
         self._vocabulary: int = config.get_vocab_size()
         self.context: int = config.max_model_len
 
@@ -67,15 +79,12 @@ class VllmEngine:
         """
         facts = self._do(lambda: self._llm.collective_rpc(worker_facts)[0])
         tokenizer = self._llm.get_tokenizer()
-        items: dict[str, Any] = {}
         text = list(tokenizer.encode(PROBE_TEXT))
         chat = self.render(Request(None, {"messages": PROBE_MESSAGES}))
-        scores = self._score_all([text[:1]], [text[1:]], 1)[0]
-        if not isinstance(scores, Refused):
-            choices = [int(_likeliest(each)) for each in scores.alternatives if each is not None]
-            items = probed(
-                text, None if isinstance(chat, Refused) else list(chat), (choices, [x or 0.0 for x in scores.logprobs]), recorded
-            )
+        asked = self._scoring(text[:1], text[1:], 1)
+        scores = asked.read(self._run([asked.text], [asked.parameters])[0])
+        choices = [int(_likeliest(each)) for each in scores.alternatives if each is not None]
+        items = probed(text, None if isinstance(chat, Refused) else list(chat), (choices, [x or 0.0 for x in scores.logprobs]), recorded)
         if template := getattr(tokenizer, "chat_template", None):
             items["chat_template.sha256"] = _sha256(template if isinstance(template, str) else json.dumps(template, sort_keys=True))
         return environment_of(self._llm.llm_engine.vllm_config, facts, self._digests, items)
@@ -148,58 +157,61 @@ class VllmEngine:
         Raises:
             EngineUnavailable: the engine has failed.
         """
-        found: list[Scored | Refused | None] = [self._allowed((*f.prompt_token_ids, *f.token_ids), 0) for f in several]
-        for tracing in (True, False):
-            left = [i for i, each in enumerate(found) if each is None and (not tracing or self._traceable(several[i]))]
-            if not left:
-                continue
-            answers = self._trace_all([several[i] for i in left]) if tracing else self._score_forced([several[i] for i in left])
-            for i, answer in zip(left, answers, strict=True):
-                found[i] = answer
-        return [each or Refused("it gave no answer") for each in found]
+        asked = [self._asked(each) for each in several]
+        ready = [each for each in asked if not isinstance(each, Refused)]
+        outputs = iter(self._run([each.text for each in ready], [each.parameters for each in ready]) if ready else [])
+        return [each if isinstance(each, Refused) else each.read(next(outputs)) for each in asked]
 
-    def _traceable(self, forced: Forced) -> bool:
-        return self._tracing and bool(forced.prompt_token_ids) and len(forced.prompt_token_ids) + len(forced.token_ids) <= self.context
+    def begin(self, forced: Forced) -> str | Refused:
+        """See `Continuous.begin`. Until `step` has told the end of all that was begun, nothing else may be asked.
 
-    def _trace_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
-        """The tokens decoded one by one, as when they were first said."""
-        parameters = [
-            _parameters(
-                max_tokens=len(f.token_ids), temperature=0, logprobs=self._likeliest(f.request), trace_decode_token_ids=list(f.token_ids)
-            )
-            for f in several
-        ]
-        outputs = self._run([f.prompt_token_ids for f in several], parameters)
-        return [
-            _scored(output.outputs[0].logprobs, f.token_ids, 0, self._whole(f.request), how="decoding")
-            for f, output in zip(several, outputs, strict=True)
-        ]
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        from vllm.sampling_params import RequestOutputKind
 
-    def _score_forced(self, several: Sequence[Forced]) -> list[Scored | Refused]:
-        """The tokens scored as a prompt; those that ask for the same number of alternatives in one batch."""
-        found: dict[int, Scored | Refused] = {}
-        for likeliest in {self._likeliest(f.request) for f in several}:
-            those = [i for i, f in enumerate(several) if self._likeliest(f.request) == likeliest]
-            answers = self._score_all([several[i].prompt_token_ids for i in those], [several[i].token_ids for i in those], likeliest)
-            found.update(zip(those, answers, strict=True))
-        return [found[i] for i in range(len(several))]
+        asked = self._asked(forced)
+        if isinstance(asked, Refused):
+            return asked
+        name = f"forced-{next(self._names)}"
+        asked.parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        self._do(lambda: self._llm.llm_engine.add_request(name, {"prompt_token_ids": list(asked.text)}, asked.parameters))
+        self._begun[name] = asked.read
+        return name
 
-    def _score_all(self, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], likeliest: int) -> list[Scored | Refused]:
+    def step(self) -> list[tuple[Hashable, Callable[[], Scored]]]:
+        """See `Continuous.step`.
+
+        Raises:
+            EngineUnavailable: the engine has failed.
+        """
+        ended = [output for output in self._do(self._llm.llm_engine.step) if output.finished]
+        return [(output.request_id, partial(self._begun.pop(output.request_id), output)) for output in ended]
+
+    def _asked(self, forced: Forced) -> _Asked | Refused:
+        """How vLLM is made to say a sequence: decoded one by one, as when it was first said, or scored as a prompt."""
+        prompt, ids, likeliest = forced.prompt_token_ids, forced.token_ids, self._likeliest(forced.request)
+        if refused := self._allowed((*prompt, *ids), 0):
+            return refused
+        if not (self._tracing and prompt and len(prompt) + len(ids) <= self.context):
+            return self._scoring(prompt, ids, likeliest)
+        parameters = _parameters(max_tokens=len(ids), temperature=0, logprobs=likeliest, trace_decode_token_ids=list(ids))
+        whole = likeliest >= self._vocabulary
+        return _Asked(prompt, parameters, lambda output: _scored(output.outputs[0].logprobs, ids, 0, whole, how="decoding"))
+
+    def _scoring(self, prompt: Sequence[int], ids: Sequence[int], likeliest: int) -> _Asked:
         """A sequence that fills the context is scored without its last token, as one must be left to sample."""
-        full = [len(p) + len(t) >= self.context for p, t in zip(prompts, tokens, strict=True)]
-        texts = [[*p, *(t[:-1] if cut else t)] for p, t, cut in zip(prompts, tokens, full, strict=True)]
-        outputs = self._run(texts, [_parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest)] * len(texts))
-        scores = []
-        for prompt, text, cut, output in zip(prompts, texts, full, outputs, strict=True):
-            scored = _scored(output.prompt_logprobs, text[len(prompt) :], len(prompt), likeliest >= self._vocabulary)
-            scores.append(scored.with_last_unknown() if cut else scored)
-        return list(scores)
+        full = len(prompt) + len(ids) >= self.context
+        scored, whole = ids[:-1] if full else ids, likeliest >= self._vocabulary
+
+        def read(output: Any) -> Scored:
+            scores = _scored(output.prompt_logprobs, scored, len(prompt), whole)
+            return scores.with_last_unknown() if full else scores
+
+        return _Asked((*prompt, *scored), _parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest), read)
 
     def _likeliest(self, request: Request) -> int:
         return max(1, min(request.alternatives, ALTERNATIVES_MAX, self._vocabulary))
-
-    def _whole(self, request: Request) -> bool:
-        return self._likeliest(request) >= self._vocabulary
 
     def _allowed(self, ids: Sequence[int], more: int) -> Refused | None:
         """Why these ids cannot go in, if they cannot."""
@@ -252,28 +264,27 @@ def _plain(message: Any) -> Any:
 
 
 def _scored(found: Any, ids: Sequence[int], start: int, whole: bool, how: str = "scoring") -> Scored:
-    """The scores of `ids`, which stand at `start` and after in vLLM's flat logprobs."""
-    places = [_place(found, start + i) for i in range(len(ids))]
-    own = [_own(place, token) for place, token in zip(places, ids, strict=True)]
-    logprobs = tuple(entry[0] for entry in own)
-    tops = tuple(float(place[1].max()) if place else None for place in places)
-    others = tuple(Alternatives(place[0], place[1], whole) if place else None for place in places)
-    return Scored(logprobs, tuple(entry[1] for entry in own), tops, others, how)
-
-
-def _place(found: Any, at: int) -> tuple[Any, Any, list[int | None]] | None:
-    """Ids, logprobs and ranks at one place, None where vLLM tells none: before the first token."""
-    begin, end = found.start_indices[at], found.end_indices[at]
-    if begin == end:
-        return None
-    return np.array(found.token_ids[begin:end], np.int64), np.array(found.logprobs[begin:end], np.float32), found.ranks[begin:end]
-
-
-def _own(place: tuple[Any, Any, list[int | None]] | None, token: int) -> tuple[float | None, int | None]:
-    if place is None:
-        return None, None
-    at = int(np.flatnonzero(place[0] == token)[0])
-    return float(place[1][at]), place[2][at]
+    """The scores of `ids`, which stand at `start` and after in vLLM's flat logprobs; of a text's very first token it tells none."""
+    begins, ends = (np.array(each[start : start + len(ids)], np.intp) for each in (found.start_indices, found.end_indices))
+    token_ids, logprobs = np.array(found.token_ids, np.int64), np.array(found.logprobs, np.float32)
+    told = np.flatnonzero(begins < ends)
+    own: list[int | None] = [None] * len(ids)
+    tops: list[float | None] = [None] * len(ids)
+    others: list[Alternatives | None] = [None] * len(ids)
+    highest = np.maximum.reduceat(logprobs[: ends[-1]], begins[told]).tolist() if len(told) else []
+    for i, begin, end, top in zip(told.tolist(), begins[told].tolist(), ends[told].tolist(), highest, strict=True):
+        place = token_ids[begin:end]
+        # vLLM tells the forced token first, wherever it ranks; nothing rests on that.
+        own[i] = begin if place[0] == ids[i] else begin + int(np.flatnonzero(place == ids[i])[0])
+        tops[i], others[i] = top, Alternatives(place, logprobs[begin:end], whole)
+    said, ranks = logprobs.tolist(), found.ranks
+    return Scored(
+        tuple(None if at is None else said[at] for at in own),
+        tuple(None if at is None else ranks[at] for at in own),
+        tuple(tops),
+        tuple(others),
+        how,
+    )
 
 
 def _generated(output: Any) -> Generated:
