@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from schemas import clock
 from schemas.errors import UsageError
 from scripts.native.tools import ROOT
 
@@ -161,15 +163,23 @@ def _said(documents: list[dict[str, Any]]) -> list[Any]:
 
 
 def _scoring(folder: Path) -> str:
-    """What the engine said is scored as it was said."""
+    """What the engine said is scored as it was said, in one batch and taken in while it works."""
+    from replay.engines.base import Forced
+
+    engine, said = _engines[0], _said(_documents(greedy=True))
+    ended: dict[Any, Any] = {}
+    begun = [engine.begin(Forced(request, answer.prompt_token_ids, answer.sequences[0].token_ids)) for request, answer, _ in said]
+    while len(ended) < len(begun):
+        ended |= {name: read() for name, read in engine.step()}
     drift = [
         abs(before - after)
-        for _, answer, score in _said(_documents(greedy=True))
-        for before, after in zip(answer.sequences[0].logprobs, score.logprobs, strict=True)
+        for name, (_, answer, score) in zip(begun, said, strict=True)
+        for scored in (score, ended[name])
+        for before, after in zip(answer.sequences[0].logprobs, scored.logprobs, strict=True)
     ]
-    assert len(drift) == 7 * 32
+    assert len(drift) == 2 * 7 * 32
     assert max(drift) < 1e-3, max(drift)
-    return f"{len(drift)} tokens, largest drift {max(drift):.1g} nats"
+    return f"{len(drift) // 2} tokens twice, largest drift {max(drift):.1g} nats"
 
 
 def _seeds(folder: Path) -> str:
@@ -368,7 +378,10 @@ def tried(version: str, folder: Path, *, serve: bool) -> list[Result]:
 def table(rows: dict[str, list[Result]]) -> str:
     """Versions by capabilities, and what each said."""
     names = [*CHECKS, SERVER]
-    lines = ["| vLLM | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    system = f"{platform.system()} {platform.machine()}"
+    machine = f"date {clock.now():%Y-%m-%d} · cores {os.cpu_count()} · python {platform.python_version()} · system {system}"
+    lines = ["# versions", "", f"{machine}, vLLM for CPUs, V1 runner, a model of 0.5 M weights; `python -m tests.versions --serve`", ""]
+    lines += ["| vLLM | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     for version, results in rows.items():
         states = {result.check: result.state for result in results}
         lines.append(f"| {version} | " + " | ".join(states.get(name, "not run") for name in names) + " |")
