@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(given.apart))
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(given.apart)), "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     import torch
 
     on_cpu = not torch.cuda.is_available()

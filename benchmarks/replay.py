@@ -3,7 +3,7 @@
 python -m benchmarks.replay --model PATH [--sessions N] [--tokens N] [--at-once N] [--pairs N] [--engine JSON] --out FILE
 
 Where the runner has vLLM's trace replay the tokens are decoded again, elsewhere they are scored as a prompt; either way the
-bare engine gets all sequences in one call, which is the most that it can do.
+bare engine, another one on the same device, gets all sequences in one call of `LLM.generate`, which is the most that it can do.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
     from replay.batch import Batch
-    from replay.engines.base import Forced, Generated, Request
+    from replay.engines.apart import Apart
+    from replay.engines.base import Forced, Generated, Refused, Request
     from replay.engines.vllm import VllmEngine
     from schemas.settings import Settings
     from tokentape.installation import Installation
 
-    engine = VllmEngine(str(given.model), options=given.engine)
+    bare, apart = VllmEngine(str(given.model), options=given.engine), Apart(str(given.model), options=given.engine)
     draw = random.Random(0)
     asked = [
         Request(
@@ -66,28 +67,31 @@ def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
         )
         for i in range(given.sessions)
     ]
-    said = [each for each in engine.generate_all(asked) if isinstance(each, Generated)]
+    said = [each for each in bare.generate_all(asked) if isinstance(each, Generated)]
     forced = [Forced(r, s.prompt_token_ids, s.sequences[0].token_ids) for r, s in zip(asked, said, strict=True)]
     with Installation(Settings(data=data)) as installation:
-        environment = engine.fingerprint()
+        environment = bare.fingerprint()
         sessions = [_record(installation, each, answer, environment) for each, answer in zip(asked, said, strict=True)]
         installation.recorder.flush(60)
         installation.freshen()
         found: dict[str, Any] = {"bare": [], "batch": [], "sessions": given.sessions, "tokens": given.tokens, "device": _device()}
-        found["how"] = getattr(engine.force_all(forced[:1])[0], "how", "refused")
+        found["how"] = getattr(bare.force_all(forced[:1])[0], "how", "refused")
         tokens = sum(len(each.token_ids) for each in forced)
         for turn in range(given.pairs):
             for name in ("bare", "batch")[:: 1 if turn % 2 else -1]:
+                prepared = [each for one in forced if not isinstance(each := bare._asked(one), Refused)]
                 began = time.perf_counter()
                 if name == "bare":
-                    engine.force_all(forced)
+                    bare._run([each.text for each in prepared], [each.parameters for each in prepared])
                 else:
                     summary = Batch(sessions, installation.events_of_sessions, installation.recorder, run=f"r{turn}").run(
-                        [engine], at_once=given.at_once
+                        [apart], at_once=given.at_once
                     )
                     assert summary.tokens == tokens, summary
                     installation.recorder.flush(60)
                 found[name].append(tokens / (time.perf_counter() - began))
+    bare.close()
+    apart.close()
     return found
 
 

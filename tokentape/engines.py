@@ -9,6 +9,7 @@ import click
 
 from ingest.gateway.upstream import without_credentials
 from replay.calibration import Calibrations
+from replay.engines.apart import Apart
 from replay.engines.base import Engine
 from replay.engines.cluster import Cluster
 from replay.engines.loading import parsed_options
@@ -49,14 +50,15 @@ def open_engine(
     options: Iterable[str],
     state: SessionState | None = None,
     *,
-    background: bool = False,
+    batch: bool = False,
 ) -> Engine:
-    """The engine, closed with the installation. `state` is what `recorded` answers from; `background` lets others go first.
+    """The engine, closed with the installation. `state` is what `recorded` answers from; in a `batch` others go first,
+    and vLLM gets a process of its own.
 
     Raises:
         UsageError: it cannot be, or vLLM does not start.
     """
-    made = made_engine(installation, engine, model, tuple(options), state, background=background)
+    made = made_engine(installation, engine, model, tuple(options), state, batch=batch)
     installation.closing(made.close)
     return made
 
@@ -78,7 +80,7 @@ def made_engine(
     options: tuple[str, ...],
     state: SessionState | None,
     *,
-    background: bool = False,
+    batch: bool = False,
 ) -> Engine:
     """The same, for one who closes it.
 
@@ -91,7 +93,8 @@ def made_engine(
                 "--model is for engines behind a URL, vllm: names its own", operation="read --engine", hint="leave --model out"
             )
         digests = installation.settings.data / "digests.json"
-        return VllmEngine(_folder(installation, engine.removeprefix(IN_PROCESS)), options=parsed_options(options), digests=digests)
+        folder = _folder(installation, engine.removeprefix(IN_PROCESS))
+        return (Apart if batch else VllmEngine)(folder, options=parsed_options(options), digests=digests)
     if options:
         raise UsageError(
             "--engine-option is for vllm:MODEL only", operation="read --engine", hint="a running server has its options already"
@@ -103,7 +106,7 @@ def made_engine(
     gateway = installation.settings.gateway
     url = engine or _upstream(installation)
     secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
-    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=background)
+    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=batch)
 
 
 def _upstream(installation: Installation) -> str:

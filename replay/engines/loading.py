@@ -73,13 +73,13 @@ def start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
     named = model.count("/") <= 1 and not model.startswith((".", "/")) and not folder.exists()  # a name on a hub, not a folder
     if not named and not any((folder / name).exists() for name in CONFIGURATION) and not folder.is_file():
         raise UsageError(f"no model lies at {model}", operation="start engine", hint="name the folder that holds config.json")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core in this process: one to watch, one to end
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         from vllm import LLM  # takes seconds, and is not there on every machine
         from vllm.platforms import current_platform
 
-        _place_core(current_platform.is_cpu())
         arguments = {**_defaults(current_platform.is_cpu(), folder, options), **options}
         if not current_platform.is_cpu():
             try:
@@ -91,15 +91,6 @@ def start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
     except Exception as error:
         hint = "check the model's folder and the --engine-option values"
         raise UsageError(f"vLLM does not start {model}: {said(error)}", operation="start engine", hint=hint) from error
-
-
-def _place_core(on_cpu: bool) -> None:
-    """On a CPU the engine core is in this process: one to watch, one to end. A GPU would wait there whenever a verdict is being
-    reached, hence it has a process of its own, as vLLM's servers do; it is asked for facts by functions, which are pickled."""
-    if on_cpu:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    else:
-        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
 
 
 def _defaults(on_cpu: bool, folder: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.engines.loading import ALTERNATIVES_MAX, check_version, said, start
@@ -39,11 +40,11 @@ NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_rege
 
 
 class _Asked(NamedTuple):
-    """A sequence as vLLM is asked for it, and what reads its scores out of the answer."""
+    """A sequence as vLLM is asked for it, and what takes the numbers out of the answer; the scores are then made of them."""
 
     text: Sequence[int]
     parameters: Any
-    read: Callable[[Any], Scored]
+    read: Callable[[Any], Callable[[], Scored]]
 
 
 class VllmEngine:
@@ -62,7 +63,7 @@ class VllmEngine:
         self._llm, self._tracing = start(model, options or {})
         config = self._llm.llm_engine.vllm_config.model_config
         self._names = count()
-        self._begun: dict[str, Callable[[Any], Scored]] = {}
+        self._begun: dict[str, Callable[[Any], Callable[[], Scored]]] = {}
         self._vocabulary: int = config.get_vocab_size()
         self.context: int = config.max_model_len
 
@@ -82,7 +83,7 @@ class VllmEngine:
         text = list(tokenizer.encode(PROBE_TEXT))
         chat = self.render(Request(None, {"messages": PROBE_MESSAGES}))
         asked = self._scoring(text[:1], text[1:], 1)
-        scores = asked.read(self._run([asked.text], [asked.parameters])[0])
+        scores = asked.read(self._run([asked.text], [asked.parameters])[0])()
         choices = [int(_likeliest(each)) for each in scores.alternatives if each is not None]
         items = probed(text, None if isinstance(chat, Refused) else list(chat), (choices, [x or 0.0 for x in scores.logprobs]), recorded)
         if template := getattr(tokenizer, "chat_template", None):
@@ -160,7 +161,7 @@ class VllmEngine:
         asked = [self._asked(each) for each in several]
         ready = [each for each in asked if not isinstance(each, Refused)]
         outputs = iter(self._run([each.text for each in ready], [each.parameters for each in ready]) if ready else [])
-        return [each if isinstance(each, Refused) else each.read(next(outputs)) for each in asked]
+        return [each if isinstance(each, Refused) else each.read(next(outputs))() for each in asked]
 
     def begin(self, forced: Forced) -> str | Refused:
         """See `Continuous.begin`. Until `step` has told the end of all that was begun, nothing else may be asked.
@@ -186,7 +187,7 @@ class VllmEngine:
             EngineUnavailable: the engine has failed.
         """
         ended = [output for output in self._do(self._llm.llm_engine.step) if output.finished]
-        return [(output.request_id, partial(self._begun.pop(output.request_id), output)) for output in ended]
+        return [(output.request_id, self._begun.pop(output.request_id)(output)) for output in ended]
 
     def _asked(self, forced: Forced) -> _Asked | Refused:
         """How vLLM is made to say a sequence: decoded one by one, as when it was first said, or scored as a prompt."""
@@ -197,16 +198,15 @@ class VllmEngine:
             return self._scoring(prompt, ids, likeliest)
         parameters = _parameters(max_tokens=len(ids), temperature=0, logprobs=likeliest, trace_decode_token_ids=list(ids))
         whole = likeliest >= self._vocabulary
-        return _Asked(prompt, parameters, lambda output: _scored(output.outputs[0].logprobs, ids, 0, whole, how="decoding"))
+        return _Asked(prompt, parameters, lambda output: partial(_scored, _told(output.outputs[0].logprobs, 0), ids, whole, "decoding"))
 
     def _scoring(self, prompt: Sequence[int], ids: Sequence[int], likeliest: int) -> _Asked:
         """A sequence that fills the context is scored without its last token, as one must be left to sample."""
         full = len(prompt) + len(ids) >= self.context
         scored, whole = ids[:-1] if full else ids, likeliest >= self._vocabulary
 
-        def read(output: Any) -> Scored:
-            scores = _scored(output.prompt_logprobs, scored, len(prompt), whole)
-            return scores.with_last_unknown() if full else scores
+        def read(output: Any) -> Callable[[], Scored]:
+            return partial(_scored, _told(output.prompt_logprobs, len(prompt)), scored, whole, "scoring", full)
 
         return _Asked((*prompt, *scored), _parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest), read)
 
@@ -263,28 +263,42 @@ def _plain(message: Any) -> Any:
     return {**message, "content": "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))}
 
 
-def _scored(found: Any, ids: Sequence[int], start: int, whole: bool, how: str = "scoring") -> Scored:
-    """The scores of `ids`, which stand at `start` and after in vLLM's flat logprobs; of a text's very first token it tells none."""
-    begins, ends = (np.array(each[start : start + len(ids)], np.intp) for each in (found.start_indices, found.end_indices))
-    token_ids, logprobs = np.array(found.token_ids, np.int64), np.array(found.logprobs, np.float32)
-    told = np.flatnonzero(begins < ends)
+class _Told(NamedTuple):
+    """vLLM's flat logprobs of some places as arrays: where each place begins and ends in the others; rank 0 is none."""
+
+    begins: npt.NDArray[np.int32]
+    ends: npt.NDArray[np.int32]
+    token_ids: npt.NDArray[np.int64]
+    logprobs: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+
+
+def _told(found: Any, start: int) -> _Told:
+    """Those from the place `start` on."""
+    begins, ends = np.array(found.start_indices[start:], np.int32), np.array(found.end_indices[start:], np.int32)
+    first = int(begins[0]) if len(begins) else 0
+    ranks = [rank or 0 for rank in found.ranks[first:]]
+    numbers = np.array(found.token_ids[first:], np.int64), np.array(found.logprobs[first:], np.float32), np.array(ranks, np.int32)
+    return _Told(begins - first, ends - first, *numbers)
+
+
+def _scored(told: _Told, ids: Sequence[int], whole: bool, how: str, last_unknown: bool = False) -> Scored:
+    """The scores of `ids`, one a place; of a text's very first token vLLM tells none."""
+    begins, ends = told.begins[: len(ids)], told.ends[: len(ids)]
+    there = np.flatnonzero(begins < ends)
     own: list[int | None] = [None] * len(ids)
     tops: list[float | None] = [None] * len(ids)
     others: list[Alternatives | None] = [None] * len(ids)
-    highest = np.maximum.reduceat(logprobs[: ends[-1]], begins[told]).tolist() if len(told) else []
-    for i, begin, end, top in zip(told.tolist(), begins[told].tolist(), ends[told].tolist(), highest, strict=True):
-        place = token_ids[begin:end]
+    highest = np.maximum.reduceat(told.logprobs[: ends[-1]], begins[there]).tolist() if len(there) else []
+    for i, begin, end, top in zip(there.tolist(), begins[there].tolist(), ends[there].tolist(), highest, strict=True):
+        place = told.token_ids[begin:end]
         # vLLM tells the forced token first, wherever it ranks; nothing rests on that.
         own[i] = begin if place[0] == ids[i] else begin + int(np.flatnonzero(place == ids[i])[0])
-        tops[i], others[i] = top, Alternatives(place, logprobs[begin:end], whole)
-    said, ranks = logprobs.tolist(), found.ranks
-    return Scored(
-        tuple(None if at is None else said[at] for at in own),
-        tuple(None if at is None else ranks[at] for at in own),
-        tuple(tops),
-        tuple(others),
-        how,
-    )
+        tops[i], others[i] = top, Alternatives(place, told.logprobs[begin:end], whole)
+    said, ranks = told.logprobs.tolist(), told.ranks.tolist()
+    logprobs = tuple(None if at is None else said[at] for at in own)
+    scored = Scored(logprobs, tuple(None if at is None else ranks[at] or None for at in own), tuple(tops), tuple(others), how)
+    return scored.with_last_unknown() if last_unknown else scored
 
 
 def _generated(output: Any) -> Generated:

@@ -96,7 +96,7 @@ def replay_batch(
     def opened() -> list[Engine]:
         if ray is not None:
             return open_cluster(installation, ray, actors, engines, options)
-        return [open_engine(installation, engine, model, options, background=True) for engine in engines or (None,)]
+        return [open_engine(installation, engine, model, options, batch=True) for engine in engines or (None,)]
 
     _compare_all(installation, where, engines, opened, at_once, run, fmt)
 
