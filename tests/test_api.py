@@ -22,7 +22,7 @@ from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.program import ROOT, until
-from tests.tape import incident
+from tests.tape import QUESTION, Tape, incident
 from tokentape.api.app import ROUTES
 from tokentape.api.routing import Route
 from tokentape.installation import Installation
@@ -194,13 +194,20 @@ class ApiCase:
         assert json.loads(as_csv.headers["x-tokentape-completeness"]).keys() == as_json["completeness"].keys()
         assert "DELETE is not allowed" in refused["detail"]
 
-    def test_custody(self, api: Api) -> None:
-        """A hold keeps an erasure away; without it another custodian approves, and content is gone while the session stands."""
+    def test_custody(self, api: Api, settings: Settings) -> None:
+        """A hold keeps an erasure away; without it another custodian approves, and content is gone while the session stands.
+
+        Acts are on what was recorded until then, however short a time ago the last look at the log was.
+        """
         made = api("POST", "debug-sessions", {"session_data": CONVERSATION}, status=201)["session_id"]
         ann, bob = (api.by("custodian", owner=name) for name in ("ann", "bob"))
         hold = ann("POST", "custody/holds", {"sessions": [made], "reason": "matter 4711"}, status=201)
         standing = api("GET", "custody/holds")["holds"]
         foreseen = ann("POST", "custody/erasures/preview", {"sessions": [made]})
+        tape = Tape("of a moment ago")
+        tape.request("f", [QUESTION], 0, actor="user:99")
+        put(settings, [stored.event for stored in tape.events])
+        newest = api("POST", "custody/erasures/preview", {"sessions": [tape.session_id.hex()]})
         kept = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=409)
         ann("POST", f"custody/holds/{hold['hold']}/release", {"reason": "settled"})
         asked = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=201)
@@ -213,6 +220,7 @@ class ApiCase:
         assert [row["reason"] for row in standing if row["hold"] == hold["hold"]] == ["matter 4711"]
         assert (foreseen["sessions"], [one["hold"] for one in foreseen["held"]]) == ([made], [hold["hold"]])
         assert foreseen["events"] == foreseen["held"][0]["events"] > foreseen["contents"] > 0
+        assert newest["events"] == len(tape.events)
         assert [(row["what"], row["reason"]) for row in waits] == [(f"session {made}", "asked"), (None, None)]
         assert "hold" in kept["detail"]
         assert "requested it and cannot approve it" in alone["detail"]

@@ -82,7 +82,7 @@ def place_hold(call: Call) -> Reply:
     """Hold events: when this is answered the hold stands in the signed ledger."""
     asked: NewHold = call.body
     by = custodian(call.principal)
-    call.desks.freshen()
+    call.desks.freshen(whole=True)
     selector = Selector(
         sessions=_ids(call, asked.sessions),
         tenant=call.principal.bound(asked.tenant),
@@ -146,7 +146,7 @@ def approve_erasure(call: Call) -> Reply:
     """Approve another custodian's request and carry it out."""
     by = custodian(call.principal)
     _unbound(call, "approve erasures")
-    call.desks.freshen()
+    call.desks.freshen(whole=True)
     with call.desks.custody:
         done = erasures_of(call.desks.installation, call.desks.control).approve(call.ids["erasure"], by=by)
         sign(call.desks.installation)
@@ -220,7 +220,7 @@ def _subject(call: Call, asked: Subject) -> tuple[tuple[str, ...], str | None]:
     """The sessions (hex) or the actor that an erasure is of; of an actor it is the sessions of the custodian's own tenant."""
     if bool(asked.sessions) == bool(asked.actor):
         raise Problem(400, "an erasure is of sessions or of an actor", "give one of them")
-    call.desks.freshen()
+    call.desks.freshen(whole=True)
     if asked.actor is not None and call.principal.tenant is not None:
         return _sessions_of(call, asked.actor), None
     return _ids(call, asked.sessions), asked.actor

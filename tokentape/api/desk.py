@@ -88,12 +88,16 @@ class Desks:
     _tapes_lock: threading.Lock = field(default_factory=threading.Lock)
     custody: threading.Lock = field(default_factory=threading.Lock)
 
-    def freshen(self) -> None:
+    def freshen(self, *, whole: bool = False) -> None:
         """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older.
+
+        An act on what is recorded is on the `whole` of it, and waits for what came until now; not where indexers are far behind.
 
         Raises:
             TokentapeError: the log cannot be read.
         """
+        if whole:
+            self.written()
         now = time.monotonic()
         age, late = now - self._fresh_at, now - self._late_at < LATE_S
         if self._fresh_at <= self._written_at and not late:
