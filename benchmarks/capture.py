@@ -182,16 +182,16 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(given.apart)), "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
-    import torch
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(given.apart))
+    from vllm.platforms import current_platform
 
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = current_platform.is_cpu()  # PyTorch, asked, would be at home on the GPU, which processes forked from here then cannot use
     if on_cpu:
         given.engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "enable_chunked_prefill": False, **given.engine}
         given.engine.setdefault("max_num_batched_tokens", 1024)
     engine = _engine(given)
     found: dict[str, Any] = {"bare": [], "captured": [], "streams": given.streams, "apart": given.apart}
-    found["device"] = "CPU" if on_cpu else torch.cuda.get_device_name()
+    found["device"] = "CPU" if on_cpu else current_platform.get_device_name()
     for number in range(given.pairs + 2):
         for name in ("bare", "captured")[:: 1 if number % 2 else -1]:
             rate = _turn(engine, given, number, name)

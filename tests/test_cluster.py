@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from replay.engines.cluster import Cluster, Host, room
+from replay.engines.apart import Hosted
+from replay.engines.cluster import Cluster, room
 from schemas.errors import UsageError
 from schemas.settings import Settings
 from tests.conftest import VllmService
@@ -53,7 +54,7 @@ def test_two_actors_replay_what_one_server_recorded(tmp_path: Path, vllm: VllmSe
 
 def test_an_engines_errors_come_back_whole() -> None:
     """A host answers with the error, and pickling keeps its class, line and hint; its fault is that of the engine."""
-    answer = Host().load("/nowhere/at/all", {})
+    answer = Hosted().load("/nowhere/at/all", {})
     assert isinstance(answer, UsageError)
     back = pickle.loads(pickle.dumps(answer))
 

@@ -1,4 +1,4 @@
-"""vLLM in a process of its own: while it works, this one reads tapes and reaches verdicts, and neither waits for the other.
+"""vLLM in another process: while it works, this one reads tapes and reaches verdicts, and neither waits for the other.
 
 In one process both would share one interpreter, and the device would wait whenever a verdict is being reached. vLLM's own
 split leaves its front end here, through which the logprobs of each token of each step go, pickled one by one; of a sequence
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import count
@@ -23,11 +25,140 @@ from schemas.events import EnvironmentCaptured
 
 STEP_S = 0.01
 """A step returns at the latest then, so that what is asked for meanwhile is taken in."""
+Done = list[tuple[Hashable, Callable[[], Scored | Refused]]]
 CLOSE_S = 10.0
 """How long the process may take to end before it is made to."""
 
 
-class Apart:
+class Elsewhere(ABC):
+    """An engine that another process hosts (`Hosted`), as seen from here."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._names = count()
+
+    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured | None:
+        """See `Engine.fingerprint`."""
+        found: EnvironmentCaptured | None = self._call("fingerprint", recorded)
+        return found
+
+    def render(self, request: Request) -> tuple[int, ...] | Refused:
+        """See `Engine.render`."""
+        found: tuple[int, ...] | Refused = self._call("render", request)
+        return found
+
+    def generate(self, request: Request) -> Generated | Refused:
+        """See `Engine.generate`."""
+        return self.generate_all([request])[0]
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """See `Engine.generate_all`."""
+        found: list[Generated | Refused] = self._call("generate_all", list(requests))
+        return found
+
+    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
+        """See `Engine.force`."""
+        return self.force_all([Forced(request, prompt_token_ids, token_ids)])[0]
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """See `Engine.force_all`."""
+        found: list[Scored | Refused] = self._call("force_all", list(several))
+        return found
+
+    def begin(self, forced: Forced) -> Hashable | Refused:
+        """See `Continuous.begin`; that it is refused is told by `step`."""
+        name = next(self._names)
+        self._begin(name, forced)
+        return name
+
+    @abstractmethod
+    def step(self) -> Done:
+        """See `Continuous.step`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `Engine.close`."""
+
+    @abstractmethod
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """What the engine's method gives; raises what it raises, and EngineUnavailable where the process has ended."""
+
+    @abstractmethod
+    def _begin(self, name: int, forced: Forced) -> None:
+        """Have `Hosted.begin` called, without waiting for it."""
+
+
+class Hosted:
+    """The other side: a `VllmEngine`, whose errors are answers."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._begun: dict[Hashable, Hashable] = {}
+        self._done: Done = []
+        self._fault: TokentapeError | None = None
+
+    def load(self, model: str, options: dict[str, Any] | None = None, digests: Path | None = None) -> str | TokentapeError:
+        """Load the model; the engine's name."""
+        from replay.engines.vllm import VllmEngine
+
+        try:
+            self._engine = VllmEngine(model, options=options, digests=digests)
+        except TokentapeError as error:
+            return error
+        return str(self._engine.name)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the engine's method gives, or the error that it raises."""
+        try:
+            return getattr(self._engine, method)(*arguments)
+        except TokentapeError as error:
+            return error
+
+    def begin(self, name: Hashable, forced: Forced) -> None:
+        """Take a sequence in; whatever comes of it is told by `step`."""
+        own = self.call("begin", forced)
+        if isinstance(own, Refused):
+            self._done.append((name, partial(_same, own)))
+        elif isinstance(own, TokentapeError):
+            self._fault = own
+        else:
+            self._begun[own] = name
+
+    @property
+    def idle(self) -> bool:
+        """Nothing was begun that has not ended."""
+        return not (self._begun or self._done or self._fault)
+
+    def step(self, seconds: float) -> Done | TokentapeError:
+        """Work that long: what was done by then."""
+        until = time.monotonic() + seconds
+        while self._begun and not self._fault:
+            answer = self.call("step")
+            if isinstance(answer, TokentapeError):
+                self._fault = answer
+            else:
+                self._done += [(self._begun.pop(own), read) for own, read in answer]
+            if time.monotonic() >= until:
+                break
+        if self._done:
+            done, self._done = self._done, []
+            return done
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            self._begun.clear()
+            return fault
+        return []
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.close()
+
+
+def _same(answer: Refused) -> Refused:
+    return answer
+
+
+class Apart(Elsewhere):
     """A `VllmEngine` in a process of its own; arguments as there.
 
     Raises:
@@ -36,11 +167,10 @@ class Apart:
 
     def __init__(self, model: str, *, options: dict[str, Any] | None = None, digests: Path | None = None) -> None:
         """Returns when the model is loaded."""
+        super().__init__(f"vllm {model}")
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._told, theirs = context.Pipe()
-        self._names = count()
-        self._process = context.Process(target=_serve, args=(theirs, model, options, digests), name=f"vllm {model}")
-        self.name = f"vllm {model}"
+        self._process = context.Process(target=_serve, args=(theirs, model, options, digests), name=self.name)
         self._process.start()
         theirs.close()
         atexit.register(self.close)
@@ -50,43 +180,10 @@ class Apart:
             self.close()
             raise
 
-    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured | None:
-        """See `Engine.fingerprint`."""
-        found: EnvironmentCaptured | None = self._ask("fingerprint", recorded)
-        return found
-
-    def render(self, request: Request) -> tuple[int, ...] | Refused:
-        """See `Engine.render`."""
-        found: tuple[int, ...] | Refused = self._ask("render", request)
-        return found
-
-    def generate(self, request: Request) -> Generated | Refused:
-        """See `Engine.generate`."""
-        return self.generate_all([request])[0]
-
-    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
-        """See `Engine.generate_all`."""
-        found: list[Generated | Refused] = self._ask("generate_all", list(requests))
-        return found
-
-    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
-        """See `Engine.force`."""
-        return self.force_all([Forced(request, prompt_token_ids, token_ids)])[0]
-
-    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
-        """See `Engine.force_all`."""
-        found: list[Scored | Refused] = self._ask("force_all", list(several))
-        return found
-
-    def begin(self, forced: Forced) -> Hashable | Refused:
-        """See `Continuous.begin`; what is refused is told by `step`."""
-        name = next(self._names)
-        self._send("begin", name, forced)
-        return name
-
-    def step(self) -> list[tuple[Hashable, Callable[[], Scored | Refused]]]:
+    def step(self) -> Done:
         """See `Continuous.step`."""
-        return self._answer() if self._told.poll(STEP_S) else []  # at its end the process says so too
+        done: Done = self._answer() if self._told.poll(STEP_S) else []  # at its end the process says so too
+        return done
 
     def close(self) -> None:
         """End the process; may be called twice."""
@@ -97,9 +194,12 @@ class Apart:
             self._process.kill()
             self._process.join()
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        self._send("ask", method, arguments)
+    def _call(self, method: str, *arguments: Any) -> Any:
+        self._send("call", method, *arguments)
         return self._answer()
+
+    def _begin(self, name: int, forced: Forced) -> None:
+        self._send("begin", name, forced)
 
     def _send(self, *message: Any) -> None:
         try:
@@ -125,52 +225,20 @@ class Apart:
 
 def _serve(told: Connection, model: str, options: dict[str, Any] | None, digests: Path | None) -> None:
     """The process: it ends when nobody listens any more."""
-    from replay.engines.vllm import VllmEngine
-
-    try:
-        engine = VllmEngine(model, options=options, digests=digests)
-    except TokentapeError as error:
-        told.send(error)
+    hosted = Hosted()
+    name = hosted.load(model, options, digests)
+    told.send(name)
+    if isinstance(name, TokentapeError):
         return
-    told.send(engine.name)
-    begun: dict[Hashable, Hashable] = {}
     try:
         while True:
-            while not begun or told.poll():
-                kind, what, arguments = told.recv()
+            while hosted.idle or told.poll():
+                kind, *rest = told.recv()
                 if kind == "begin":
-                    name = _said(partial(engine.begin, arguments))
-                    if isinstance(name, Refused):
-                        told.send([(what, _Known(name))])
-                    elif isinstance(name, TokentapeError):
-                        told.send(name)
-                    else:
-                        begun[name] = what
+                    hosted.begin(*rest)
                 else:
-                    told.send(_said(partial(getattr(engine, what), *arguments)))
-            done = _said(engine.step)
-            if isinstance(done, TokentapeError):
-                begun.clear()
-                told.send(done)
-            elif done:
-                told.send([(begun.pop(name), read) for name, read in done])
+                    told.send(hosted.call(*rest))
+            if answer := hosted.step(0):
+                told.send(answer)
     except (EOFError, OSError):
-        engine.close()
-
-
-class _Known:
-    """An answer that is known already, as what reads it; a lambda cannot travel."""
-
-    def __init__(self, answer: Refused) -> None:
-        self._answer = answer
-
-    def __call__(self) -> Refused:
-        return self._answer
-
-
-def _said(ask: Callable[[], Any]) -> Any:
-    """What the engine answers, or the error that it raises."""
-    try:
-        return ask()
-    except TokentapeError as error:
-        return error
+        hosted.close()

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
 from typing import Any
 
-from replay.engines.base import Engine, Forced, Generated, Refused, Request, Scored
+from replay.engines.apart import Done, Elsewhere, Hosted
+from replay.engines.base import Engine, Forced
 from replay.words import count, shorten
 from schemas.errors import EngineUnavailable, TokentapeError, UsageError
-from schemas.events import EnvironmentCaptured
 
 LOCAL = "local"
+STEP_S = 0.1
+"""How long an actor works until it is asked again: what is asked for meanwhile waits, and a question costs a millisecond."""
 CONNECT_TIMEOUT_S = 10.0
 """A head node that takes longer to connect is none."""
 LOCAL_TRIES = 3
@@ -28,30 +29,6 @@ REASON_CHARACTERS = 300
 """Of Ray's own words, what goes into a message."""
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_agent_register_timeout_ms": "120000"}
 """Variables of a cluster that starts here: it reports to nobody, leaves the devices of actors without GPUs alone, and has patience."""
-
-
-class Host:
-    """What runs in an actor: one engine. Errors are answers, since Ray would wrap them in its own with a stack of text."""
-
-    def __init__(self) -> None:
-        self._engine: Engine | None = None
-
-    def load(self, model: str, options: dict[str, Any]) -> str | TokentapeError:
-        """Load the model; the engine's name."""
-        from replay.engines.vllm import VllmEngine
-
-        try:
-            self._engine = VllmEngine(model, options=options)
-        except TokentapeError as error:
-            return error
-        return self._engine.name
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """What the engine's method gives, or the error that it raises."""
-        try:
-            return getattr(self._engine, method)(*arguments)
-        except TokentapeError as error:
-            return error
 
 
 class Cluster:
@@ -91,14 +68,14 @@ class Cluster:
             EngineUnavailable: an actor does not start.
         """
         actors, gpus = room(self._ray.cluster_resources(), options, actors)
-        host = self._ray.remote(num_cpus=1, num_gpus=gpus)(Host)
+        host = self._ray.remote(num_cpus=1, num_gpus=gpus)(Hosted)
         hosts = [host.remote() for _ in range(actors)]
-        names = [self._answer(one.load.remote(model, options), model, START_S) for one in hosts]
+        names = [self.answer(one.load.remote(model, options), model, START_S) for one in hosts]
         return [
             ActorEngine(self, one, f"{name} in Ray actor {number}") for number, (one, name) in enumerate(zip(hosts, names, strict=True))
         ]
 
-    def _answer(self, asked: Any, place: str, timeout_s: float | None = None) -> Any:
+    def answer(self, asked: Any, place: str, timeout_s: float | None = None) -> Any:
         """What an actor answers.
 
         Raises:
@@ -113,14 +90,6 @@ class Cluster:
         if isinstance(answer, TokentapeError):
             raise answer
         return answer
-
-    def call(self, host: Any, place: str, method: str, *arguments: Any) -> Any:
-        """Call a method of an actor's engine.
-
-        Raises:
-            EngineUnavailable: the actor died, or its engine fails.
-        """
-        return self._answer(host.call.remote(method, *arguments), place)
 
     def close(self) -> None:
         """Leave the cluster, which ends this process's actors; one that was started here ends with it."""
@@ -142,50 +111,26 @@ def room(has: dict[str, float], options: dict[str, Any], actors: int | None) -> 
     return actors, gpus
 
 
-class ActorEngine:
+class ActorEngine(Elsewhere):
     """One actor's engine as seen from here."""
 
     def __init__(self, cluster: Cluster, host: Any, name: str) -> None:
-        self._cluster, self._host, self._name = cluster, host, name
+        super().__init__(name)
+        self._cluster, self._host = cluster, host
 
-    @property
-    def name(self) -> str:
-        """The engine's name and its actor's number."""
-        return self._name
-
-    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured | None:
-        """The environment on the actor's node."""
-        found: EnvironmentCaptured | None = self._call("fingerprint", recorded)
-        return found
-
-    def generate(self, request: Request) -> Generated | Refused:
-        """The answer to a request, generated freely."""
-        return self.generate_all([request])[0]
-
-    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
-        """Logprob, rank and top logprob of each token."""
-        return self.force_all([Forced(request, prompt_token_ids, token_ids)])[0]
-
-    def render(self, request: Request) -> tuple[int, ...] | Refused:
-        """The prompt's ids by the model's own template."""
-        found: tuple[int, ...] | Refused = self._call("render", request)
-        return found
-
-    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
-        """Answers to several requests, worked on in one batch."""
-        found: list[Generated | Refused] = self._call("generate_all", list(requests))
-        return found
-
-    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
-        """As `force`, in one batch."""
-        found: list[Scored | Refused] = self._call("force_all", list(several))
-        return found
+    def step(self) -> Done:
+        """See `Continuous.step`."""
+        done: Done = self._cluster.answer(self._host.step.remote(STEP_S), self.name)
+        return done
 
     def close(self) -> None:
         """The actor ends with its cluster's connection."""
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return self._cluster.call(self._host, self._name, method, *arguments)
+        return self._cluster.answer(self._host.call.remote(method, *arguments), self.name)
+
+    def _begin(self, name: int, forced: Forced) -> None:
+        self._host.begin.remote(name, forced)
 
 
 def _reach(address: str) -> None:
