@@ -264,6 +264,7 @@ def test_time_travel(site: Site, dark: bool) -> None:
     _sound(page)
     page.locator(".tokens [data-i='3']").first.hover()
     expect(page.locator(".token-facts").first).to_contain_text(re.compile(r"token 3 · id \d+ · p [\d.]+ %"))
+    expect(page.locator(".token-facts").first).to_have_css("display", "block")
     expect(page.locator(".alternatives span")).to_have_count(3)
     expect(page.locator(".alternatives .chosen")).to_have_text(re.compile(r'^"[\w,.]+ "[\d.]+ %$'))
     page.locator(".generation").first.scroll_into_view_if_needed()

@@ -118,7 +118,7 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
       >
         {spans}
       </p>
-      <div class={`token-facts mono${tokens.alternatives ? " two" : ""}${at === null ? " resting" : ""}`} aria-live="polite">
+      <div class={`token-facts mono${tokens.alternatives ? " tall" : ""}${at === null ? " resting" : ""}`} aria-live="polite">
         {at === null ? (
           <span class="dim">{tokens.token_id ? "point at a token, or walk with the arrows" : "no token ids were recorded"}</span>
         ) : (
