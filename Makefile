@@ -15,7 +15,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 UPGRADE = $(if $(PACKAGE),$(if $(filter all,$(PACKAGE)),--upgrade,--upgrade-package $(PACKAGE)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo page docs test lint simulate custody bench services-up services-down lock clean
+.PHONY: help setup up demo page docs test lint simulate custody versions bench services-up services-down lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,9 @@ simulate: setup ## faults by seed on the real pipeline: SEEDS=5000 prints a tabl
 
 custody: setup ## a simulated year: policies, a hold, an erasure, proof (DEPLOYMENT=embedded: without MinIO; DAYS=365)
 	@$(PYTHON) -m scripts.custody --days $(DAYS) --deployment $(if $(filter command environment,$(origin DEPLOYMENT)),$(DEPLOYMENT),distributed)
+
+versions: setup ## run capture and replay with every supported version of vLLM (hours and 20 GB; VERSIONS="0.24.0 0.31.0": only these)
+	@$(PYTHON) -m tests.versions $(VERSIONS) --serve --out benchmarks/results/versions.md
 
 bench: setup ## measure, beside the baselines
 	@$(PYTHON) -m benchmarks

@@ -31,6 +31,7 @@ from schemas.settings import ColdSettings, Settings
 from store import duck
 from store.blobs import BlobStore
 from store.catalog import open_catalog
+from store.control.embedded import EmbeddedControl
 from store.crashpoints import watched
 from store.indexer import Indexer
 from store.ledger.entry import entry_key
@@ -333,6 +334,24 @@ def _log(home: Path, stack: contextlib.ExitStack, logs: list[Any], *, wal: bool 
     return sorted((home / "left").glob(pattern)), lambda: _told(read, values)
 
 
+def _control(home: Path, stack: contextlib.ExitStack, logs: list[Any]) -> _Class:
+    """The control log, with its write-ahead log, as a process leaves it that was killed."""
+    control = EmbeddedControl(home / "made" / "control.sqlite")
+    stack.callback(control.close)
+    for number in range(100):
+        control.append("hold", f"key {number}", {"reason": "matter 4711", "by": "ada", "n": number})
+    shutil.copytree(home / "made", home / "left")
+
+    def read() -> dict[str, Any]:
+        shutil.rmtree(home / "read", ignore_errors=True)
+        shutil.copytree(home / "left", home / "read", ignore=shutil.ignore_patterns("*-shm"))
+        with contextlib.closing(EmbeddedControl(home / "read" / "control.sqlite", timeout_s=0.1)) as again:
+            return again.latest("hold")
+
+    good = control.latest("hold")
+    return sorted((home / "left").glob("*-wal")), lambda: _told(read, good)
+
+
 def _rows(settings: Settings, registry: SchemaRegistry) -> list[bytes]:
     """What SQL would answer from in hot, as the log's bytes."""
     with contextlib.closing(open_catalog(settings.data)) as catalog, duck.connect(threads=1) as connection:
@@ -388,6 +407,7 @@ _CLASSES: dict[str, Callable[[Path, contextlib.ExitStack, list[Any]], _Class]] =
     "spool": _spool,
     "log": _log,
     "log's WAL": partial(_log, wal=True),
+    "control log's WAL": _control,
     "shard": _shard,
     "tail's WAL": _tail,
 }

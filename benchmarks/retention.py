@@ -1,7 +1,8 @@
 """Retention over many cold events of which 1 % of the sessions are held, beside DuckDB's COPY of the rows that stay.
 
 COPY only writes the rows to a file: it removes nothing, proves nothing, and looks at no policy. `BENCH_CUSTODY_EVENTS`
-scales it; 10,000,000 is the figure to reach.
+scales it; 10,000,000 is the figure to reach. One day is recorded, indexed and tiered; the others hold the same rows, as objects,
+entries and segments of their own, because to make ten million events takes an hour and to remove them does not ask how they came.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from benchmarks.custody import COPY, DAYS, EVENTS, fill, peak_mb, timed
 from lifecycle.holds import Holds
 from lifecycle.retention import Retention
 from lifecycle.selectors import Selector
+from lifecycle.tiering import ENTRY_TYPE
 from schemas.settings import ColdSettings, RetentionPolicy, RetentionSettings, Settings
 from store import duck
 from store.control import open_control
@@ -32,9 +36,23 @@ def run() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data=Path(folder), cold=ColdSettings(lock="none"), retention=RetentionSettings(policies=[policy]))
         with tiered(settings) as rig:
-            sessions = list(fill(rig))
+            sessions = list(fill(rig, days=1))
+            _repeat(rig)
             held = sessions[::100]
             return _retain(rig, sessions, held, _copy(rig, held))
+
+
+def _repeat(rig: Tiered) -> None:
+    """Put the segments of the first day under each other day too, and enter them."""
+    (first,) = rig.ledger.entries(0)
+    for day in range(2, DAYS + 1):
+        name = f"2026-01-{day:02d}"
+        text = orjson.dumps(first.body).replace(first.body["day"].encode(), name.encode())
+        body = {**orjson.loads(text), "coverage": []}
+        for old, new in zip(first.body["segments"], body["segments"], strict=True):
+            rig.objects.create(new["key"], rig.objects.get(old["key"]))
+        rig.ledger.append(ENTRY_TYPE, body)
+    rig.tiering().reconcile()
 
 
 def _copy(rig: Tiered, held: list[str]) -> tuple[float, float]:
@@ -65,7 +83,7 @@ def _retain(rig: Tiered, sessions: list[str], held: list[str], copied: tuple[flo
     left = dict(rig.objects.remains("events/"))
     if set(left) != live or any(count != 1 for count in left.values()):
         raise RuntimeError("objects are left that no live segment is")
-    what = f"{EVENTS:,} events of {DAYS} days, {len(sessions):,} sessions, 1 % held"
+    what = f"{EVENTS:,} events of {DAYS} days, {DAYS * len(sessions):,} sessions by day, 1 % held"
     return [
         _beside(f"retention over {what}", took[0], "s", copied[0]),
         _beside("its processor time", used, "s", copied[1]),

@@ -29,6 +29,7 @@ from replay.engines.vllm import VllmEngine
 from replay.measurement import ALTERNATIVES, measure
 from replay.noise import named
 from replay.sampling import made_again, sampler_of
+from schemas.probe import item
 from scripts.tiny_model import TEXT, make, perturb
 
 HONEST = int(os.environ.get("BENCH_HONEST", "1024"))
@@ -202,7 +203,11 @@ def _judge(calibration: Calibration, recording: Recording, scored: Scored) -> Ju
     noise, sampler = named(calibration.noise), sampler_of(recording.claimed.document, recording.claimed.document["seed"], 0)
     assert noise is not None
     assert not isinstance(sampler, str), sampler
-    made = made_again(recording.token_ids, scored.alternatives, sampler, noise, tolerance=calibration.noise_tolerance)
+    vocabulary = item(calibration.environment, "model.vocabulary") or 0
+    made = made_again(
+        recording.token_ids, scored.alternatives, sampler, noise,
+        prompt_tokens=len(recording.prompt), vocabulary=vocabulary, tolerance=calibration.noise_tolerance,
+    )  # fmt: skip
     assert not isinstance(made, str), made
     misses = made.count(False)
     differs = calibration.test(logprobs, drift).reason is not None

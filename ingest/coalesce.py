@@ -6,15 +6,19 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from ingest.encoding import encode_bare_chunk, encode_chunk
-from schemas.events import clean_text
+from ingest.encoding import Alternatives, encode_bare_chunk, encode_chunk
+from schemas.events import Alternative, clean_text
 from schemas.sink import SessionContext
 
-Delta = tuple[bytes, int, int, int, str, Sequence[int], str | Sequence[str], Sequence[float]]
-"""One delta of a stream: generation id, index, position, offset in µs, channel, token ids, text, logprobs.
+ALTERNATIVES_MAX = 100
+"""Alternatives of one token that are kept: five times what OpenAI gives at most; some servers give the whole vocabulary when asked."""
 
-The text is one, which belongs to the last entry, or of a run of tokens one for each.
+Delta = tuple[bytes, int, int, int, str, Sequence[int], str | Sequence[str], Sequence[float], Sequence[Sequence[Alternative]]]
+"""One delta of a stream: generation id, index, position, offset in µs, channel, token ids, text, logprobs, alternatives.
+
+The text is one, which belongs to the last entry, or of a run of tokens one for each. The alternatives are those of each entry, or none.
 """
 
 
@@ -38,6 +42,8 @@ class Chunk:
     text: str = ""
     lengths: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    alternatives: list[Alternative] = field(default_factory=list)
     open: bool = True
 
     def encode(self) -> bytes:
@@ -54,7 +60,13 @@ class Chunk:
             self.text,
             self.lengths,
             self.logprobs,
+            self._alternatives() if self.counts else None,
         )
+
+    def _alternatives(self) -> Alternatives:
+        texts, ids, logprobs = zip(*self.alternatives, strict=True)
+        counts = self.counts + [0] * (len(self.offsets_us) - len(self.counts))
+        return counts, () if None in ids else ids, list(map(clean_text, texts)), logprobs
 
 
 class Coalescer:
@@ -75,7 +87,7 @@ class Coalescer:
 
     def add(self, session: SessionContext, delta: Delta, recorded_at: int, now_s: float) -> list[Chunk]:
         """Take one delta; the chunks that are complete now, oldest first."""
-        generation_id, index, _, offset_us, _, token_ids, text, logprobs = delta
+        generation_id, index, _, offset_us, _, token_ids, text, logprobs, alternatives = delta
         done: list[Chunk] = []
         chunks = self._sessions.get(session.session_id)
         chunk = chunks.get((generation_id, index)) if chunks is not None else None
@@ -93,6 +105,10 @@ class Coalescer:
             texts = [one if one.isascii() else clean_text(one) for one in text]
             chunk.lengths += map(len, texts)
             chunk.text += "".join(texts)
+        if alternatives:
+            chunk.counts += [0] * (len(chunk.offsets_us) - len(chunk.counts))
+            chunk.counts += map(len, alternatives)
+            chunk.alternatives += chain.from_iterable(alternatives)
         chunk.offsets_us += [offset_us] * entries
         chunk.token_ids += token_ids
         chunk.logprobs += logprobs
@@ -102,7 +118,7 @@ class Coalescer:
         return done
 
     def _open(self, session: SessionContext, delta: Delta, now_s: float) -> Chunk:
-        generation_id, index, position, _, channel, _, _, _ = delta
+        generation_id, index, position, _, channel, _, _, _, _ = delta
         chunk = Chunk(session, generation_id, index, position, clean_text(channel), now_s + self._span_s)
         self._sessions.setdefault(session.session_id, {})[(generation_id, index)] = chunk
         if self._tokens_max > 1 and self._span_s > 0:
@@ -150,7 +166,7 @@ class Coalescer:
 
     def _fits(self, chunk: Chunk, session: SessionContext, delta: Delta) -> bool:
         """Whether a delta may join a chunk: `lengths`, ids and logprobs of one chunk are all known or all unknown."""
-        _, _, position, offset_us, channel, token_ids, _, logprobs = delta
+        _, _, position, offset_us, channel, token_ids, _, logprobs, _ = delta
         entries = len(chunk.offsets_us)
         return (
             position == chunk.position + entries
@@ -172,8 +188,12 @@ def delta_of(
     token_ids: tuple[int, ...],
     text: str,
     logprobs: tuple[float, ...],
+    alternatives: Sequence[Sequence[Alternative]] = (),
 ) -> Delta:
-    """A delta whose logprobs belong to its entries; others, and those with a NaN, count as unknown."""
+    """A delta whose logprobs and alternatives belong to its entries; others, and those with a NaN, count as unknown."""
     if logprobs and (len(logprobs) != (len(token_ids) or 1) or (math.isnan(sum(logprobs)) and any(map(math.isnan, logprobs)))):
         logprobs = ()
-    return generation_id, index, position, offset_us, channel, token_ids, text, logprobs
+    if alternatives:
+        told = [[one for one in each[:ALTERNATIVES_MAX] if not math.isnan(one.logprob)] for each in alternatives]
+        alternatives = told if len(told) == (len(token_ids) or 1) and any(told) else ()
+    return generation_id, index, position, offset_us, channel, token_ids, text, logprobs, alternatives

@@ -22,6 +22,9 @@ _MINUS_ZERO = struct.pack("<f", -0.0)
 # The counter of an id has 12 bits; after that the next millisecond is borrowed.
 _COUNTER_MAX = (1 << 12) - 1
 
+Alternatives = tuple[Sequence[int], Sequence[int], Sequence[str], Sequence[float]]
+"""The columns of `schemas.events.ChunkAlternatives`."""
+
 
 class Stamp:
     """One producer: its id, the ids of its events, and how far it is in each partition.
@@ -82,7 +85,9 @@ def encode(payload: Payload) -> bytes:
     head = _chunk_head(payload.generation_id, payload.index, payload.position, payload.channel, payload.offsets_us)
     if content is None:
         return b"".join((*head, _NULL, _AFTER))
-    return b"".join((*head, *_chunk_content(content.token_ids, content.text, content.lengths, content.logprobs), _AFTER))
+    told = content.alternatives
+    alternatives = (told.counts, told.token_ids, told.texts, told.logprobs) if told is not None else None
+    return b"".join((*head, *_chunk_content(content.token_ids, content.text, content.lengths, content.logprobs, alternatives), _AFTER))
 
 
 def encode_chunk(
@@ -95,16 +100,17 @@ def encode_chunk(
     text: str,
     lengths: Sequence[int],
     logprobs: Sequence[float],
+    alternatives: Alternatives | None = None,
 ) -> bytes:
     """The payload bytes of a `token_chunk` with content, without a model in between: six times as fast as one.
 
-    Text and channel MUST be without lone surrogates and logprobs without NaN.
+    Texts and channel MUST be without lone surrogates and logprobs without NaN.
 
     Raises:
         InvalidEvent: the generation id has not 16 bytes, or a number does not fit.
     """
     head = _chunk_head(generation_id, index, position, channel, offsets_us)
-    return b"".join((*head, *_chunk_content(token_ids, text, lengths, logprobs), _AFTER))
+    return b"".join((*head, *_chunk_content(token_ids, text, lengths, logprobs, alternatives), _AFTER))
 
 
 def encode_bare_chunk(generation_id: bytes, index: int, position: int, channel: str, offsets_us: Sequence[int]) -> bytes:
@@ -118,8 +124,17 @@ def _chunk_head(generation_id: bytes, index: int, position: int, channel: str, o
     return _BEFORE, generation_id, zigzag(index), zigzag(position), *_string(channel), _longs(offsets_us)
 
 
-def _chunk_content(token_ids: Sequence[int], text: str, lengths: Sequence[int], logprobs: Sequence[float]) -> tuple[bytes, ...]:
-    return _THERE, _longs(token_ids), *_string(text), _longs(lengths), _floats(logprobs)
+def _chunk_content(
+    token_ids: Sequence[int], text: str, lengths: Sequence[int], logprobs: Sequence[float], alternatives: Alternatives | None
+) -> tuple[bytes, ...]:
+    told = _NULL if alternatives is None else _alternatives(*alternatives)
+    return _THERE, _longs(token_ids), *_string(text), _longs(lengths), _floats(logprobs), told
+
+
+def _alternatives(counts: Sequence[int], token_ids: Sequence[int], texts: Sequence[str], logprobs: Sequence[float]) -> bytes:
+    spelled = b"".join([part for text in texts for part in _string(text)])
+    head = zigzag(len(texts)) if texts else b""
+    return b"".join((_THERE, _longs(counts), _longs(token_ids), head, spelled, _NULL, _floats(logprobs)))
 
 
 def _string(value: str) -> tuple[bytes, bytes]:

@@ -15,7 +15,7 @@ from ingest.attachments import Deferred
 from ingest.coalesce import delta_of
 from ingest.pipeline import Pipeline, sampled
 from schemas.errors import LogUnavailable
-from schemas.events import Payload, TokenChunk
+from schemas.events import Alternative, Payload, TokenChunk
 from schemas.histogram import Histogram
 from schemas.settings import RecorderSettings
 from schemas.sink import SessionContext
@@ -108,15 +108,17 @@ class Recorder:
         token_ids: Sequence[int] = (),
         text: str = "",
         logprobs: Sequence[float] = (),
+        alternatives: Sequence[Sequence[Alternative]] = (),
     ) -> int:
         """Record one delta of sequence `index` and return the position of the next.
 
         With token ids the delta is one entry per token, and all of its text belongs to the last; without, it is one
         entry. `offset_us` counts from the generation's start. `logprobs` has one number per entry; with another
-        length, or a NaN in it, it counts as unknown. Lone surrogates in `text` become U+FFFD.
+        length, or a NaN in it, it counts as unknown. `alternatives` has what else each entry might have been, of which
+        `ALTERNATIVES_MAX` are kept; with another length it counts as unknown. Lone surrogates in texts become U+FFFD.
         """
         ids = tuple(token_ids)
-        delta = delta_of(generation_id, index, position, offset_us, channel, ids, text, tuple(logprobs))
+        delta = delta_of(generation_id, index, position, offset_us, channel, ids, text, tuple(logprobs), alternatives)
         self._put(session, delta, TokenChunk.KIND)
         return position + (len(ids) or 1)
 
@@ -135,7 +137,7 @@ class Recorder:
         at_most = self._settings.coalesce_tokens
         for start in range(0, len(token_ids), at_most):
             part = slice(start, start + at_most)
-            delta = generation_id, index, position + start, offset_us, "content", token_ids[part], texts[part], logprobs[part]
+            delta = generation_id, index, position + start, offset_us, "content", token_ids[part], texts[part], logprobs[part], ()
             self._put(session, delta, TokenChunk.KIND)
         return position + len(token_ids)
 

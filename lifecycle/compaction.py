@@ -51,7 +51,8 @@ class Compaction:
         for segments in places.values():
             group: list[Segment] = []
             for segment in segments:
-                if sum(item.bytes for item in group) + segment.bytes <= self.tiering.segment_bytes_max:
+                fits = sum(item.bytes for item in group) + segment.bytes <= self.tiering.segment_bytes_max
+                if fits and sum(item.rows for item in group) + segment.rows <= self.tiering.segment_rows_max:
                     group.append(segment)
             if len(group) > 1:
                 groups.append(group)

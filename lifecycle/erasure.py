@@ -23,10 +23,11 @@ import structlog
 from lifecycle.log_retention import trim
 from lifecycle.register import ERASURE_APPLIED, ERASURE_APPROVED, ERASURE_FINISHED, ERASURE_REQUESTED, Erasure, Register
 from lifecycle.rewriting import Change, Done, Rewriting, rewriting
-from lifecycle.selectors import Selector
+from lifecycle.selectors import Selector, id_text
 from lifecycle.tiering import WAIT_S, Tiering
 from schemas.errors import ConflictError, UnknownName, UsageError
 from schemas.events import ErasureApplied, ErasureContent
+from schemas.registry import CURRENT
 from schemas.sink import SessionContext, new_id
 from store.blobs import MARK, key_of
 from store.catalog import Segment
@@ -74,7 +75,28 @@ class Erasures:
         self.control.append(KIND, erasure_id, {**subject, "reason": reason, "by": by})
         digest = hashlib.sha256(f"{erasure_id}{sorted(sessions)}{actor}".encode()).hexdigest()
         self.tiering.ledger.append(ERASURE_REQUESTED, {"erasure_id": erasure_id, "by": by, "subject_sha256": digest})
-        return erasure_id
+        return id_text(erasure_id)
+
+    def preview(self, sessions: tuple[str, ...], actor: str | None) -> dict[str, Any]:
+        """What an erasure of sessions (hex), or of an actor's, would take now, and which holds keep how much of it; changes nothing.
+
+        Raises:
+            UsageError: no such event.
+        """
+        with rewriting(self.tiering, self._register()) as run:
+            subject = self._resolved(run, {"sessions": list(sessions), "actor": actor})
+            condition = _selector(subject).condition(run.matching)
+            with run.everything() as events:
+                count, contents, first, last = _totals(run, events, condition)
+                held = self._held(run, events, condition)
+        return {
+            "sessions": list(map(id_text, subject["sessions"])),
+            "events": count,
+            "contents": contents,
+            "first_at": first,
+            "last_at": last,
+            "held": held,
+        }
 
     def approve(self, text: str, *, by: str) -> dict[str, Any]:
         """Approve an erasure and carry it out; what was done where.
@@ -86,10 +108,12 @@ class Erasures:
         register = self._register()
         erasure = find(register, text)
         if erasure.state != "requested":
-            raise UsageError(f"it is {erasure.state} already", operation="erase", place=erasure.erasure_id, hint="`tokentape erase list`")
+            raise UsageError(
+                f"it is {erasure.state} already", operation="erase", place=id_text(erasure.erasure_id), hint="`tokentape erase list`"
+            )
         if erasure.by("requested") == by:
             hint = "two custodians are needed for an erasure"
-            raise UsageError(f"{by} requested it and cannot approve it", operation="erase", place=erasure.erasure_id, hint=hint)
+            raise UsageError(f"{by} requested it and cannot approve it", operation="erase", place=id_text(erasure.erasure_id), hint=hint)
         with rewriting(self.tiering, register) as run:
             subject = self._resolved(run, self._subject(erasure))
             self._check_holds(run, _selector(subject))
@@ -105,21 +129,23 @@ class Erasures:
             try:
                 done = self._apply(erasure_id)
                 summary["finished"] += not done["pending"]
-                summary["waiting"] += [f"{erasure_id}: {line}" for line in done["pending"]]
+                summary["waiting"] += [f"{id_text(erasure_id)}: {line}" for line in done["pending"]]
             except ConflictError as error:
-                summary["waiting"].append(f"{erasure_id}: {error.fault}, {error.hint}")
+                summary["waiting"].append(f"{id_text(erasure_id)}: {error.fault}, {error.hint}")
         return summary
 
     def everything(self) -> list[dict[str, Any]]:
-        """Every erasure: state, who requested and approved it, what is pending."""
+        """Every erasure: state, who requested and approved it, what is pending; of what and why, until it is finished."""
+        facts = self.control.latest(KIND)
         return [
             {
-                "erasure": erasure.erasure_id,
+                "erasure": id_text(erasure.erasure_id),
                 "state": erasure.state,
                 "requested_by": erasure.by("requested"),
                 "approved_by": erasure.by("approved"),
                 "requested_at": erasure.entries["requested"].recorded_at,
                 "pending": list(erasure.entries["applied"].body["pending"]) if erasure.state == "applied" else [],
+                **_told(facts.get(erasure.erasure_id)),
             }
             for erasure in self._register().erasures.values()
         ]
@@ -133,7 +159,7 @@ class Erasures:
         erasure = find(self._register(), text)
         if erasure.state not in ("applied", "finished"):
             raise UsageError(
-                f"it is only {erasure.state}", operation="erase certificate", place=erasure.erasure_id, hint="approve it first"
+                f"it is only {erasure.state}", operation="erase certificate", place=id_text(erasure.erasure_id), hint="approve it first"
             )
         return erasure.entries[erasure.state].data
 
@@ -187,10 +213,17 @@ class Erasures:
     def _check_holds(self, run: Rewriting, selector: Selector) -> None:
         condition = selector.condition(run.matching)
         with run.everything() as events:
-            for hold in run.register.holds.values():
-                if held := _count(run, events, f"{condition} AND {hold.selector.condition(run.matching)}"):
-                    hint = "`tokentape hold list` shows why; it can be erased once the hold is released"
-                    raise ConflictError(f"hold {hold.hold_id} keeps {held:,} of its events", operation="erase", hint=hint)
+            for held in self._held(run, events, condition):
+                hint = "`tokentape hold list` shows why; it can be erased once the hold is released"
+                raise ConflictError(f"hold {held['hold']} keeps {held['events']:,} of its events", operation="erase", hint=hint)
+
+    def _held(self, run: Rewriting, events: str, condition: str) -> list[dict[str, Any]]:
+        """The holds that keep events of a condition, each with how many."""
+        counts = {
+            hold.hold_id: _count(run, events, f"{condition} AND {hold.selector.condition(run.matching)}")
+            for hold in run.register.holds.values()
+        }
+        return [{"hold": id_text(hold), "events": count} for hold, count in counts.items() if count]
 
     def _check_locks(self, run: Rewriting, segments: list[Segment]) -> None:
         until = max((end for segment in segments if (end := run.locked_until(segment)) is not None), default=None)
@@ -219,7 +252,9 @@ class Erasures:
         fact = self.control.latest(KIND).get(erasure.erasure_id)
         if fact is None:
             hint = "the control log was lost or replaced; request the erasure again"
-            raise UsageError("it is not known any more what is to be erased", operation="erase", place=erasure.erasure_id, hint=hint)
+            raise UsageError(
+                "it is not known any more what is to be erased", operation="erase", place=id_text(erasure.erasure_id), hint=hint
+            )
         return dict(fact)
 
     # What is pending
@@ -283,13 +318,16 @@ class Erasures:
             "pending": pending,
         }
         if before is not None and not done.entries and pending and earlier["pending"] == pending:
-            return {**earlier, "ledger_entry": before.sequence}
+            return {**earlier, "erasure_id": id_text(erasure.erasure_id), "ledger_entry": before.sequence}
         entry = self.tiering.ledger.append(ERASURE_APPLIED if pending else ERASURE_FINISHED, body)
         self._record(erasure, entry, subject)
         if not pending:
             self.control.append(KIND, erasure.erasure_id, None)
-        log.info("erasure.applied", erasure=erasure.erasure_id, events=done.stripped, pending=len(pending), ledger_entry=entry.sequence)
-        return {**body, "ledger_entry": entry.sequence, "bytes_read": done.bytes_read, "bytes_written": done.bytes_written}
+        log.info(
+            "erasure.applied", erasure=id_text(erasure.erasure_id), events=done.stripped, pending=len(pending), ledger_entry=entry.sequence
+        )
+        named = {"erasure_id": id_text(erasure.erasure_id), "ledger_entry": entry.sequence}
+        return {**body, **named, "bytes_read": done.bytes_read, "bytes_written": done.bytes_written}
 
     def _not_searched(self) -> list[str]:
         """Folders with files that could not be read when something was repaired, where there are any; nobody but people can look there."""
@@ -341,6 +379,22 @@ def _blobs_sql(events: str, condition: str) -> str:
 
 def _selector(subject: dict[str, Any]) -> Selector:
     return Selector(sessions=tuple(sorted(subject["sessions"])))
+
+
+def _told(fact: dict[str, Any] | None) -> dict[str, Any]:
+    """What an erasure is of, and why, as far as it is still known."""
+    if fact is None:
+        return {"what": None, "reason": None}
+    what = _selector(fact).text()
+    return {"what": f"{what} of {fact['actor']}" if fact["actor"] is not None else what, "reason": fact["reason"]}
+
+
+def _totals(run: Rewriting, events: str, condition: str) -> tuple[int, int, str, str]:
+    """Events of a condition, those of them that have content, and when the first and the last were recorded, in UTC."""
+    content = " OR ".join(f"{kind}.content IS NOT NULL" for kind in CURRENT.contents)
+    sql = f"SELECT count(*), count(*) FILTER ({content}), min(recorded_at), max(recorded_at) FROM ({events}) WHERE {condition}"
+    count, contents, first, last = run.connection.execute(sql).fetchall()[0]
+    return count, contents, f"{first.isoformat()}Z", f"{last.isoformat()}Z"
 
 
 def _count(run: Rewriting, events: str, condition: str) -> int:

@@ -15,7 +15,7 @@ import structlog
 
 from lifecycle.register import HOLD_PLACED, HOLD_RELEASED, Hold, Register
 from lifecycle.rewriting import Rewriting, rewriting
-from lifecycle.selectors import Selector
+from lifecycle.selectors import Selector, id_text
 from lifecycle.tiering import REWRITTEN, Tiering
 from schemas.errors import TokentapeError, UnknownName, UsageError
 from schemas.events import HoldContent, HoldPlaced, HoldReleased
@@ -68,9 +68,9 @@ class Holds:
             ),
             by,
         )
-        log.info("hold.placed", hold=hold_id, events=events, ledger_entry=entry.sequence)
+        log.info("hold.placed", hold=id_text(hold_id), events=events, ledger_entry=entry.sequence)
         return {
-            "hold": hold_id,
+            "hold": id_text(hold_id),
             "events": events,
             "ledger_entry": entry.sequence,
             "objects": objects,
@@ -95,7 +95,7 @@ class Holds:
             objects, warning = self._hold_objects(run, hold.selector)
         self._record(HoldReleased(hold_id=bytes.fromhex(hold.hold_id), ledger_entry=entry.sequence, content=HoldContent(reason=reason)), by)
         self.control.append(KIND, hold.hold_id, None)
-        return {"hold": hold.hold_id, "ledger_entry": entry.sequence, "objects": objects, "warning": warning}
+        return {"hold": id_text(hold.hold_id), "ledger_entry": entry.sequence, "objects": objects, "warning": warning}
 
     def standing(self) -> list[dict[str, Any]]:
         """Every hold that stands: what, who, why, since."""
@@ -104,7 +104,7 @@ class Holds:
         reasons = self.control.latest(KIND)
         return [
             {
-                "hold": hold.hold_id,
+                "hold": id_text(hold.hold_id),
                 "what": hold.selector.text(),
                 "by": hold.by,
                 "since": dt.datetime.fromtimestamp(hold.at_us / 1e6, dt.UTC),

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from lifecycle.selectors import id_text
 from schemas.codec import encode_content, encode_metadata
 from schemas.errors import CorruptStore, UnknownEvent, UsageError
 from schemas.registry import SchemaRegistry
@@ -90,10 +91,10 @@ class Prover:
     def _segment(self, event_id: bytes) -> Segment:
         where = self.reader.place_of(event_id)
         if where is None:
-            raise UnknownEvent(f"no event {event_id.hex()}", operation="prove", hint="event_id of the view events in SQL")
+            raise UnknownEvent(f"no event {id_text(event_id.hex())}", operation="prove", hint="event_id of the view events in SQL")
         if not isinstance(where, Segment):
             hint = "`tokentape tier --now` moves it to the cold tier and enters it in the ledger"
-            raise UsageError(f"the event {event_id.hex()} is not in the ledger yet", operation="prove", hint=hint)
+            raise UsageError(f"the event {id_text(event_id.hex())} is not in the ledger yet", operation="prove", hint=hint)
         return where
 
     def _checkpoint(self, segment: Segment) -> Checkpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -41,7 +42,7 @@ class Selector(BaseModel):
         """One line for people."""
         count = len(self.sessions)
         parts = [
-            f"session {self.sessions[0]}" if count == 1 else f"{count:,} sessions" if count else "",
+            f"session {id_text(self.sessions[0])}" if count == 1 else f"{count:,} sessions" if count else "",
             f"tenant {self.tenant}" if self.tenant else "",
             f"tag {self.tag}" if self.tag else "",
             f"from {_time(self.since)}" if self.since is not None else "",
@@ -114,6 +115,11 @@ class Matching:
                 )
             self._tables[tag, ever] = name
         return f"session_id IN (FROM {self._tables[tag, ever]})"
+
+
+def id_text(digits: str) -> str:
+    """An id in hexadecimal digits, as the ledger has it, as people write it."""
+    return str(uuid.UUID(digits))
 
 
 def _time(at_us: int) -> str:

@@ -36,7 +36,7 @@ from schemas.settings import Settings
 from schemas.sink import EventSink, platform_session
 from store import duck
 from store.catalog import Catalog, Range, Segment, Shard
-from store.cold import ATTACHED_MAX, SEGMENT_BYTES_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
+from store.cold import ATTACHED_MAX, SEGMENT_BYTES_MAX, SEGMENT_ROWS_MAX, Draft, SegmentContent, plan_parts, read_content, stage, write_part
 from store.coverage import Coverage, cover, coverage_from_json, coverage_to_json, from_parquet, spans_of, to_parquet
 from store.crashpoints import crash_point
 from store.fences import FileLock, tier_lock_path
@@ -82,7 +82,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Tiering:
-    """What a tiering run works on; `segment_bytes_max` is where a segment rolls.
+    """What a tiering run works on; a segment rolls at `segment_bytes_max`, and at `segment_rows_max`.
 
     `withdraw` is called when segments were replaced and before they are removed, so that others who read them stop to.
     """
@@ -94,6 +94,7 @@ class Tiering:
     registry: SchemaRegistry
     sink: EventSink | None = None
     segment_bytes_max: int = SEGMENT_BYTES_MAX
+    segment_rows_max: int = SEGMENT_ROWS_MAX
     withdraw: Callable[[], None] | None = None
     _held: list[FileLock] = field(default_factory=list, init=False, repr=False, compare=False)
 
@@ -223,21 +224,35 @@ class Tiering:
         if not filled:
             return [], []
         expected = sum(shard.rows for shard in filled)
-        sql, staged = self.settings.sql, folder / "staged.duckdb"
-        memory = f"{sql.memory_mb}MB"
-        with duck.connect(staged, threads=sql.threads, memory_limit=memory, temp_directory=str(folder)) as connection:
-            in_place = len(filled) <= ATTACHED_MAX
-            relation = attach(connection, filled, day=True) if in_place else stage(connection, filled)
-            size = sum(shard.bytes for shard in filled) if in_place else staged.stat().st_size
-            crash_point("tier.staged")
-            parts = plan_parts(connection, relation, size / expected, self.segment_bytes_max)
-            if (rows := sum(part.rows for part in parts)) != expected:
-                raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
-            drafts = [write_part(connection, relation, part, folder / f"{number}.parquet") for number, part in enumerate(parts)]
+        staged = folder / "staged.duckdb"
+        in_place = len(filled) <= ATTACHED_MAX
+        if not in_place:
+            with self._connected(staged) as connection:
+                stage(connection, filled)
+        size = sum(shard.bytes for shard in filled) if in_place else staged.stat().st_size
+        crash_point("tier.staged")
+        with self._reading(filled, staged) as (connection, relation):
+            parts = plan_parts(connection, relation, size / expected, self.segment_bytes_max, self.segment_rows_max)
             marks = _marks(connection, relation)
+        if (rows := sum(part.rows for part in parts)) != expected:
+            raise CorruptStore(f"{rows} rows in shards that say {expected}", operation="tier", place=filled[0].day)
+        drafts = []
+        for number, part in enumerate(parts):
+            with self._reading(filled, staged) as (connection, relation):
+                drafts.append(write_part(connection, relation, part, folder / f"{number}.parquet"))
         crash_point("tier.written")
         staged.unlink(missing_ok=True)
         return drafts, marks
+
+    def _connected(self, staged: Path) -> duckdb.DuckDBPyConnection:
+        sql = self.settings.sql
+        return duck.connect(staged, threads=sql.threads, memory_limit=f"{sql.memory_mb}MB", temp_directory=str(staged.parent))
+
+    @contextlib.contextmanager
+    def _reading(self, shards: Sequence[Shard], staged: Path) -> Iterator[tuple[duckdb.DuckDBPyConnection, str]]:
+        """The rows of shards as a relation of a connection of their own: what one took of memory is given back when it closes."""
+        with self._connected(staged) as connection:
+            yield connection, attach(connection, shards, day=True) if len(shards) <= ATTACHED_MAX else "staged"
 
     def _keyed(self, drafts: Sequence[Draft]) -> Iterator[tuple[str, Draft]]:
         numbers: dict[tuple[str, str, str], int] = defaultdict(int)

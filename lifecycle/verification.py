@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from lifecycle.selectors import id_text
 from lifecycle.tiering import ENTRY_TYPE, REWRITTEN, says
 from schemas.errors import CorruptStore, DataError
 from schemas.events import Pair, VerificationFinished
@@ -104,7 +105,7 @@ class Scope:
 
     def __str__(self) -> str:
         days = "" if (self.first, self.last) == (Scope().first, Scope().last) else f"days {self.first or '…'} to {self.last}"
-        session = f"session {self.session.hex()}" if self.session is not None else ""
+        session = f"session {id_text(self.session.hex())}" if self.session is not None else ""
         return ", ".join(filter(None, (days, session))) or "everything"
 
 

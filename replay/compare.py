@@ -264,7 +264,7 @@ class _Run:
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
             drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
-            judgement = judged_by_draws(judgement, drawn, tape.token_ids, scored, self._calibration, alarm / 2)
+            judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, self._calibration, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
 

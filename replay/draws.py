@@ -8,13 +8,15 @@ from dataclasses import replace
 from replay.calibration import Calibration
 from replay.drift import Judgement
 from replay.engines.base import Scored
-from replay.noise import named
+from replay.noise import named, unknown
 from replay.sampling import Sampler, made_again
+from schemas.probe import item
 
 
 def judged_by_draws(
     judgement: Judgement,
     sampler: Sampler | str,
+    prompt_tokens: int,
     token_ids: Sequence[int],
     scored: Scored,
     calibration: Calibration | None,
@@ -25,10 +27,14 @@ def judged_by_draws(
         return _undrawn(judgement, "the engine is not calibrated")
     noise = named(calibration.noise)
     if noise is None:
-        return _undrawn(judgement, "the noise of its runner is not known")
+        return _undrawn(judgement, unknown(calibration.environment))
     if isinstance(sampler, str):
         return _undrawn(judgement, sampler)
-    made = made_again(token_ids, scored.alternatives, sampler, noise, tolerance=calibration.noise_tolerance)
+    vocabulary = item(calibration.environment, "model.vocabulary") or 0
+    made = made_again(
+        token_ids, scored.alternatives, sampler, noise,
+        prompt_tokens=prompt_tokens, vocabulary=vocabulary, tolerance=calibration.noise_tolerance,
+    )  # fmt: skip
     if isinstance(made, str):
         return _undrawn(judgement, made)
     told = [one for one in made if one is not None]

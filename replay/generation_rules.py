@@ -186,7 +186,7 @@ def chunk_of(payload: e.TokenChunk) -> Chunk:
     if content is None:
         return Chunk(payload.position, payload.channel, offsets)
     ids, lengths, logprobs = tuple(content.token_ids), tuple(content.lengths), tuple(content.logprobs)
-    return Chunk(payload.position, payload.channel, offsets, ids, content.text, lengths, logprobs)
+    return Chunk(payload.position, payload.channel, offsets, ids, content.text, lengths, logprobs, content.alternatives)
 
 
 def _tool_call(state: SessionState, stored: StoredEvent, payload: e.ToolCall) -> SessionState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Literal
 from replay.html import document, text
 from replay.state import Entry
 from replay.words import count, duration, paragraph
+from schemas.events import Alternative
 
 Measure = Literal["logprob", "gap"]
 
@@ -43,8 +45,15 @@ def _token(entry: Entry, gap: int, shade: int) -> str:
     named = "" if entry.token_id is None else f" · id {entry.token_id}"
     sure = "" if entry.logprob is None else f" · p {100 * math.exp(entry.logprob):.1f} % (logprob {entry.logprob:.3f})"
     facts = f"token {entry.position}{named}{sure} · at {duration(entry.offset_us)} · +{duration(gap)} · {entry.channel}"
+    if entry.alternatives:
+        facts += " · or " + ", ".join(_alternative(one) for one in entry.alternatives)
     aside = "" if entry.channel == "content" else " aside"
     return f'<span class="h{shade}{aside}" title="{escape(facts)}">{escape(said)}</span>'
+
+
+def _alternative(one: Alternative) -> str:
+    said = json.dumps(paragraph(one.text), ensure_ascii=False) if one.text or one.token_id is None else f"id {one.token_id}"
+    return f"{said} {100 * math.exp(min(one.logprob, 0.0)):.1f} %"
 
 
 def _unsure(logprob: float | None) -> int:

@@ -20,6 +20,7 @@ from replay.noise import Noise, possible
 from replay.sampling import made_again, sampler_of
 from schemas import clock
 from schemas.errors import UsageError
+from schemas.probe import item
 
 SEQUENCES, TOKENS = 32, 128
 """What is said by default: about 4,000 tokens, each scored twice."""
@@ -147,13 +148,18 @@ def _against(name: str, before: Sequence[Sequence[float | None]], after: Sequenc
 def _with_noise(found: Calibration, said: Sequence[_Said], scored: Sequence[Scored], noises: Sequence[Noise]) -> Calibration:
     """The calibration with the first noise function that makes the seeded tokens again."""
     tolerance = max(TOLERANCE_DRIFTS * max(condition.p99 for condition in found.conditions), TOLERANCE_NATS)
+    vocabulary = item(found.environment, "model.vocabulary") or 0
     for noise in noises:
         again: list[bool] = []
         for each, scores in zip(said, scored, strict=True):
             sampler = sampler_of(each.request.document, each.request.document.get("seed"), each.spoken.index)
             if isinstance(sampler, str):
                 continue
-            made = made_again(each.spoken.token_ids, scores.alternatives, sampler, noise, tolerance=tolerance)
+            prompt_tokens = len(each.forced.prompt_token_ids)
+            made = made_again(
+                each.spoken.token_ids, scores.alternatives, sampler, noise,
+                prompt_tokens=prompt_tokens, vocabulary=vocabulary, tolerance=tolerance,
+            )  # fmt: skip
             again += [] if isinstance(made, str) else [one for one in made if one is not None]
         if again and again.count(False) <= NOISE_MISSES_MAX * len(again):
             counts = {"noise_misses": again.count(False), "noise_tokens": len(again)}

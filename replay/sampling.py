@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from replay.engines.base import Alternatives
-from replay.noise import Floats, Noise
+from replay.noise import Floats, Noise, Stream
 
 GREEDY_BELOW = 1e-5
 """Temperatures that vLLM takes as 0."""
@@ -62,15 +62,22 @@ def sampler_of(document: Mapping[str, Any] | None, seed: int | None, index: int)
 
 
 def made_again(
-    token_ids: Sequence[int], places: Sequence[Alternatives | None], sampler: Sampler, noise: Noise, *, tolerance: float
+    token_ids: Sequence[int],
+    places: Sequence[Alternatives | None],
+    sampler: Sampler,
+    noise: Noise,
+    *,
+    prompt_tokens: int,
+    vocabulary: int,
+    tolerance: float,
 ) -> list[bool | None] | str:
     """Per token whether the draw gives it again; None where the engine told nothing. A text says why none can be recomputed.
 
-    `tolerance` is in nats of the bare model's logprobs.
+    `vocabulary` is 0 where it is not told, `tolerance` is in nats of the bare model's logprobs.
     """
-    draw = noise.start(sampler.seed)
-    if draw is None:
-        return f"the noise of {noise.name} needs vLLM for CPUs, which is not installed here"
+    draw = noise.start(Stream(sampler.seed, prompt_tokens, vocabulary))
+    if isinstance(draw, str):
+        return draw
     if not places:
         return "the engine tells no alternatives"
     found: list[bool | None] = []

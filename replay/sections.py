@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from replay.differences import sentence
-from replay.state import Edit, Environment, Generation, Pause, Recording, Replay, Sequence, SessionState
+from replay.state import Edit, Entry, Environment, Generation, Pause, Recording, Replay, Sequence, SessionState
 from replay.words import iso, uuid
 from schemas.patch import apply_patch
 
@@ -58,10 +58,20 @@ def token_columns(sequence: Sequence) -> dict[str, Any]:
     entries = sequence.entries()
     columns: dict[str, list[Any]] = {name: [getattr(entry, name) for entry in entries] for name in _ENTRY}
     known = {name: values if any(value is not None for value in values) else None for name, values in columns.items()}
-    return {"index": sequence.index, "tokens": len(entries), **known}
+    told = [_alternatives(entry) for entry in entries] if any(entry.alternatives for entry in entries) else None
+    return {"index": sequence.index, "tokens": len(entries), **known, "alternatives": told}
 
 
 _ENTRY = ("position", "channel", "offset_us", "token_id", "logprob", "text")
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    told = {"alternatives": _alternatives(entry)} if entry.alternatives else {}
+    return {**{name: getattr(entry, name) for name in _ENTRY}, **told}
+
+
+def _alternatives(entry: Entry) -> list[dict[str, Any]]:
+    return [one._asdict() for one in entry.alternatives]
 
 
 def _generation(state: SessionState, generation: Generation) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _edit(edit: Edit) -> dict[str, Any]:
 
 
 def _sequence(sequence: Sequence) -> dict[str, Any]:
-    return {**_said(sequence), "tokens": [entry._asdict() for entry in sequence.entries()]}
+    return {**_said(sequence), "tokens": [_entry(entry) for entry in sequence.entries()]}
 
 
 def _said(sequence: Sequence) -> dict[str, Any]:

@@ -39,7 +39,10 @@ def evolve(value: S, **changes: Any) -> S:
 
 
 class Entry(NamedTuple):
-    """One token, or one delta where the upstream gave no ids: unknown parts are None, `text` is None once erased."""
+    """One token, or one delta where the upstream gave no ids: unknown parts are None, `text` is None once erased.
+
+    `alternatives` is what else it might have been, where the client asked for that.
+    """
 
     position: int
     channel: str
@@ -47,6 +50,7 @@ class Entry(NamedTuple):
     token_id: int | None
     logprob: float | None
     text: str | None
+    alternatives: tuple[e.Alternative, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Chunk:
     text: str | None = None
     lengths: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    alternatives: e.ChunkAlternatives | None = None
 
     def entries(self) -> Iterator[Entry]:
         """The entries, as many as there are offsets."""
@@ -93,10 +98,11 @@ class Chunk:
         lengths = self.lengths if len(self.lengths) == count else (len(self.text or ""), *(0,) * (count - 1))
         ids: tuple[int | None, ...] = self.token_ids if len(self.token_ids) == count else (None,) * count
         logprobs: tuple[float | None, ...] = self.logprobs if len(self.logprobs) == count else (None,) * count
+        others = self.alternatives.by_entry(count) if self.alternatives is not None else ((),) * count
         for i, offset_us in enumerate(self.offsets_us):
             text = None if self.text is None else self.text[at : at + lengths[i]]
             at += lengths[i]
-            yield Entry(self.position + i, self.channel, offset_us, ids[i], logprobs[i], text)
+            yield Entry(self.position + i, self.channel, offset_us, ids[i], logprobs[i], text, others[i])
 
 
 @dataclass(frozen=True)

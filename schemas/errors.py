@@ -154,7 +154,7 @@ class EngineUnavailable(Unavailable):
 
 
 class StorageFull(Unavailable):
-    """The disk or the spool is full."""
+    """The disk, the spool or the memory that is allowed is full."""
 
 
 class LogChanged(TokentapeError):

@@ -7,10 +7,11 @@ field is appended, nullable, with default None; nothing is ever renamed, reused 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from array import array
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -368,13 +369,48 @@ class SequenceStarted(Payload):
     offset_us: Long = 0
 
 
+class Alternative(NamedTuple):
+    """One token that might have stood in a place: its text, its id where that is known, its logprob."""
+
+    text: str
+    token_id: int | None
+    logprob: float
+
+
+class ChunkAlternatives(Record):
+    """What else a chunk's tokens might have been, as the upstream told it: `counts[i]` of the flat lists belong to entry i.
+
+    They stand in the upstream's order, which mostly has the token that was chosen among them. `token_ids` is empty unless all are known;
+    a text may be empty, or U+FFFD for a part of a character.
+    """
+
+    counts: list[Long] = []
+    token_ids: list[Long] = []
+    texts: list[Text] = []
+    logprobs: Logprobs = []
+
+    def by_entry(self, entries: int) -> Sequence[tuple[Alternative, ...]]:
+        """The alternatives of each of so many entries; none of any where the lists do not belong together."""
+        ids: Sequence[int | None] = self.token_ids or (None,) * len(self.texts)
+        ends = list(itertools.accumulate(self.counts, initial=0))
+        fits = len(self.counts) == entries and ends == sorted(ends)
+        if not fits or not ends[-1] == len(self.texts) == len(ids) == len(self.logprobs):
+            return ((),) * entries
+        told = [Alternative(*one) for one in zip(self.texts, ids, self.logprobs, strict=True)]
+        return [tuple(told[start:end]) for start, end in itertools.pairwise(ends)]
+
+
 class ChunkContent(Record):
-    """Tokens of a chunk. `lengths[i]` code points of `text` came with entry i; ids and logprobs are empty when unknown."""
+    """Tokens of a chunk. `lengths[i]` code points of `text` came with entry i; ids and logprobs are empty when unknown.
+
+    `alternatives` is null where the client asked for none.
+    """
 
     token_ids: list[Long] = []
     text: Text = ""
     lengths: list[Long] = []
     logprobs: Logprobs = []
+    alternatives: ChunkAlternatives | None = None
 
 
 class TokenChunk(Payload):

@@ -16,7 +16,11 @@ from schemas import clock
 from schemas.errors import ConflictError, Fenced, UsageError
 from store.catalog_file import CatalogFile
 from store.catalog_tables import (
+    REWRITTEN,
+    SHOWN,
     TAILS,
+    count,
+    counted,
     fill_gap,
     insert,
     insert_ranges,
@@ -31,10 +35,11 @@ from store.catalog_tables import (
     shard_from_row,
 )
 from store.log.base import partition_of
-from store.shards import Duplicate, Gap, Level, Mark, Position, Quarantined, Range, Sealed, Segment, Shard, Snapshot
+from store.shards import Changes, Duplicate, Gap, Level, Mark, Position, Quarantined, Range, Sealed, Segment, Shard, Snapshot
 
 __all__ = [
     "Catalog",
+    "Changes",
     "Duplicate",
     "Gap",
     "Level",
@@ -99,7 +104,8 @@ class Catalog(CatalogFile):
     ) -> None:
         """Put shards and segments in the place of others, at one moment for every reader.
 
-        Retired shards stay on disk for a grace period, for those who took a snapshot before.
+        Retired shards stay on disk for a grace period, for those who took a snapshot before. Where segments are retired, or nothing
+        comes in the place of shards, other rows are there than before, which `changes` counts.
 
         Raises:
             ConflictError: a name to retire is not there (any more), or somebody else than `owner` has claimed it.
@@ -114,6 +120,8 @@ class Catalog(CatalogFile):
                 if not connection.execute("DELETE FROM segment WHERE key = ?", (key,)).rowcount:
                     raise ConflictError(f"segment {key} is not in the catalog", operation="swap", place=str(self._path))
                 connection.execute("DELETE FROM range WHERE name = ?", (key,))
+            if retire_segments or not (shards or segments):
+                count(connection, REWRITTEN)
             for shard in shards:
                 insert_shard(connection, shard)
             for segment in segments:
@@ -131,6 +139,11 @@ class Catalog(CatalogFile):
         """Whether a shard of that name is listed, live or retired."""
         with self._reading("look up") as connection:
             return connection.execute("SELECT 1 FROM shard WHERE name = ?", (name,)).fetchone() is not None
+
+    def changes(self) -> Changes:
+        """How much was catalogued that an answer MUST NOT be without."""
+        with self._reading("changes") as connection:
+            return Changes(counted(connection, SHOWN), counted(connection, REWRITTEN))
 
     # Claims: merge and tiering exclude one another
 
@@ -202,6 +215,7 @@ class Catalog(CatalogFile):
             for number in numbers:
                 fill_gap(connection, number)
             insert_shard(connection, shard)
+            count(connection, REWRITTEN)
 
     def restore(self, sealed: Sealed) -> None:
         """Set positions, marks and what is missing, when an index is made anew behind segments; the shard is ignored."""

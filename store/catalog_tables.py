@@ -14,6 +14,9 @@ from store.shards import Mark, Position, Range, Sealed, Segment, Shard
 LAYOUT = "1"
 """Version of these tables; a file of another version is refused."""
 
+SHOWN, REWRITTEN = "visibility", "rewritten"
+"""Facts that are the counters of `store.shards.Changes`."""
+
 TABLES = (
     "CREATE TABLE IF NOT EXISTS fact (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS shard (name TEXT PRIMARY KEY, level TEXT NOT NULL, day TEXT NOT NULL, session_min BLOB NOT NULL,"
@@ -133,12 +136,24 @@ def insert_sealed(connection: sqlite3.Connection, sealed: Sealed) -> None:
         insert(connection, "gap", row_gap)
     for item in sealed.duplicates:
         insert(connection, "duplicate", (item.log_id, item.partition, item.offset, item.sha256))
-    if sealed.sampled_out:
-        more = "ON CONFLICT DO UPDATE SET value = CAST(CAST(value AS INTEGER) + excluded.value AS TEXT)"
-        connection.execute(f"INSERT INTO fact VALUES (?, ?) {more}", (SAMPLED_OUT, str(sealed.sampled_out)))
+    for counter, more in ((SAMPLED_OUT, sealed.sampled_out), (SHOWN, sealed.shown)):
+        if more:
+            count(connection, counter, more)
     for record, raw in zip(sealed.quarantined, sealed.raw, strict=True):
         head = (record.log_id, record.partition, record.offset, record.appended_at, record.error, record.size, record.sha256)
         insert(connection, "quarantine", (*head, 0, raw))
+
+
+def count(connection: sqlite3.Connection, counter: str, more: int = 1) -> None:
+    """Add to a counter among the facts."""
+    added = "ON CONFLICT DO UPDATE SET value = CAST(CAST(value AS INTEGER) + excluded.value AS TEXT)"
+    connection.execute(f"INSERT INTO fact VALUES (?, ?) {added}", (counter, str(more)))
+
+
+def counted(connection: sqlite3.Connection, counter: str) -> int:
+    """Where a counter stands."""
+    row = connection.execute("SELECT value FROM fact WHERE key = ?", (counter,)).fetchone()
+    return int(row[0]) if row else 0
 
 
 def fill_gap(connection: sqlite3.Connection, number: Mark) -> None:
@@ -164,6 +179,7 @@ def position_to_row(position: Position) -> tuple[Any, ...]:
 
 def replace_log(connection: sqlite3.Connection, log_id: str, now: int) -> None:
     """Put the tables of the attached catalog `anew` in the place of what stands here for one log."""
+    rewritten = counted(connection, REWRITTEN)
     own = "(SELECT name FROM main.range WHERE log_id = ?)"
     connection.execute(f"UPDATE main.shard SET state = 'retired', retired_at = ? WHERE state = 'live' AND name IN {own}", (now, log_id))
     for table in ("shard", "range"):
@@ -174,3 +190,4 @@ def replace_log(connection: sqlite3.Connection, log_id: str, now: int) -> None:
     for table in ("fact", "position"):
         connection.execute(f"DELETE FROM main.{table}")
         connection.execute(f"INSERT INTO main.{table} SELECT * FROM anew.{table}")
+    count(connection, REWRITTEN, rewritten + 1)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import CorruptStore
-from schemas.registry import SchemaRegistry
+from schemas.registry import CURRENT, SchemaRegistry
 from store import duck
 from store.columns import current_columns
 from store.hot import attach, detach
@@ -33,6 +33,9 @@ SEGMENT_BYTES_MAX = 256 << 20
 
 ROW_GROUP_ROWS = 20_480
 """A multiple of DuckDB's vector of 2,048: small enough that one session touches one or two groups."""
+
+SEGMENT_ROWS_MAX = 10 * ROW_GROUP_ROWS
+"""Where a segment rolls however small its rows are: writing one and making one anew takes some kB of memory for each."""
 
 _COPY = (
     f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 15, PARQUET_VERSION V2, ROW_GROUP_SIZE {ROW_GROUP_ROWS}, WRITE_BLOOM_FILTER false"
@@ -83,8 +86,8 @@ def _name(text: str) -> str:
     return quoted if len(quoted) <= _NAME_MAX else f"{quoted[:_NAME_MAX]}~{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> str:
-    """Rows of many shards, with the `day` that each was filed under, in one table of the connection's own file; its name.
+def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> None:
+    """Rows of many shards, with the `day` that each was filed under, in the table `staged` of the connection's own file.
 
     Raises:
         CorruptStore: a shard is damaged. StoreUnavailable: one is gone. StorageFull: no room.
@@ -99,18 +102,15 @@ def stage(connection: duckdb.DuckDBPyConnection, shards: Sequence[Shard]) -> str
         connection.execute("CHECKPOINT")
     except duckdb.Error as error:
         raise duck.mapped(error, operation="stage shards", place="staged") from error
-    return "staged"
 
 
-def plan_parts(
-    connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float, bytes_max: int = SEGMENT_BYTES_MAX
-) -> list[Part]:
-    """Cut the rows of a relation with a `day` column into parts, between sessions, each below `bytes_max` if it can be.
+def plan_parts(connection: duckdb.DuckDBPyConnection, relation: str, bytes_per_row: float, bytes_max: int, rows_max: int) -> list[Part]:
+    """Cut the rows of a relation with a `day` column into parts, between sessions, each below both limits if it can be.
 
     Raises:
         CorruptStore: the rows cannot be read.
     """
-    rows_max = max(1, int(bytes_max / max(bytes_per_row, 1.0)))
+    rows_max = max(1, min(rows_max, int(bytes_max / max(bytes_per_row, 1.0))))
     query = f"SELECT tenant, day, retention_class, session_id, count(*) FROM {relation} GROUP BY ALL ORDER BY ALL"
     try:
         groups = connection.execute(query).fetchall()
@@ -126,23 +126,70 @@ def plan_parts(
     return parts
 
 
+def read_sorted(connection: duckdb.DuckDBPyConnection, relation: str, part: Part) -> pa.RecordBatchReader:
+    """The rows of a part by session, partition and offset, in batches of a row group at the most; without the payload columns that no
+    row has. The connection is in use until all are read.
+
+    Sorted a slice of sessions at a time: in a sort each row takes the room of all 180 fields, whichever of them are null.
+
+    Raises:
+        CorruptStore: the rows cannot be read; while they are read DuckDB's own errors.
+    """
+    where = "tenant = $tenant AND day = $day AND retention_class = $class AND session_id BETWEEN $first AND $last"
+    values = {"tenant": part.tenant, "day": part.day, "class": part.retention_class}
+    whole = {**values, "first": part.session_first, "last": part.session_last}
+    try:
+        kinds = {kind for (kind,) in connection.execute(f"SELECT DISTINCT kind FROM {relation} WHERE {where}", whole).fetchall()}
+        counted = f"SELECT session_id, count(*) FROM {relation} WHERE {where} GROUP BY ALL ORDER BY ALL"
+        slices = list(_slices(connection.execute(counted, whole).fetchall()))
+        names = ", ".join(f'"{name}"' for name in _columns_of(connection, relation) if name in kinds or name not in CURRENT.kinds)
+        select = f"SELECT {names} FROM {relation} WHERE {where}"
+        schema = connection.execute(f"{select} LIMIT 0", whole).to_arrow_table().schema
+    except duckdb.Error as error:
+        raise duck.mapped(error, operation="read rows", place=part.day) from error
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for first, last in slices:
+            query = f'{select} ORDER BY session_id, "partition", "offset"'
+            # Batches as DuckDB makes them: of one that Arrow cut out of a larger one it reads nested values at the wrong places.
+            yield from connection.execute(query, {**values, "first": first, "last": last}).to_arrow_reader(ROW_GROUP_ROWS)
+
+    return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _columns_of(connection: duckdb.DuckDBPyConnection, relation: str) -> dict[str, str]:
+    """Columns of a relation but `day`, and their types; those of a newer version among them."""
+    described = connection.execute(f"DESCRIBE SELECT * EXCLUDE (day) FROM {relation}").fetchall()
+    return {name: kind for name, kind, *_ in described}
+
+
+def _slices(counts: Sequence[tuple[bytes, int]]) -> Iterator[tuple[bytes, bytes]]:
+    """First and last session of slices of a row group each, from rows by session; a longer session is one of its own."""
+    first, last, rows = b"", b"", 0
+    for session, count in counts:
+        if rows and rows + count > ROW_GROUP_ROWS:
+            yield first, last
+            rows = 0
+        first, last, rows = (first if rows else session), session, rows + count
+    if rows:
+        yield first, last
+
+
 def write_part(connection: duckdb.DuckDBPyConnection, relation: str, part: Part, path: Path) -> Draft:
     """Write one part to a local Parquet file, sorted by session, partition and offset.
 
     Raises:
+        CorruptStore: the rows cannot be read, or are not those that were planned.
         StorageFull: no room for the file.
     """
-    where = "tenant = $tenant AND day = $day AND retention_class = $class AND session_id BETWEEN $first AND $last"
-    values = {
-        "tenant": part.tenant,
-        "day": part.day,
-        "class": part.retention_class,
-        "first": part.session_first,
-        "last": part.session_last,
-    }
-    select = f'SELECT * EXCLUDE (day) FROM {relation} WHERE {where} ORDER BY session_id, "partition", "offset"'
+    reader = read_sorted(connection, relation, part)
+    there = set(reader.schema.names)
     try:
-        connection.execute(f"COPY ({select}) TO {_literal(path)} ({_COPY})", values)
+        types = _columns_of(connection, relation)
+        columns = ", ".join(f'"{name}"' if name in there else f'CAST(NULL AS {kind}) AS "{name}"' for name, kind in types.items())
+        with connection.cursor() as writer:  # the connection itself reads meanwhile
+            writer.register("sorted_rows", reader)
+            writer.execute(f"COPY (SELECT {columns} FROM sorted_rows) TO {_literal(path)} ({_COPY})")
         facts = "epoch_us(min(recorded_at)), epoch_us(max(recorded_at)), count(*)"
         written = f"SELECT {facts} FROM read_parquet({_literal(path)}, hive_partitioning = false)"
         time_min, time_max, rows = connection.execute(written).fetchall()[0]

@@ -1,7 +1,12 @@
 """The sessions of an installation, to be listed, filtered and searched, each only by who may see it.
 
 A row per session is put together from one part per shard and segment. Those never change, so a part is read once and kept in
-memory; a look reads only what was sealed since the look before, and forgets the parts of what was merged or rewritten.
+memory; a refresh reads only what was sealed since the one before, and forgets the parts of what was merged or rewritten.
+
+Where the directory is followed, a thread of its own refreshes it, and nobody who looks waits for that: rows and what replaces them are
+two states of one database. What may not be late is not: the catalog counts events that say who may see a session, and what was erased
+or made anew (`Changes`). Where it has counted on, who looks first has the former read out of what is not listed yet, and waits for the
+latter.
 """
 
 from __future__ import annotations
@@ -9,8 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,91 +22,25 @@ import duckdb
 import pyarrow as pa
 
 from schemas.errors import TokentapeError
-from store.catalog import Catalog, Segment, Shard, Snapshot
+from schemas.settings import Settings
+from store.catalog import Catalog, Changes, Segment, Shard
+from store.directory_search import Searches, alone, name_of, saying
+from store.directory_sql import COLUMNS, NEWS, NEWS_COLUMNS, OF_RUN, PART, PART_OF_CHUNKS, REPLAYED, REPLAYS, SESSIONS, SEVERITY
 from store.reader import EventReader, blob
-from store.views import SPOKEN, literal
+from store.sql import Completeness, completeness
+from store.views import literal
 
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
 
-_SEARCHES_KEPT = 32  # answers of searches kept: a page asks for the same one every few seconds
-_ANEW_MAX = 5_000  # sessions whose rows are made anew one by one; of more, as after a merge, all are
-_FIRST = (
-    "regexp_extract(list_filter(request_submitted.content.messages, lambda m: m.role = 'user')[1].body, "
-    r"""'(?:"(?:content|text)"\s*:\s*|^\s*)"((?:[^"\\]|\\u[0-9a-fA-F]{4}|\\[^u]){1,200})', 1)"""
-)  # the beginning of what a user said first, as JSON text: whole bodies of every session would not fit into memory
-_ADDED = "list_concat(session_opened.tags, session_annotated.tags_added)"
+KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
+"""Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
 
-_COLUMNS = (
-    "kind", "session_id", "tenant", "recorded_at", "actor", "offset", "session_opened", "session_annotated", "request_submitted",
-    "generation_finished", "generation_failed", "request_edited", "sequence_finished", "breakpoint_hit", "replay_started",
-    "sequence_compared", "replay_finished", "access_logged",
-)  # fmt: skip
-_PART = f"""
-    SELECT p.* REPLACE (coalesce(s.tokens, 0) AS tokens) FROM (SELECT {{source}} AS source, session_id, any_value(tenant) AS tenant,
-        epoch_us(min(recorded_at)) AS first_at, epoch_us(max(recorded_at)) AS last_at,
-        count(*) AS events, count(access_logged) AS looks, count(request_submitted) AS requests, count(generation_failed) AS failures,
-        count(request_edited) AS edits, count(breakpoint_hit) AS stops, count(replay_started) AS replays,
-        count(DISTINCT coalesce(generation_finished.generation_id, generation_failed.generation_id)) AS ended,
-        CAST(NULL AS BIGINT) AS tokens, min({{{{'place': "offset", 'text': {{first}}}}}}) FILTER (len({{first}}) > 0) AS first_said,
-        any_value(actor) FILTER (kind = 'session_opened') AS opened_by, any_value(actor) AS actor,
-        any_value(session_opened."user") AS "user",
-        any_value(session_opened.workflow) AS workflow, any_value(session_opened.purpose) AS purpose,
-        any_value(session_opened.client) AS client, any_value(session_opened.content.title) AS title,
-        list(DISTINCT request_submitted.model) FILTER (request_submitted.model IS NOT NULL) AS models,
-        list({{{{'place': "offset" * 2 + 1, 'tags': {_ADDED}, 'there': true}}}}) FILTER (len({_ADDED}) > 0) AS added,
-        list({{{{'place': "offset" * 2, 'tags': session_annotated.tags_removed, 'there': false}}}})
-            FILTER (len(session_annotated.tags_removed) > 0) AS removed,
-        max({{{{'place': "offset", 'visibility': session_annotated.visibility, 'by': actor}}}})
-            FILTER (session_annotated.visibility IS NOT NULL) AS shown
-    FROM events GROUP BY session_id) p LEFT JOIN ({SPOKEN}) s ON s.session_id = p.session_id"""
-_REPLAYS = """
-    SELECT {source} AS source, coalesce(replay_started.replay_id, sequence_compared.replay_id, replay_finished.replay_id) AS replay,
-        any_value(session_id) AS session, any_value(replay_started.subject_session) AS subject, any_value(replay_started.engine) AS engine,
-        any_value(replay_started.mode) AS mode, any_value(replay_finished.verdict) AS verdict, any_value(replay_finished.reason) AS reason,
-        any_value(replay_finished.tokens) AS scored, max(sequence_compared.drift_max) AS drift_max,
-        max(sequence_compared.noise_floor) AS noise_floor, epoch_us(min(recorded_at)) AS begun_at, epoch_us(max(recorded_at)) AS moment
-    FROM events WHERE kind IN ('replay_started', 'sequence_compared', 'replay_finished') GROUP BY ALL"""
-_REPLAYED = """
-    SELECT replay, any_value(session) AS session, any_value(subject) AS subject, any_value(engine) AS engine, any_value(mode) AS mode,
-        any_value(verdict) AS verdict, any_value(reason) AS reason, any_value(scored) AS scored, max(drift_max) AS drift_max,
-        max(noise_floor) AS noise_floor, min(begun_at) AS begun_at, max(moment) AS moment
-    FROM replay GROUP BY replay"""
-_OF_RUN = """
-    SELECT r.*, s.workflow AS run FROM replayed r JOIN session s ON s.session_id = r.session
-    WHERE r.session IN (SELECT session_id FROM session WHERE {may}) AND r.subject IN (SELECT session_id FROM session WHERE {may})"""
-_SEVERITY = ("model_differs", "sampling_differs", "inconclusive", "numeric_drift", "identical")
-
-# Within one event a tag that is both added and removed is gone, as in the view `sessions`: the added one has the smaller place there.
-_SESSIONS = """
-    WITH told AS (
-        SELECT session_id, list_sort(flatten(list(list_concat(coalesce(added, []), coalesce(removed, []))))) AS said
-        FROM {part} GROUP BY ALL
-    ), each AS (
-        SELECT session_id, unnest(said) AS one FROM told
-    ), flat AS (
-        SELECT session_id, one.place AS place, one.there AS there, unnest(one.tags) AS tag FROM each
-    ), tagged AS (
-        SELECT session_id, tag, arg_max(there, CASE WHEN there THEN place - 1 ELSE place + 1 END) AS there FROM flat GROUP BY ALL
-    ), labels AS (
-        SELECT session_id, list(tag ORDER BY tag) AS tags FROM tagged WHERE there GROUP BY ALL
-    ), verdicts AS (
-        SELECT subject AS session_id, arg_max(verdict, moment) AS verdict, count(*) AS replayed
-        FROM replayed WHERE subject IS NOT NULL GROUP BY subject
-    ), summed AS (
-        SELECT session_id, any_value(tenant) AS tenant, min(first_at) AS first_at, max(last_at) AS last_at,
-            CAST(sum(events) AS BIGINT) AS events, CAST(sum(requests) AS BIGINT) AS requests, CAST(sum(failures) AS BIGINT) AS failures,
-            CAST(sum(edits) AS BIGINT) AS edits, CAST(sum(stops) AS BIGINT) AS stops, CAST(sum(replays) AS BIGINT) AS replays,
-            CAST(greatest(0, sum(requests) - sum(ended)) AS BIGINT) AS under_way, min(first_said) AS first_said,
-            CAST(sum(tokens) AS BIGINT) AS tokens, coalesce(any_value(opened_by), any_value(actor)) AS owner, any_value("user") AS "user",
-            any_value(workflow) AS workflow, any_value(purpose) AS purpose, any_value(client) AS client, any_value(title) AS title,
-            list_sort(list_distinct(flatten(list(coalesce(models, []))))) AS models, max(shown) AS shown
-        FROM {part} GROUP BY session_id HAVING sum(events) > sum(looks)
-    )
-    SELECT s.* EXCLUDE (shown, first_said), s.first_said.text AS first_message,
-        coalesce(s.shown.visibility, 'team') AS visibility, s.shown.by AS shown_by,
-        coalesce(l.tags, []) AS tags, v.verdict AS verdict, coalesce(v.replayed, 0) AS replayed
-    FROM summed s LEFT JOIN labels l USING (session_id) LEFT JOIN verdicts v USING (session_id)"""
+_CASES = " ".join(f"WHEN {literal(purpose)} THEN {literal(kind)}" for purpose, kind in KINDS.items())
+_KIND = f"CASE purpose {_CASES} ELSE 'conversation' END"
+_FOLLOW_S = 0.5  # pause between two refreshes of a directory that is followed
+_CUSTOMERS = "tenant <> '_platform'"
+_ANSWERS_KEPT = 64  # answers of one state kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +53,21 @@ class Viewer:
     tenant: str | None = None
     names: tuple[str, ...] = ()
 
-    @property
-    def condition(self) -> str:
-        """The one condition on a session that may be seen."""
+    def condition(self, visibility: str = "visibility", by: str = "shown_by") -> str:
+        """The one condition on a session that may be seen; `visibility` and who said it are expressions."""
         if self.tenant is None:
             return "true"
         mine = ", ".join(map(literal, self.names)) or "NULL"
-        own = f'(owner IN ({mine}) OR "user" IN ({mine}) OR shown_by IN ({mine}))'
-        return f"(visibility = 'public' OR (tenant = {literal(self.tenant)} AND (visibility <> 'private' OR coalesce({own}, false))))"
+        own = f'({by} IN ({mine}) OR owner IN ({mine}) OR "user" IN ({mine}))'
+        return f"({visibility} = 'public' OR (tenant = {literal(self.tenant)} AND ({visibility} <> 'private' OR coalesce({own}, false))))"
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """Which sessions: all that is given must hold. Times are µs since the epoch; a session counts by its last event.
 
-    `under_way` wants a request without an end. What replays wrote of others' sessions is left out unless `replays` asks for it.
+    `under_way` wants a request without an end. Of other kinds than conversations (what replays, engines and KV connectors wrote in sessions
+    of their own) there are none unless `kinds` asks for them; `replays` asks for those of replays as well.
 
     Each word of `text` must stand in a message, an answer, the title, a tag, the session's id or the names of who and what for.
     """
@@ -144,6 +82,7 @@ class Wanted:
     failed: bool = False
     under_way: bool = False
     replays: bool = False
+    kinds: tuple[str, ...] = ("conversation",)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -152,6 +91,7 @@ class Wanted:
 
     def condition(self) -> str:
         """The condition on rows, the text left aside."""
+        kinds = sorted({*self.kinds, "replay"} if self.replays else set(self.kinds))
         parts = [
             f"last_at >= {self.since}" if self.since is not None else "",
             f"last_at < {self.until}" if self.until is not None else "",
@@ -161,36 +101,77 @@ class Wanted:
             *(f"list_contains(tags, {literal(tag)})" for tag in self.tags),
             "failures > 0" if self.failed else "",
             "under_way > 0" if self.under_way else "",
-            "" if self.replays else "coalesce(purpose, '') <> 'replay'",
+            f"{_KIND} IN ({', '.join(map(literal, kinds))})",
         ]
         return " AND ".join(filter(None, parts)) or "true"
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """One page of sessions, newest first, as columns of plain values, and how many there are in all."""
+    """One page of sessions, newest first, as columns of plain values, how many there are in all, and what may be missing here."""
 
     rows: list[dict[str, Any]]
     total: int
+    completeness: Completeness
+
+
+_Page = tuple[str, int, int]
+_Answer = tuple[list[dict[str, Any]], int]
+_Answers = dict[_Page, _Answer]
+"""Pages by their condition, limit and offset: rows and total."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What the last event of its kind said of who may see a session: its offset, what it said, and whose word that is."""
+
+    place: int
+    visibility: str
+    by: str | None
 
 
 class SessionDirectory:
     """Lists sessions. Safe for threads."""
 
-    def __init__(self, catalog: Catalog, reader: EventReader) -> None:
+    def __init__(self, settings: Settings, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._reader = reader
-        self._lock = threading.Lock()
+        # One each, so that neither a search nor what is new keeps the others waiting.
+        self._reader = EventReader(settings, catalog)
+        self._news_reader = EventReader(settings, catalog)
+        self._searches = Searches(settings, catalog)
+        self._database = duckdb.connect(":memory:", config={"threads": 1})
+        self._connection = self._database.cursor()
+        self._cursors: list[duckdb.DuckDBPyConnection] = []
+        self._refreshing, self._heeding = threading.Lock(), threading.Lock()
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fault: Exception | None = None
+        # The refresher's own: whose parts are read.
         self._known: dict[str, Shard | Segment] = {}
-        self._searches: OrderedDict[tuple[str, ...], dict[str, dict[str, int]]] = OrderedDict()
-        self._connection = duckdb.connect(":memory:", config={"threads": 1})
-        self._made = self._closed = False
+        # What is listed, and what is known beyond that; one step with the tables of the database, which `_turn` makes it.
+        self._turn = threading.Lock()
+        self._listed: dict[str, Shard | Segment] = {}
+        self._made = False
+        self._answers: _Answers = {}
+        self._seen: Changes | None = None
+        self._completeness = Completeness(None, 0, 0, 0, 0)
+        self._news: dict[bytes, tuple[int, _Said]] = {}
+        self._told: dict[int, tuple[bytes, str, str]] = {}
+        self._count = 0
 
-    def warm(self) -> None:
-        """Read what there is ahead of who looks first: of many events that takes seconds. What is wrong is told to whoever looks."""
-        with self._lock, contextlib.suppress(TokentapeError):
-            if not self._closed:
-                self._refresh()
+    def follow(self) -> None:
+        """Refresh in a thread from now on, so that those who look need not; what goes wrong there is told to them."""
+        self._thread = threading.Thread(target=self._follow, name="directory", daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while not self._over.is_set():
+            try:
+                self.refresh()
+                self._fault = None
+            except Exception as error:
+                self._fault = error
+            self._over.wait(_FOLLOW_S)
 
     def sessions(self, viewer: Viewer, wanted: Wanted, *, limit: int = 50, offset: int = 0) -> Listing:
         """A page of what the viewer may see and wants.
@@ -198,28 +179,39 @@ class SessionDirectory:
         Raises:
             CorruptStore, StoreUnavailable: a shard or segment cannot be read.
         """
-        condition = f"{viewer.condition} AND {wanted.condition()}"
-        with self._lock:
-            self._refresh()
-            if not self._made:
-                return Listing([], 0)
-            condition += self._saying(wanted.words)
-            order = f"ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
-            rows = self._connection.execute(f"SELECT * FROM session WHERE {condition} {order}").to_arrow_table().to_pylist()
-            total = len(rows) + offset
-            if len(rows) == limit or not rows:
-                total = self._connection.execute(f"SELECT count(*) FROM session WHERE {condition}").fetchall()[0][0]
-        return Listing([_told(row) for row in rows], int(total))
+        said = self._said(wanted.words) if wanted.words else None
+        with self._looking(viewer) as look:
+            if not look.made:
+                return Listing([], 0, look.completeness)
+            condition = f"{look.may} AND {wanted.condition()}"
+            if said is not None:
+                condition += saying(look.cursor, wanted.words, said)
+            page = condition, limit, offset
+            if said is not None or (answer := look.answers.get(page)) is None:
+                answer = look.page(*page)
+                if said is None:
+                    self._keep(look.answers, page, answer)
+        rows, total = answer
+        return Listing([look.told(row) for row in rows], total, look.completeness)
+
+    @staticmethod
+    def _keep(answers: _Answers, page: _Page, answer: _Answer) -> None:
+        """Whoever wants the same of the same state gets the same: a page is asked for every few seconds by each who has it open."""
+        if len(answers) >= _ANSWERS_KEPT:
+            answers.clear()
+        answers[page] = answer
 
     def session(self, viewer: Viewer, session_id: bytes) -> dict[str, Any] | None:
-        """One session as `sessions` lists it; None where there is none that this viewer may see."""
-        with self._lock:
-            self._refresh()
-            if not self._made:
-                return None
-            where = f"{viewer.condition} AND session_id = {blob(session_id)}"
-            rows = self._connection.execute(f"SELECT * FROM session WHERE {where}").to_arrow_table().to_pylist()
-        return _told(rows[0]) if rows else None
+        """One session as `sessions` lists it; None where there is none that this viewer may see, in what was catalogued at the call."""
+        if (row := self._session(viewer, session_id)) is None and self._thread is not None:
+            self.refresh()
+            row = self._session(viewer, session_id)
+        return row
+
+    def _session(self, viewer: Viewer, session_id: bytes) -> dict[str, Any] | None:
+        with self._looking(viewer) as look:
+            rows = look.rows(f"SELECT * FROM session WHERE {look.may} AND session_id = {blob(session_id)}") if look.made else []
+        return look.told(rows[0]) if rows else None
 
     def replays(self, viewer: Viewer, subject: bytes) -> list[dict[str, Any]]:
         """The replays of a session that the viewer may see, newest first; `session` is where each is recorded."""
@@ -239,49 +231,187 @@ class SessionDirectory:
 
     def run(self, viewer: Viewer, name: str) -> list[dict[str, Any]]:
         """What one run found, session by session: what differs first, and of that what moved most."""
-        severity = " ".join(f"WHEN {literal(verdict)} THEN {i}" for i, verdict in enumerate(_SEVERITY))
-        order = f"CASE verdict {severity} ELSE {len(_SEVERITY)} END, drift_max DESC NULLS LAST, begun_at"
+        severity = " ".join(f"WHEN {literal(verdict)} THEN {i}" for i, verdict in enumerate(SEVERITY))
+        order = f"CASE verdict {severity} ELSE {len(SEVERITY)} END, drift_max DESC NULLS LAST, begun_at"
         return self._replayed(viewer, f"s.workflow = {literal(name)}", order, once=True)
 
     def _replayed(self, viewer: Viewer, where: str, order: str, *, once: bool = False) -> list[dict[str, Any]]:
         """Replays whose own session and subject may both be seen. `once`: of those of a subject in a run the one that ended last."""
         latest = "row_number() OVER (PARTITION BY subject, run ORDER BY verdict IS NULL, moment DESC) = 1"
-        with self._lock:
-            self._refresh()
-            if not self._made:
-                return []
-            statement = f"SELECT * FROM ({_OF_RUN.format(may=viewer.condition)} AND {where}){f' QUALIFY {latest}' if once else ''}"
-            rows: list[dict[str, Any]] = self._connection.execute(f"{statement} ORDER BY {order}").to_arrow_table().to_pylist()
-        return rows
+        with self._looking(viewer) as look:
+            statement = f"SELECT * FROM ({OF_RUN.format(may=look.may)} AND {where}){f' QUALIFY {latest}' if once else ''}"
+            return look.rows(f"{statement} ORDER BY {order}") if look.made else []
 
     def close(self) -> None:
         """Forget everything; safe to call twice."""
-        self._closed = True
-        with self._lock:
-            self._connection.close()
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._refreshing, self._heeding:
+            for part in (self._reader, self._news_reader, self._searches, self._database):
+                part.close()
 
-    def _refresh(self) -> None:
-        """Read the parts of what is new, forget those of what is gone."""
+    # Who may see what, at once
+
+    def tell(self, session_id: bytes, visibility: str, by: str) -> None:
+        """From now on nobody sees a session whom this keeps from it, whenever the index has the event that says so."""
+        with self._turn:
+            self._count += 1
+            self._told[self._count] = (session_id, visibility, by)
+
+    @property
+    def told(self) -> int:
+        """A number for all that `tell` was told so far."""
+        return self._count
+
+    @contextlib.contextmanager
+    def _looking(self, viewer: Viewer) -> Iterator[_Look]:
+        """One state of the tables, and what is known beyond it."""
+        self._heed()
+        with self._turn:
+            cursor = self._cursors.pop() if self._cursors else self._database.cursor()
+            cursor.execute("BEGIN")
+            if self._made:
+                cursor.execute("SELECT 1 FROM session LIMIT 0").fetchall()  # a state is taken by the first that is asked
+            news = {session: said for session, (_, said) in self._news.items()}
+            may = _may(viewer, news, list(self._told.values()))
+            look = _Look(cursor, self._made, may, news, self._completeness, self._answers)
+        try:
+            yield look
+        finally:
+            cursor.unregister("said")
+            cursor.execute("ROLLBACK")
+            self._cursors.append(cursor)
+
+    def _heed(self) -> None:
+        """Have what is listed hold all that an answer of now may not be without."""
+        if self._thread is None:
+            self.refresh()
+            return
+        if (fault := self._fault) is not None:
+            raise fault
+        changes, seen = self._catalog.changes(), self._seen
+        if seen is None or changes.rewritten != seen.rewritten:
+            self.refresh()
+        elif changes.shown != seen.shown:
+            self._read_news()
+
+    def _read_news(self) -> None:
+        """Read who may see what from all that is not listed yet, and nothing else of it."""
+        with self._heeding:
+            changes = self._catalog.changes()
+            if self._seen is not None and changes.shown == self._seen.shown:
+                return
+            with self._turn:
+                listed = self._listed
+            while (found := self._news_of(listed)) is None:
+                continue
+            with self._turn:
+                self._count += 1
+                for session, said in found:
+                    before = self._news.get(session)
+                    if before is None or before[1].place <= said.place:
+                        self._news[session] = (self._count, said)
+                self._seen = Changes(changes.shown, self._seen.rewritten if self._seen else 0)
+
+    def _news_of(self, listed: Collection[str]) -> list[tuple[bytes, _Said]] | None:
+        """Who may see which sessions, from what is catalogued and not listed; None where some of it was merged away meanwhile."""
+        found = []
+        sources = self._sources()
+        for name in sources.keys() - listed:
+            rows = self._ask(self._news_reader, sources[name], NEWS, f"{_CUSTOMERS} AND kind = 'session_annotated'", NEWS_COLUMNS)
+            if rows is None:
+                return None
+            found += [(row["session_id"], _Said(*row["shown"].values())) for row in rows.to_pylist()]
+        return found
+
+    # What is listed
+
+    def refresh(self, told: int = 0) -> None:
+        """List all that is catalogued at the call; what `tell` was told up to the number `told` is among it.
+
+        Raises:
+            CorruptStore, StoreUnavailable: a shard or segment cannot be read; what was listed before stays.
+        """
+        with self._refreshing:
+            while not self._over.is_set():
+                with self._heeding:
+                    beyond = _Beyond(self._count, told, self._catalog.changes(), completeness(self._catalog))
+                    sources = self._sources()
+                if all(self._read(name, sources[name]) for name in sources.keys() - self._known.keys()):
+                    return self._list(sources, beyond)
+        return None
+
+    def _sources(self) -> dict[str, Shard | Segment]:
         snapshot = self._catalog.snapshot()
         sources: dict[str, Shard | Segment] = {shard.name: shard for shard in snapshot.shards if shard.rows}
-        sources |= {segment.key: segment for segment in snapshot.segments}
-        if sources.keys() == self._known.keys():
-            return
-        gone = self._known.keys() - sources.keys()
-        changed = self._of(gone)
-        read = {}
-        for name in sources.keys() - self._known.keys():
-            if self._closed:
-                return
-            if self._read(name, sources[name]):
-                read[name] = sources[name]
-        for name in gone:
-            for table in ("part", "replay"):
-                self._connection.execute(f"DELETE FROM {table} WHERE source = {literal(name)}")
-        self._known = {name: source for name, source in self._known.items() if name not in gone} | read
-        if self._known or self._made:
-            self._connection.execute(f"CREATE OR REPLACE TABLE replayed AS {_REPLAYED}")
-            self._put_together(changed | self._of(read))
+        return sources | {segment.key: segment for segment in snapshot.segments}
+
+    def _read(self, name: str, source: Shard | Segment) -> bool:
+        """Read the parts of one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""
+        chunk = "kind = 'token_chunk'"
+        asked = (("part", PART, f"NOT {chunk}"), ("part", PART_OF_CHUNKS, chunk), ("replay", REPLAYS, f"NOT {chunk}"))
+        parts = []
+        for table, sql, kinds in asked:
+            rows = self._ask(self._reader, source, sql, f"{_CUSTOMERS} AND {kinds}", COLUMNS)
+            if rows is None:
+                return False
+            parts.append((table, rows))
+        with self._transaction():
+            for table, rows in parts:
+                self._insert(name, table, rows)
+            self._connection.execute("COMMIT")
+        self._known[name] = source
+        return True
+
+    def _ask(self, reader: EventReader, source: Shard | Segment, sql: str, where: str, only: Collection[str]) -> pa.Table | None:
+        """A query over one shard or segment; None where it was merged away meanwhile."""
+        try:
+            return reader.ask(alone(source), sql, where, only)
+        except TokentapeError:
+            if name_of(source) in self._sources():
+                raise
+            return None
+
+    def _insert(self, name: str, table: str, rows: pa.Table) -> None:
+        self._connection.register("rows", rows)
+        made = f"SELECT {literal(name)} AS source, * FROM rows"
+        self._connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS {made} WHERE false")
+        self._connection.execute(f"INSERT INTO {table} BY NAME {made}")
+        self._connection.unregister("rows")
+
+    def _list(self, sources: dict[str, Shard | Segment], beyond: _Beyond) -> None:
+        """Make the rows anew of which the parts came or went, and let all that look have them at one moment."""
+        gone, new = self._known.keys() - sources.keys(), self._known.keys() & sources.keys() - self._listed.keys()
+        with self._transaction():
+            if gone or new:
+                changed = self._of(gone)
+                for table in ("part", "replay"):
+                    self._connection.execute(f"DELETE FROM {table} WHERE source IN ({', '.join(map(literal, gone)) or 'NULL'})")
+                self._connection.execute(f"CREATE OR REPLACE TABLE replayed AS {REPLAYED}")
+                self._put_together(changed | self._of(new))
+            with self._turn:
+                self._connection.execute("COMMIT")
+                self._listed = sources
+                self._made = self._made or bool(gone or new)
+                self._completeness = beyond.completeness
+                self._answers = {} if gone or new else self._answers
+                self._news = {session: news for session, news in self._news.items() if news[0] > beyond.count}
+                self._told = {number: said for number, said in self._told.items() if number > beyond.told}
+                newer = self._seen if self._seen is not None and self._count > beyond.count else beyond.changes
+                self._seen = Changes(newer.shown, beyond.changes.rewritten)
+        self._known = {name: source for name, source in self._known.items() if name not in gone}
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All that the block commits, or nothing."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(duckdb.Error):  # it is rolled back already where it failed to commit
+                self._connection.execute("ROLLBACK")
+            raise
 
     def _of(self, names: Collection[str]) -> set[bytes]:
         """The sessions that parts of some sources tell of, those included that are replayed there."""
@@ -293,72 +423,73 @@ class SessionDirectory:
         return {bytes(row[0]) for row in rows}
 
     def _put_together(self, changed: set[bytes]) -> None:
-        """Make the rows of the sessions that changed anew, or all where that are many: each look at the tape is news of it, too."""
-        if not self._made or len(changed) > _ANEW_MAX:
-            self._connection.execute(f"CREATE OR REPLACE TABLE session AS {_SESSIONS.format(part='part')}")
-            self._made = True
+        """Make the rows of the sessions that changed anew, or all where those are most."""
+        if not self._made or 2 * len(changed) > self._connection.execute("SELECT count(*) FROM session").fetchall()[0][0]:
+            self._connection.execute(f"CREATE OR REPLACE TABLE session AS {SESSIONS.format(part='part')}")
             return
         self._connection.register("changed", pa.table({"session_id": pa.array(list(changed), pa.binary())}))
         those = "session_id IN (SELECT session_id FROM changed)"
         self._connection.execute(f"DELETE FROM session WHERE {those}")
-        some = _SESSIONS.format(part=f"(SELECT * FROM part WHERE {those})")
+        some = SESSIONS.format(part=f"(SELECT * FROM part WHERE {those})")
         self._connection.execute(f"INSERT INTO session BY NAME {some}")
         self._connection.unregister("changed")
 
-    def _read(self, name: str, source: Shard | Segment) -> bool:
-        """Read one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""
-        one = _alone(source)
-        try:
-            parts = {
-                table: self._reader.ask(one, sql.format(source=literal(name), first=_FIRST), "tenant <> '_platform'", _COLUMNS)
-                for table, sql in (("part", _PART), ("replay", _REPLAYS))
-            }
-        except TokentapeError:
-            now = self._catalog.snapshot()
-            if name in {*(shard.name for shard in now.shards), *(segment.key for segment in now.segments)}:
-                raise
-            return False
-        for table, rows in parts.items():
-            self._insert(table, rows)
-        return True
-
-    def _insert(self, table: str, rows: pa.Table) -> None:
-        self._connection.register("rows", rows)
-        self._connection.execute(f"CREATE TABLE IF NOT EXISTS {table} AS SELECT * FROM rows WHERE false")
-        self._connection.execute(f"INSERT INTO {table} SELECT * FROM rows")
-        self._connection.unregister("rows")
-
-    def _saying(self, words: Sequence[str]) -> str:
-        """The condition that every word stands somewhere in the session."""
-        if not words:
-            return ""
-        said = self._said(tuple(words))
-        ids = [bytes.fromhex(session) for session in said]
-        table = pa.table({"session_id": pa.array(ids, pa.binary()), "mask": pa.array(said.values(), pa.int64())})
-        self._connection.register("said", table)
-        uuid = "CAST(CAST(session_id AS UUID) AS VARCHAR)"
-        names = f"{uuid}, replace({uuid}, '-', ''), title, owner, \"user\", workflow, purpose, array_to_string(tags, ' ')"
-        return "".join(
-            f" AND (contains(lower(concat_ws(' ', {names})), {literal(word)})"
-            f" OR session_id IN (SELECT session_id FROM said WHERE mask & {1 << i} <> 0))"
-            for i, word in enumerate(words)
-        )
-
     def _said(self, words: tuple[str, ...]) -> dict[str, int]:
-        """By session (hex), a bit for each word that it says; what was looked through before is not looked through again."""
-        found = self._searches.setdefault(words, {})
-        self._searches.move_to_end(words)
-        while len(self._searches) > _SEARCHES_KEPT:
-            self._searches.popitem(last=False)
-        for name in found.keys() - self._known.keys():
-            del found[name]
-        for name in self._known.keys() - found.keys():
-            found[name] = dict(self._reader.saying(_alone(self._known[name]), words))
-        masks: dict[str, int] = {}
-        for part in found.values():
-            for session, mask in part.items():
-                masks[session] = masks.get(session, 0) | mask
-        return masks
+        """By session (hex), a bit for each word that it says."""
+        while True:
+            self._heed()
+            if (masks := self._searches.masks(words, self._listed)) is not None:
+                return masks
+            self.refresh()
+
+
+@dataclass(frozen=True, slots=True)
+class _Beyond:
+    """Where the tape stood when a refresh began: what was told and read by then stands in the parts that it reads."""
+
+    count: int
+    told: int
+    changes: Changes
+    completeness: Completeness
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One state of the tables, for one viewer; without tables where nothing was ever catalogued."""
+
+    cursor: duckdb.DuckDBPyConnection
+    made: bool
+    may: str
+    news: Mapping[bytes, _Said]
+    completeness: Completeness
+    answers: _Answers
+
+    def page(self, condition: str, limit: int, offset: int) -> _Answer:
+        """Some rows, newest first, and how many meet the condition."""
+        order = f"ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
+        rows = self.rows(f"SELECT * FROM session WHERE {condition} {order}")
+        if rows and len(rows) < limit:
+            return rows, len(rows) + offset
+        return rows, int(self.rows(f"SELECT count(*) AS n FROM session WHERE {condition}")[0]["n"])
+
+    def rows(self, statement: str) -> list[dict[str, Any]]:
+        """The answer as plain values."""
+        rows: list[dict[str, Any]] = self.cursor.execute(statement).to_arrow_table().to_pylist()
+        return rows
+
+    def told(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of `session` for a caller."""
+        news = self.news.get(row["session_id"])
+        return _told(row if news is None else {**row, "visibility": news.visibility, "shown_by": news.by})
+
+
+def _may(viewer: Viewer, news: Mapping[bytes, _Said], told: Iterable[tuple[bytes, str, str]]) -> str:
+    """The condition on rows of `session` that this viewer may see, by what they say and by what is known beyond them."""
+    newer = [(blob(session), literal(said.visibility), literal(said.by) if said.by else "NULL") for session, said in news.items()]
+    cases = [" ".join(f"WHEN {one[0]} THEN {one[column]}" for one in newer) for column in (1, 2)]
+    columns = [f"CASE session_id {cases[0]} ELSE visibility END", f"CASE session_id {cases[1]} ELSE shown_by END"] if newer else []
+    each = [f"(session_id <> {blob(session)} OR {viewer.condition(literal(said), literal(by))})" for session, said, by in told]
+    return " AND ".join([viewer.condition(*columns), *each])
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
@@ -368,8 +499,3 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(ValueError):  # a body that is no JSON is shown as it is
             said = json.loads(f'"{said}"', strict=False).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
     return {**row, "first_message": said}
-
-
-def _alone(source: Shard | Segment) -> Snapshot:
-    """One shard or segment, as a part of the catalog."""
-    return Snapshot((source,), ()) if isinstance(source, Shard) else Snapshot((), (source,))

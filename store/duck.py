@@ -58,4 +58,6 @@ def mapped(error: duckdb.Error, *, operation: str, place: str) -> TokentapeError
     text = str(error).splitlines()[0]
     if "No space left" in text or "could not write" in text.lower():
         return StorageFull(text, operation=operation, place=place, hint="free some disk space and try again")
+    if "Out of Memory" in text:
+        return StorageFull(text, operation=operation, place=place, hint="raise sql.memory_mb, or let less run beside it")
     return CorruptStore(text, operation=operation, place=place, hint="run `tokentape rebuild` to make the index again")

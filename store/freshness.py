@@ -32,10 +32,13 @@ class Freshness:
     stopped: Mapping[int, NewerSchema] = field(default_factory=dict)
 
 
-def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, registry: SchemaRegistry | None = None) -> Freshness:
+def ensure_fresh(
+    settings: Settings, log: Log, *, timeout_s: float = 10.0, behind_max: int | None = None, registry: SchemaRegistry | None = None
+) -> Freshness:
     """Bring what the log holds by now into catalogued shards, waiting up to `timeout_s` for indexers that run.
 
-    Partitions whose fence nobody holds are indexed in this process, however long that takes.
+    Indexers that are more than `behind_max` events behind are not waited for. Partitions whose fence nobody holds are indexed in this
+    process, however long that takes.
 
     Raises:
         LogUnavailable: the log does not answer.
@@ -49,10 +52,14 @@ def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, regis
     before = clock.now_us()
     targets = {partition: log.bounds(partition)[1] for partition in range(log.partitions)}
     indexer = Indexer(settings, log, registry)
-    while behind := _behind(catalog, log.log_id, targets) - stopped.keys():
+    while behind := {
+        partition: missing for partition, missing in _behind(catalog, log.log_id, targets).items() if partition not in stopped
+    }:
         if any(not is_held(fence_path(indexer.hot, partition)) for partition in behind):
             stopped |= indexer.run_once().stopped
             continue
+        if behind_max is not None and sum(behind.values()) > behind_max:
+            break
         if not asked:
             catalog.request_seal(targets)
             asked = True
@@ -64,10 +71,11 @@ def ensure_fresh(settings: Settings, log: Log, *, timeout_s: float = 10.0, regis
     return Freshness(_fresh_to(catalog, log), not behind and not stopped, stopped)
 
 
-def _behind(catalog: Catalog, log_id: str, targets: Mapping[int, int]) -> set[int]:
-    """Partitions that are not yet at their target."""
+def _behind(catalog: Catalog, log_id: str, targets: Mapping[int, int]) -> dict[int, int]:
+    """Partitions that are not yet at their target, and by how many events."""
     known = {at.partition: at.offset_next for at in catalog.positions() if at.log_id == log_id}
-    return {partition for partition, offset in targets.items() if known.get(partition, -1) < offset}
+    missing = {partition: offset - known.get(partition, -1) for partition, offset in targets.items()}
+    return {partition: events for partition, events in missing.items() if events > 0}
 
 
 def _fresh_to(catalog: Catalog, log: Log) -> datetime | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,11 @@ class EventReader:
         if not found:
             raise UnknownSession(f"no session {text}", operation="find session", hint="`tokentape sessions` lists them")
         if len(found) > 1:
-            raise UsageError(f"more than one session begins with {text}", operation="find session", hint=", ".join(map(bytes.hex, found)))
+            raise UsageError(
+                f"more than one session begins with {text}",
+                operation="find session",
+                hint=", ".join(str(uuid.UUID(bytes=each)) for each in found),
+            )
         return bytes(found[0])
 
     def sessions_with(self, kinds: Collection[str], marks: Mapping[tuple[str, int], int]) -> set[tuple[bytes, str]]:

@@ -94,15 +94,17 @@ def read_sealed(connection: duckdb.DuckDBPyConnection, target: Path) -> Sealed |
         tuple(Duplicate(log_id, *row) for row in connection.execute("SELECT * FROM duplicate").fetchall()),
         tuple(Quarantined(*(log_id, *row[:4], len(row[5]), row[4])) for row in quarantine),
         tuple(row[5] for row in quarantine),
-        _sampled_out(connection),
+        *_counted(connection),
     )
 
 
-def _sampled_out(connection: duckdb.DuckDBPyConnection) -> int:
+def _counted(connection: duckdb.DuckDBPyConnection) -> tuple[int, int]:
+    """`sampled_out` and `shown` of `Sealed`."""
     row = connection.execute(
-        f"SELECT sum(records_lost.count) FROM events WHERE kind = 'records_lost' AND records_lost.reason = '{SAMPLED_OUT}'"
+        f"SELECT sum(records_lost.count) FILTER (records_lost.reason = '{SAMPLED_OUT}'), count(session_annotated.visibility)"
+        " FROM events WHERE kind IN ('records_lost', 'session_annotated')"
     ).fetchone()
-    return int(row[0] or 0) if row else 0
+    return (int(row[0] or 0), int(row[1])) if row else (0, 0)
 
 
 def _shard(connection: duckdb.DuckDBPyConnection, name: str, target: Path, day: str, ranges: tuple[Range, ...]) -> Shard:

@@ -81,6 +81,17 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class Changes:
+    """Two counters: events that say who may see a session, and changes to what was catalogued before (erased, deleted, made anew).
+
+    As long as both stand, whatever else was catalogued takes nothing from an older answer that it was allowed to hold.
+    """
+
+    shown: int = 0
+    rewritten: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Position:
     """How far a partition is in catalogued shards: everything below `offset_next` is there, dropped or quarantined.
 
@@ -168,7 +179,7 @@ class Sealed:
     """A sealed tail on its way into the catalog: the shard and everything that its transactions decided.
 
     `raw` holds the bytes of the quarantined records in the same order; `sampled_out` sums what its producers told to have
-    left out by sampling.
+    left out by sampling; `shown` counts events that say who may see a session.
     """
 
     shard: Shard
@@ -180,3 +191,4 @@ class Sealed:
     quarantined: tuple[Quarantined, ...] = ()
     raw: tuple[bytes, ...] = field(default=(), repr=False)
     sampled_out: int = 0
+    shown: int = 0

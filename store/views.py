@@ -9,7 +9,7 @@ sessions        one row per session of a customer: who, when, how many requests,
 generations     one row per generation: model, parameters, time to first token, tokens/s, outcome
 messages        one row per request and message in it, with the body where the session held it
 edits           one row per edit a person made to a stopped request
-tokens          one row per token: position, id, text piece, logprob, time, gap to the token before
+tokens          one row per token: position, id, text piece, logprob, time, gap to the token before, alternatives
 tool_calls      one row per complete tool call
 failures        one row per failed generation
 environments    one row per environment that produced tokens
@@ -180,7 +180,12 @@ _TOKENS = """
         c."position" + i - 1 AS "position", c.channel AS channel, c.content.token_ids[i] AS token_id,
         substring(c.content.text, 1 + CAST(coalesce(list_sum(c.content.lengths[:i - 1]), 0) AS BIGINT), c.content.lengths[i]) AS text,
         c.content.logprobs[i] AS logprob, c.offsets_us[i] / 1000 AS offset_ms,
-        (c.offsets_us[i] - CASE WHEN i = 1 THEN before_us ELSE c.offsets_us[i - 1] END) / 1000 AS gap_ms, recorded_at
+        (c.offsets_us[i] - CASE WHEN i = 1 THEN before_us ELSE c.offsets_us[i - 1] END) / 1000 AS gap_ms, recorded_at,
+        list_transform(range(
+            1 + CAST(coalesce(list_sum(c.content.alternatives.counts[:i - 1]), 0) AS BIGINT),
+            1 + CAST(list_sum(c.content.alternatives.counts[:i]) AS BIGINT)
+        ), lambda k: {'token_id': c.content.alternatives.token_ids[k], 'text': c.content.alternatives.texts[k],
+            'logprob': c.content.alternatives.logprobs[k]}) AS alternatives
     FROM entries"""
 
 _TOOL_CALLS = """

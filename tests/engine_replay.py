@@ -19,7 +19,9 @@ from schemas.sink import SessionContext, new_id
 from tests.engine_log import runs_of
 
 
-class _Nowhere:
+class Nowhere:
+    """A tape that keeps nothing."""
+
     def record(self, session: SessionContext, payload: Payload) -> None:
         """Nothing."""
 
@@ -36,7 +38,7 @@ def main() -> None:
     for run in runs_of(given.data):
         until = run.requests[max(run.requests)].place[0] if given.until_last else None
         context = SessionContext(new_id(), "default", "replay")
-        outcome = ExactReplay(run, _Nowhere(), context, until, given.forced, given.model, given.engine).execute()
+        outcome = ExactReplay(run, Nowhere(), context, until, given.forced, given.model, given.engine).execute()
         said: dict[str, Any] = outcome.document()
         counted = {"requests": len(run.requests), "recorded_steps": len(run.steps), "preemptions": preemptions(run)}
         sys.stdout.write(json.dumps({**said, **counted}) + "\n")

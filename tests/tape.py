@@ -85,9 +85,13 @@ class Tape:
         channel: str = "content",
         ids: Sequence[int] = (),
         logprobs: Sequence[float] = (),
+        alternatives: e.ChunkAlternatives | None = None,
     ) -> None:
         """One chunk: its offsets count from `zero_ms`, when the request was forwarded."""
-        content = e.ChunkContent(token_ids=list(ids), text="".join(texts), lengths=[len(t) for t in texts], logprobs=list(logprobs))
+        lengths = [len(text) for text in texts]
+        content = e.ChunkContent(
+            token_ids=list(ids), text="".join(texts), lengths=lengths, logprobs=list(logprobs), alternatives=alternatives
+        )
         offsets = [round(ms * 1000) for ms in offsets_ms]
         chunk = e.TokenChunk(generation_id=generation, index=index, position=position, channel=channel, offsets_us=offsets, content=content)
         self.add(chunk, zero_ms + offsets_ms[-1] + 40)
@@ -136,10 +140,25 @@ def stream(
         ids = [rng.randrange(768) for _ in range(i, j)]
         logprobs = [-rng.expovariate(1.0) for _ in range(i, j)]
         tape.tokens(
-            generation, zero_ms, offsets[i:j], texts[i:j], index=index, position=position + i, ids=ids, logprobs=logprobs, channel=channel
+            generation,
+            zero_ms,
+            offsets[i:j],
+            texts[i:j],
+            index=index,
+            position=position + i,
+            ids=ids,
+            logprobs=logprobs,
+            channel=channel,
+            alternatives=_others(texts[i:j], logprobs) if i else None,
         )
         i = j
     return offsets[-1]
+
+
+def _others(texts: Sequence[str], logprobs: Sequence[float]) -> e.ChunkAlternatives:
+    """Each token and two that might have come in its place, as a client gets them that asks for three."""
+    found = [(word, logprob - k) for text, logprob in zip(texts, logprobs, strict=True) for k, word in enumerate((text, "or ", "\ufffd"))]
+    return e.ChunkAlternatives(counts=[3] * len(texts), texts=[word for word, _ in found], logprobs=[logprob for _, logprob in found])
 
 
 def finish(tape: Tape, generation: bytes, zero_ms: float, tokens: Sequence[int], offset_ms: float, reason: str = "stop") -> None:

@@ -22,7 +22,7 @@ from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.program import ROOT, until
-from tests.tape import incident
+from tests.tape import QUESTION, Tape, incident
 from tokentape.api.app import ROUTES
 from tokentape.api.routing import Route
 from tokentape.installation import Installation
@@ -107,6 +107,11 @@ class ApiCase:
         page = api("GET", f"{ONE}/events?limit=3&offset=100")
 
         assert "stall" in {row["what"] for row in rows}
+        assert [(one["text"], one["token_id"]) for one in columns["alternatives"][5]] == [
+            (columns["text"][5], None),
+            ("or ", None),
+            ("\ufffd", None),
+        ]
         assert columns["tokens"] == len(columns["logprob"]) == len(columns["text"]) == len(columns["offset_us"]) == 64
         assert ([line["position"] for line in page["events"]], page["total"]) == ([101, 102, 103], 105)
 
@@ -130,6 +135,18 @@ class ApiCase:
 
         assert [row["session_id"] for row in api("GET", "debug-sessions?q=zebra%20yes.")["sessions"]] == [made["session_id"]]
         assert shown["generations"][0]["response"][0]["content"] == "Yes."
+
+    def test_what_became_private_is_gone_at_once(self, api: Api) -> None:
+        """The answer to who made it private is the last moment at which somebody else is shown it; made public, it is back."""
+        made = api("POST", "debug-sessions", {"session_data": CONVERSATION, "tags": ["mine"], "visibility": "public"}, status=201)
+        path, stranger = f"debug-sessions/{made['session_id']}", api.by("reader", owner="sid", tenant="blue")
+        found = [stranger("GET", "debug-sessions?tag=mine")["total"]]
+        for visibility in ("private", "public"):
+            api("POST", f"{path}/annotations", {"visibility": visibility}, status=201)
+            found.append(stranger("GET", "debug-sessions?tag=mine")["total"])
+            stranger("GET", path, status=404 if visibility == "private" else 200)
+
+        assert found == [1, 0, 1]
 
     def test_labels_and_a_stream(self, api: Api) -> None:
         """Who follows a session is told what is said of it; a stream goes on where it was cut off."""
@@ -177,21 +194,34 @@ class ApiCase:
         assert json.loads(as_csv.headers["x-tokentape-completeness"]).keys() == as_json["completeness"].keys()
         assert "DELETE is not allowed" in refused["detail"]
 
-    def test_custody(self, api: Api) -> None:
-        """A hold keeps an erasure away; without it another custodian approves, and content is gone while the session stands."""
+    def test_custody(self, api: Api, settings: Settings) -> None:
+        """A hold keeps an erasure away; without it another custodian approves, and content is gone while the session stands.
+
+        Acts are on what was recorded until then, however short a time ago the last look at the log was.
+        """
         made = api("POST", "debug-sessions", {"session_data": CONVERSATION}, status=201)["session_id"]
         ann, bob = (api.by("custodian", owner=name) for name in ("ann", "bob"))
         hold = ann("POST", "custody/holds", {"sessions": [made], "reason": "matter 4711"}, status=201)
         standing = api("GET", "custody/holds")["holds"]
+        foreseen = ann("POST", "custody/erasures/preview", {"sessions": [made]})
+        tape = Tape("of a moment ago")
+        tape.request("f", [QUESTION], 0, actor="user:99")
+        put(settings, [stored.event for stored in tape.events])
+        newest = api("POST", "custody/erasures/preview", {"sessions": [tape.session_id.hex()]})
         kept = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=409)
         ann("POST", f"custody/holds/{hold['hold']}/release", {"reason": "settled"})
         asked = ann("POST", "custody/erasures", {"sessions": [made], "reason": "asked"}, status=201)
+        waits = [who("GET", "custody/erasures")["erasures"][-1] for who in (ann, api.by("reader", owner="rob"))]
         alone = ann("POST", f"custody/erasures/{asked['erasure']}/approve", status=400)
         bob("POST", f"custody/erasures/{asked['erasure']}/approve")
         states = {row["erasure"]: row["state"] for row in api("GET", "custody/erasures")["erasures"]}
         verified = api.job(ann("POST", "custody/verify", {}, status=202))
 
         assert [row["reason"] for row in standing if row["hold"] == hold["hold"]] == ["matter 4711"]
+        assert (foreseen["sessions"], [one["hold"] for one in foreseen["held"]]) == ([made], [hold["hold"]])
+        assert foreseen["events"] == foreseen["held"][0]["events"] > foreseen["contents"] > 0
+        assert newest["events"] == len(tape.events)
+        assert [(row["what"], row["reason"]) for row in waits] == [(f"session {made}", "asked"), (None, None)]
         assert "hold" in kept["detail"]
         assert "requested it and cannot approve it" in alone["detail"]
         assert states[asked["erasure"]] in ("applied", "finished")
@@ -226,11 +256,16 @@ class ApiCase:
         assert rows[3][3] == "SELECT 42"
 
     def test_what_a_client_has_is_not_sent_again(self, api: Api) -> None:
-        """The same answer has the same ETag."""
-        first = api.send("GET", f"{ONE}?at=%2310")
-        again = api.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"])
+        """The same answer has the same ETag; who polls, and is shown nothing new, is on the tape once, with what came first and last."""
+        ivy = api.by("reader", "analyst", owner="ivy", tenant="acme")
+        first = ivy.send("GET", f"{ONE}?at=%2310")
+        again = [ivy.send("GET", f"{ONE}?at=%2310", if_none_match=first.headers["etag"]) for _ in range(3)]
+        ivy("GET", f"{ONE}?at=%2311")
+        told = "SELECT subject, statement FROM custody WHERE actor = 'key:ivy' ORDER BY recorded_at"
+        rows = until(lambda: found if len(found := api("POST", "sql", {"query": told})["rows"]) >= 2 else None, DEADLINE_S)
 
-        assert (again.status_code, again.content) == (304, b"")
+        assert [(answer.status_code, answer.content) for answer in again] == [(304, b"")] * 3
+        assert [(name, statement[-2:]) for name, statement in rows] == [("show_session", "10"), ("show_session", "11")]
 
     def test_a_write_that_is_sent_again(self, api: Api) -> None:
         """Under its key it is done once; another request under the same key is refused."""
@@ -282,6 +317,7 @@ _BODIES: dict[str, Any] = {
     "place_hold": {"reason": "x", "sessions": [GHOST]},
     "release_hold": {"reason": "x"},
     "request_erasure": {"reason": "x", "sessions": [GHOST]},
+    "preview_erasure": {"sessions": [GHOST]},
 }
 
 
@@ -454,12 +490,13 @@ def test_a_look_that_takes_long_is_not_waited_for(tmp_path: Path, monkeypatch: p
     """While much is in the log answers are of what is indexed; what is wrong with a look is told to those who come after it."""
     over, begun, faults = threading.Event(), threading.Event(), list[TokentapeError]()
 
-    def freshen(installation: Installation) -> None:
+    def freshen(installation: Installation, *, behind_max: int) -> bool:
         if faults:
             raise faults[0]
         if begun.is_set():
             assert over.wait(DEADLINE_S)
         begun.set()
+        return behind_max > 0
 
     monkeypatch.setattr(Installation, "freshen", freshen)
     monkeypatch.setattr("tokentape.api.desk.PATIENCE_S", 0.1)

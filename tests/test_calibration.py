@@ -26,7 +26,6 @@ from replay.differences import report, sentence
 from replay.drift import judge
 from replay.engines.base import Request, Scored
 from replay.floors import Floor
-from replay.noise import possible
 from replay.sampling import Sampler, sampler_of
 from schemas.environment import capture, compare
 from schemas.errors import CorruptStore
@@ -241,13 +240,6 @@ def test_how_a_token_was_to_be_drawn(document: dict[str, Any] | None, seed: int 
     """The third sequence of a request, or why its choices cannot be made again."""
 
     assert expected == sampler_of(document, seed, 2)
-
-
-def test_noise_functions_are_offered_by_version() -> None:
-    """What an environment does not tell excludes none; another version or device does."""
-
-    assert ["vllm-0.32-v1-cpu"] == [noise.name for noise in possible(environment())]
-    assert [] == possible(environment("0.31.0")) == possible(environment(**{"engine.device": "cuda"})) == possible(None)
 
 
 def test_a_digest_is_taken_once(tmp_path: Path) -> None:

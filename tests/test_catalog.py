@@ -69,6 +69,33 @@ def test_a_swap_is_one_moment(catalog: Catalog) -> None:
     assert catalog.shards(retired=True) == []
 
 
+def test_changes_count_what_an_answer_may_not_be_without(catalog: Catalog, tmp_path: Path) -> None:
+    """Who may see what, and rows that are others than before; not what a merge or tiering only moves."""
+    shard, told = _shard(catalog, "a", 0, 5), []
+
+    def tell() -> None:
+        changes = catalog.changes()
+        told.append((changes.shown, changes.rewritten))
+
+    catalog.register(_sealed(shard))
+    catalog.register(_sealed(_shard(catalog, "b", 5, 9), shown=2))
+    tell()
+    catalog.swap(retire=["a"], shards=[replace(shard, name="merged")])
+    catalog.swap(retire=["merged"], segments=[_segment("events/x", shard)])
+    tell()
+    catalog.swap(retire_segments=["events/x"], segments=[_segment("events/y", shard)])
+    tell()
+    catalog.swap(retire=["b"])
+    tell()
+    anew = Catalog(tmp_path / "anew" / "catalog.sqlite")
+    anew.remember("log_id", "log")
+    anew.register(_sealed(_shard(anew, "whole", 0, 9), shown=2))
+    catalog.replace(anew.path)
+    tell()
+
+    assert told == [(2, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+
+
 def test_a_swap_of_what_is_gone_changes_nothing(catalog: Catalog) -> None:
     """Retiring twice is refused, and nothing of the second swap is done."""
     shard = _shard(catalog, "a", 0, 5)

@@ -16,6 +16,7 @@ from schemas.events import GenerationFinished, GenerationStarted, RequestSubmitt
 from schemas.requests import join, read_completion, read_embedding
 from tests.conftest import VllmService
 from tests.gateway_rig import Peer, Rig, broken, running
+from tests.program import until
 from tests.test_gateway import ids_of, payloads, text_of
 
 _ASKED: dict[str, dict[str, Any]] = {
@@ -57,6 +58,21 @@ class TestRecorded:
             False,
         )
         assert len(payloads(events, GenerationStarted)[0].content.prompt_token_ids) == finished.prompt_tokens
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_alternatives(self, tmp_path: Path, vllm: VllmService, stream: bool) -> None:
+        """What else each token might have been is on the tape where the client asked for it, and only there."""
+        with running(tmp_path, vllm.url) as rig:
+            answer = rig.client().completions.create(model=vllm.model, prompt="The sea", logprobs=2, max_tokens=6, stream=stream)
+            told = [top for part in (answer if stream else [answer]) for choice in part.choices for top in choice.logprobs.top_logprobs]
+            events = rig.wait_for("generation_finished")
+            rig.client().completions.create(model=vllm.model, prompt="The sea", max_tokens=6)
+            unasked = until(lambda: found if len(payloads(found := rig.events(), GenerationFinished)) == 2 else None)
+        others = [each for part in payloads(events, TokenChunk) for each in part.content.alternatives.by_entry(len(part.offsets_us))]
+
+        assert [[one.text for one in each] for each in others] == [list(top) if len(top) > 1 else [] for top in told]
+        assert any(others)
+        assert sum(part.content.alternatives is None for part in payloads(unasked, TokenChunk)) > 0
 
     def test_whole(self, tmp_path: Path, vllm: VllmService) -> None:
         """Each prompt of a request is answered by sequences of its own."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +21,7 @@ from tests.conftest import KafkaService
 from tests.control_case import ControlCase, Opener
 from tests.gateway_rig import free_port
 from tests.program import until
+from tests.signing import flip
 
 
 class TestEmbeddedControl(ControlCase):
@@ -55,6 +58,32 @@ class TestEmbeddedControl(ControlCase):
         path.write_bytes(b"not a database" * 1000)
         with pytest.raises(CorruptStore):
             open_control(settings)
+
+    @pytest.mark.parametrize("harm", ["flip", "header", "remove", "cut", "all"])
+    def test_a_lost_end(self, log: ControlLog, settings: Settings, tmp_path: Path, harm: str) -> None:
+        """A hold or a breakpoint that was acknowledged and is gone with the write-ahead log is told, once and for all."""
+        for number in range(5):
+            log.append("thing", f"key {number}", {"n": number})
+        left = settings.model_copy(update={"data": tmp_path / "left"})
+        shutil.copytree(settings.data / "control", left.data / "control", ignore=shutil.ignore_patterns("*-shm"))  # of one that was killed
+        wal = left.data / "control" / "control.sqlite-wal"
+        good = wal.read_bytes()
+        bad = {"flip": flip(good, len(good) * 7), "header": flip(good, 20), "cut": good[: len(good) // 2]}
+        if harm in bad:
+            wal.write_bytes(bad[harm])
+        else:
+            wal.unlink()
+        if harm == "all":
+            _path(left).unlink()
+
+        for _ in range(2):
+            with pytest.raises(CorruptStore, match="facts that it acknowledged are gone") as caught:
+                open_control(left)
+        assert "remove control.sqlite-end to go on" in caught.value.hint
+        (left.data / "control" / "control.sqlite-end").unlink()
+        with contextlib.closing(open_control(left)) as again:
+            assert list(again.latest("thing").values()) in [[{"n": n} for n in range(count)] for count in range(5)]
+            again.append("thing", "on", {})
 
     def test_view_survives_replacement(self, log: ControlLog, settings: Settings) -> None:
         """A worker whose log was emptied under it drops what is no more."""

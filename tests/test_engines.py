@@ -249,7 +249,9 @@ def test_an_engine_that_dies_is_not_asked_again(loaded: VllmEngine, monkeypatch:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("found", "fault"), [("0.23.1", "0.24 to 0.32 are"), ("0.33.0", "0.24 to 0.32 are"), ("1.0", "not supported")])
+@pytest.mark.parametrize(
+    ("found", "fault"), [("0.23.1", "valid is 0.24 to 0.32"), ("0.33.0", "valid is 0.24 to 0.32"), ("1.0", "not supported")]
+)
 def test_another_version_of_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, found: str, fault: str) -> None:
     """Before anything is loaded."""
     monkeypatch.setattr(loading, "version", lambda package: found)

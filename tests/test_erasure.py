@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -97,12 +98,16 @@ def _again(rig: Tiered, session: bytes) -> SessionContext:
 def test_what_was_pending_is_followed_up(local: Tiered) -> None:
     """When the log's retention has passed the records, the job enters that all is done; by an actor, every session of theirs."""
     talk(local, 2)
+    preview = erasures(local).preview((), "key-7")
     erasure_id = erasures(local).request((), "key-7", by="ada", reason="asked")
+    waits = erasures(local).everything()[0]
     first = erasures(local).approve(erasure_id, by="bob")
     again = erasures(local).follow_up()
     local.settings = local.settings.model_copy(update={"log": LogSettings(retention_days=0)})
     last = erasures(local).follow_up()
 
+    assert (len(preview["sessions"]), preview["events"], preview["contents"], preview["held"]) == (2, 22, 12, [])
+    assert (waits["erasure"], waits["what"], waits["reason"]) == (erasure_id, "2 sessions of key-7", "asked")
     assert first["events"] == 22
     assert (again["finished"], len(again["waiting"])) == (0, len(first["pending"]))
     assert (last["open"], last["finished"], last["waiting"]) == (1, 1, [])
@@ -202,7 +207,8 @@ def test_the_commands(tmp_path: Path) -> None:
         code=None,
     )
     held, request = placed.text.strip(), ["erase", "request", "--session", sessions[0], "--reason", "asked"]
-    unheld, kept, _, requested = program.batch(
+    foreseen, unheld, kept, _, requested = program.batch(
+        ["erase", "preview", "--session", sessions[0], "--format", "json"],
         [*eve, "hold", "release", held, "--reason", "x"],
         [*ada, *request],
         [*bob, "hold", "release", held[:30], "--reason", "closed"],
@@ -223,9 +229,10 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "needs a key with the role custodian" in none.complaint
     assert "of eve has reader; custody needs custodian" in wrong.complaint
     assert "nothing is held" in nothing.complaint
-    assert [(row["what"], row["by"], row["reason"]) for row in listed.rows] == [(f"session {sessions[0]}", "ada", "matter 1")]
+    assert [(row["what"], row["by"], row["reason"]) for row in listed.rows] == [(f"session {UUID(sessions[0])}", "ada", "matter 1")]
     assert [(row["events"], row["held"]) for row in preview.rows] == [(11, 11)]
     assert "events: 11" in applied.text
+    assert [(row["events"], row["held"]) for row in foreseen.rows] == [(11, [{"hold": held, "events": 11}])]
     assert "of eve has reader" in unheld.complaint
     assert "keeps 11 of its events" in kept.complaint
     assert "ada requested it and cannot approve it" in alone.complaint

@@ -28,6 +28,7 @@ from ingest.redaction import REPLACEMENT, Redactor
 from schemas.codec import decode
 from schemas.errors import ConflictError, SettingsError
 from schemas.events import (
+    Alternative,
     Event,
     GenerationFinished,
     GenerationStarted,
@@ -94,6 +95,34 @@ class TestWithVllm:
         assert payloads(events, GenerationStarted)[0].prompt_tokens == finished.prompt_tokens
         assert submitted.environment_id == next(e.payload.environment_id for e in events if e.kind == "environment_captured")  # type: ignore[attr-defined]
         assert {event.source for event in events} == {"gateway"}
+
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_alternatives(self, rig: Rig, vllm: VllmService, stream: bool) -> None:
+        """What else each token might have been is on the tape as the client was told it, ids where it asked for ids."""
+        asked: Any = {"messages": HELLO, "max_tokens": 9, "logprobs": True, "top_logprobs": 3, "seed": 3, "stream": stream}
+        texts = rig.client().chat.completions.create(model=vllm.model, **asked)
+        told = [
+            score
+            for part in (texts if stream else [texts])
+            for choice in part.choices
+            if choice.logprobs
+            for score in choice.logprobs.content
+        ]
+        events = rig.wait_for("generation_finished")
+        others = [each for part in payloads(events, TokenChunk) for each in part.content.alternatives.by_entry(len(part.offsets_us))]
+        as_ids = rig.post({**asked, "stream": False, "model": vllm.model, "return_tokens_as_token_ids": True}).json()
+        until(lambda: len(payloads(rig.events(), GenerationFinished)) == 2 or None)
+        chunks = [part.content.alternatives for part in payloads(rig.events(), TokenChunk)]
+        last = [told for told in chunks if told.token_ids][-1]
+
+        assert [[one.text for one in each] for each in others] == [[top.token for top in score.top_logprobs] for score in told]
+        assert [[one.logprob for one in each] for each in others] == [
+            pytest.approx([top.logprob for top in score.top_logprobs], rel=1e-6) for score in told
+        ]
+        assert {len(each) for each in others} == {3}
+        assert [f"token_id:{number}" for number in last.token_ids[-3:]] == [
+            top["token"] for top in as_ids["choices"][0]["logprobs"]["content"][-1]["top_logprobs"]
+        ]
 
     def test_several_sequences(self, rig: Rig, vllm: VllmService) -> None:
         """Each of n sequences has its own start, tokens and end."""
@@ -833,9 +862,11 @@ class TestPieces:
     ) -> None:
         """Each token goes to one entry, with its own text where the pieces spell the segments."""
         ids = list(range(len(pieces)))
-        spread_out = [(channel, list(own), text) for channel, own, text, _ in spread(segments, ids, [Piece(p, -1.0) for p in pieces])]
+        others = [[Alternative(f"not {piece}", None, -2.0)] for piece in pieces]
+        found = list(spread(segments, ids, [Piece(p, -1.0, other) for p, other in zip(pieces, others, strict=True)]))
 
-        assert spread_out == expected
+        assert [(channel, list(own), text) for channel, own, text, _, _ in found] == expected
+        assert [list(told) for *_, told in found if told] == [[others[i] for i in own] for _, own, _ in expected if own]
 
     @pytest.mark.parametrize(
         ("body", "extra", "expected"),

@@ -13,7 +13,7 @@ from google import genai
 from google.genai import errors, types
 from pydantic import SecretStr
 
-from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted
+from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted, TokenChunk
 from schemas.settings import UpstreamSettings
 from tests.conftest import VllmService
 from tests.gateway_rig import DEADLINE_S, DONE, Peer, Rig, broken, chunk, free_port, running
@@ -68,11 +68,14 @@ class TestWithVllm:
         first, again = (google(shared).models.generate_content(**asked) for _ in range(2))
         candidates = first.candidates or []
         scores: Any = candidates[0].logprobs_result
+        parts = [part for part in payloads(latest(shared), TokenChunk) if part.index == 0]
+        others = [each for part in parts for each in part.content.alternatives.by_entry(len(part.offsets_us))]
 
         assert len(candidates) == 3
         assert [c.content for c in candidates] == [c.content for c in again.candidates or []]
         assert len(scores.chosen_candidates) == len(scores.top_candidates) == 5
         assert scores.chosen_candidates[0].token_id is not None
+        assert [[one.text for one in each] for each in others] == [[one.token for one in top.candidates] for top in scores.top_candidates]
         assert all(len(top.candidates) >= 2 for top in scores.top_candidates)
 
     def test_structured(self, shared: Rig, vllm: VllmService) -> None:

@@ -353,6 +353,19 @@ class TestFences:
 
 
 class TestFreshness:
+    def test_an_indexer_that_is_far_behind_is_not_waited_for(self, settings_embedded: Settings, embedded: Log) -> None:
+        """Who says so gets what is there, at once; with an hour's patience this test would not end otherwise."""
+        Indexer(settings_embedded, embedded).run_once()
+        fences = [FileLock.take(fence_path(settings_embedded.data / "hot", partition), "slow") for partition in range(embedded.partitions)]
+        embedded.append(list(conversation(Producer(seed=19))))
+        fresh = ensure_fresh(settings_embedded, embedded, timeout_s=3600, behind_max=10)
+        for fence in fences:
+            assert fence is not None
+            fence.release()
+        waited = ensure_fresh(settings_embedded, embedded, timeout_s=3600, behind_max=10)
+
+        assert (fresh.complete, waited.complete) == (False, True)
+
     def test_a_running_indexer_seals_when_asked(self, settings_embedded: Settings, embedded: Log) -> None:
         """With a seal only once an hour, whoever asks for fresh still gets it."""
         settings = _limited(settings_embedded, seal_s=3600.0)

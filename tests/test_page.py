@@ -240,6 +240,12 @@ def test_search_and_filters(site: Site) -> None:
     expect(page).to_have_url(re.compile(r"#/sessions\?q=lisbon\+4711&tag=incident"))
     page.reload()
     expect(page.locator(".sessions li")).to_have_count(1)
+    page.get_by_label("Kind").select_option("engine runs")
+    page.get_by_label("Search sessions").fill("")
+    page.get_by_role("button", name="Without the tag incident").click()
+    expect(page.locator(".sessions li")).to_have_count(1)
+    expect(page.locator(".session-marks")).to_contain_text("engine run")
+    _look(page, "sessions-engine")
     page.get_by_label("Search sessions").fill("zebra")
     expect(page.locator("main")).to_contain_text("No session is like that")
     page.close()
@@ -258,6 +264,11 @@ def test_time_travel(site: Site, dark: bool) -> None:
     _sound(page)
     page.locator(".tokens [data-i='3']").first.hover()
     expect(page.locator(".token-facts").first).to_contain_text(re.compile(r"token 3 · id \d+ · p [\d.]+ %"))
+    expect(page.locator(".token-facts").first).to_have_css("display", "block")
+    expect(page.locator(".alternatives span")).to_have_count(3)
+    expect(page.locator(".alternatives .chosen")).to_have_text(re.compile(r'^"[\w,.]+ "[\d.]+ %$'))
+    page.locator(".generation").first.scroll_into_view_if_needed()
+    _look(page, f"session-token-{'dark' if dark else 'light'}")
     slider.press("Home")
     expect(page.locator(".travel")).to_contain_text("event 1 of 105")
     expect(page.locator("main")).to_contain_text("No request had come yet")
@@ -421,6 +432,43 @@ def test_a_custodian(site: Site) -> None:
     _sound(page)
     page.close()
 
+    assert site.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_an_erasure_by_two(site: Site, dark: bool) -> None:
+    """One custodian sees what would go and asks for it, and cannot approve it; another one reads what and why, and approves."""
+    ann, bob = (site.api.by("custodian", "admin", owner=name).headers["authorization"].removeprefix("Bearer ") for name in ("ann", "bob"))
+    tape = Tape(f"forgotten {dark}")
+    g = tape.request("f", [QUESTION], 0, actor="user:99")
+    tape.started(g, 1, 1)
+    finish(tape, g, 0, [3], stream(tape, g, 0, 5, 3))
+    put(site.made.rig.settings, [stored.event for stored in tape.events])
+    session = str(uuid.UUID(bytes=tape.session_id))
+    page = site.open("custody", token=ann, dark=dark)
+    card = page.locator("section[aria-labelledby=erasures]")
+    if dark:
+        page.get_by_label("Erase by").select_option("actor")
+    page.get_by_label("What to erase").fill("user:99" if dark else session)
+    expect(card.get_by_role("button", name="Ask for the erasure")).to_have_count(0)
+    card.get_by_role("button", name="What would go").click()
+    expect(card).to_contain_text(re.compile(r"The content of \d+ events? in \d+ sessions?"))
+    page.get_by_label("Why to erase it").fill("asked to be forgotten")
+    _look(page, f"custody-erasure-{'dark' if dark else 'light'}")
+    _sound(page)
+    card.get_by_role("button", name="Ask for the erasure").click()
+    expect(card.get_by_role("row", name="asked to be forgotten").filter(has_text="waits for a second custodian")).to_have_count(1)
+    expect(card.get_by_role("button", name="approve")).to_have_count(0)
+    page.close()
+    page = site.open("custody", token=bob, dark=dark)
+    row = page.locator("section[aria-labelledby=erasures]").get_by_role("row").filter(has_text="waits for a second custodian")
+    expect(row).to_contain_text("user:99" if dark else session)
+    _look(page, f"custody-approval-{'dark' if dark else 'light'}")
+    row.get_by_role("button", name="approve").click()
+    expect(row).to_have_count(0)
+    page.close()
+
+    assert site.api("GET", f"debug-sessions/{session}")["erased"] > 0
     assert site.complaints == []
 
 

@@ -19,7 +19,7 @@ from ingest.patterns import BUILTINS
 from ingest.redaction import Redactor
 from replay.fold import fold
 from schemas.errors import SettingsError
-from schemas.events import GenerationFinished, RequestSubmitted, SequenceFinished, SessionOpened, TokenChunk, ToolCall
+from schemas.events import Alternative, GenerationFinished, RequestSubmitted, SequenceFinished, SessionOpened, TokenChunk, ToolCall
 from schemas.settings import GatewaySettings, LogSettings, RecorderSettings, RedactionPolicy, RedactionSettings, Settings
 from schemas.sink import SessionContext, new_id
 from store.rows import StoredEvent
@@ -166,6 +166,7 @@ class _Kept:
         """Nothing."""
 
     def tokens(self, session: SessionContext, generation_id: bytes, index: int, position: int, offset_us: int, **delta: Any) -> int:
+        assert not delta["alternatives"] if "alternatives" in delta else True
         self.entries.append((position, tuple(delta["token_ids"]), delta["text"], tuple(delta["logprobs"])))
         return position + (len(delta["token_ids"]) or 1)
 
@@ -198,7 +199,7 @@ SECRETS = {"email": "bob@example.com", "iban": "DE89370400440532013000", "ip": "
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=20),
 )
 def test_no_split_of_an_answer_hides_a_match(words: list[str], sizes: list[int]) -> None:
-    """However the pieces split it, what comes out is the redacted text, each position stands once, and touched tokens have no id."""
+    """However the pieces split it, the redacted text comes out, each position once, touched tokens without id, none with alternatives."""
     text = " ".join(words)
     kept, policy = _Kept(), RedactionPolicy(builtin=["email", "iban", "ip"])
     redactor = Redactor(policy=policy)
@@ -206,11 +207,14 @@ def test_no_split_of_an_answer_hides_a_match(words: list[str], sizes: list[int])
     session, generation = SessionContext(new_id(), "t", "gateway"), new_id()
     position = at = count = 0
     pieces = []
+    others = [[Alternative("bob@example.com", 1, -1.0)]]
     while at < len(text):
         size = sizes[count % len(sizes)]
         pieces.append(text[at : at + size] if size or sizes.count(0) < len(sizes) else text[at : at + 1])
         at += len(pieces[-1])
-        position = window.tokens(session, generation, 0, position, count, token_ids=[count], text=pieces[-1], logprobs=[-1.0])
+        position = window.tokens(
+            session, generation, 0, position, count, token_ids=[count], text=pieces[-1], logprobs=[-1.0], alternatives=others
+        )
         count += 1
     window.record(session, SequenceFinished(generation_id=generation, index=0, tokens=position))
 

@@ -11,7 +11,7 @@ import pytest
 
 from ingest.gateway.errors import Failure
 from ingest.gateway.kept import Kept
-from schemas.events import GenerationFinished, RequestSubmitted, ToolCall
+from schemas.events import GenerationFinished, RequestSubmitted, TokenChunk, ToolCall
 from tests.conftest import VllmService
 from tests.gateway_rig import DONE, Peer, broken, chunk, running
 from tests.test_gateway import ids_of, payloads, text_of
@@ -41,12 +41,14 @@ class TestWithVllm:
         assert [message.body for message in submitted.content.messages] == ['"The sea?"']
 
     def test_whole(self, tmp_path: Path, vllm: VllmService) -> None:
-        """A whole response."""
+        """A whole response; the alternatives that it asked for are on the tape."""
         with running(tmp_path, vllm.url) as rig:
-            response = rig.client().responses.create(model=vllm.model, input="The sea?", max_output_tokens=20, temperature=0)
+            asked: Any = {"input": "The sea?", "max_output_tokens": 20, "temperature": 0, "top_logprobs": 2}
+            response = rig.client().responses.create(model=vllm.model, **asked)
             events = rig.wait_for("generation_finished")
 
         assert (response.output_text, response.status) == (text_of(events, 0), "incomplete")
+        assert {len(one.content.alternatives.counts) for one in payloads(events, TokenChunk)} == {20}
         assert response.usage.input_tokens == payloads(events, GenerationFinished)[0].prompt_tokens
 
     def test_refused(self, tmp_path: Path, vllm: VllmService) -> None:

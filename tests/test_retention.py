@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -229,7 +230,7 @@ class TestHolds:
         (segment,) = rig.catalog.snapshot().segments
 
         assert (placed["events"], placed["objects"], placed["warning"]) == (11, 1, "")
-        assert (listed["by"], listed["reason"], listed["what"]) == ("ada", "matter 1", f"session {one}")
+        assert (listed["by"], listed["reason"], listed["what"]) == ("ada", "matter 1", f"session {UUID(one)}")
         assert (done["events"], done["held"]) == (11, 11)
         assert sessions(rig) == {one}
         with pytest.raises(ConflictError, match=r"legal hold|locked"):
@@ -313,6 +314,8 @@ class TestCompaction:
         reader = EventReader(rig.settings, rig.catalog, rig.objects)
         session = rig.catalog.snapshot().segments[0].session_min
         read = list(reader.session(session))
+        rows = rig.catalog.snapshot().segments[0].rows
+        assert Compaction(rig.tiering(segment_rows_max=2 * rows - 1)).run()["segments"] == 0  # too many for one
         would = Compaction(rig.tiering()).run(dry_run=True)
         done = Compaction(rig.tiering()).run()
 

@@ -22,7 +22,6 @@ from store.directory import SessionDirectory, Viewer, Wanted
 from store.log import open_log
 from store.log.base import Entry, partition_of
 from store.objects import open_store
-from store.reader import EventReader
 from store.sql import SqlService, completeness, query
 from tests.stored import DAY, LOG_ID, put_cold, put_hot
 from tests.strategies import sample
@@ -79,7 +78,7 @@ def _conversation() -> list[Event]:
     tape.add(e.GenerationStarted(generation_id=GENERATION, authoritative="gateway", model="engine's name"), "engine")
     for index in (0, 1):
         tape.add(e.SequenceStarted(generation_id=GENERATION, index=index, offset_us=90_000))
-        tape.add(_chunk(index, 0, [100_000, 110_000], ["he", "\U0001f44b"], [-0.5, float("-inf")]))
+        tape.add(_chunk(index, 0, [100_000, 110_000], ["he", "\U0001f44b"], [-0.5, float("-inf")], OTHERS))
         tape.add(_chunk(index, 0, [1, 2], ["no", "no"], [-9.0, -9.0]), "engine")
         tape.add(_chunk(index, 2, [150_000], ["llo"], [-0.25]))
         tape.add(
@@ -121,6 +120,9 @@ def _conversation() -> list[Event]:
     return tape.events
 
 
+OTHERS = e.ChunkAlternatives(counts=[0, 2], texts=["\U0001f44b", "!"], logprobs=[float("-inf"), -0.5])
+
+
 def _request(generation: bytes, ids: list[bytes], messages: list[e.Message]) -> e.RequestSubmitted:
     return e.RequestSubmitted(
         generation_id=generation,
@@ -134,9 +136,12 @@ def _request(generation: bytes, ids: list[bytes], messages: list[e.Message]) -> 
     )
 
 
-def _chunk(index: int, position: int, offsets: list[int], texts: list[str], logprobs: list[float]) -> e.TokenChunk:
+def _chunk(
+    index: int, position: int, offsets: list[int], texts: list[str], logprobs: list[float], others: e.ChunkAlternatives | None = None
+) -> e.TokenChunk:
+    lengths = [len(text) for text in texts]
     content = e.ChunkContent(
-        token_ids=list(range(len(texts))), text="".join(texts), lengths=[len(text) for text in texts], logprobs=logprobs
+        token_ids=list(range(len(texts))), text="".join(texts), lengths=lengths, logprobs=logprobs, alternatives=others
     )
     return e.TokenChunk(generation_id=GENERATION, index=index, position=position, offsets_us=offsets, content=content)
 
@@ -179,9 +184,9 @@ def test_tokens_of_answers_that_broke_off(tmp_path: Path) -> None:
     catalog = open_catalog(settings.data)
     put_hot(catalog, "only", tape.events)
     (row,) = query(settings, "SELECT tokens, failures FROM sessions").table.to_pylist()
-    reader = EventReader(settings, catalog)
-    (listed,) = SessionDirectory(catalog, reader).sessions(Viewer(), Wanted()).rows
-    reader.close()
+    directory = SessionDirectory(settings, catalog)
+    (listed,) = directory.sessions(Viewer(), Wanted()).rows
+    directory.close()
 
     assert row == {"tokens": 136 + 17, "failures": 2}
     assert listed["tokens"] == row["tokens"]
@@ -212,7 +217,7 @@ def test_generations(ask: Ask) -> None:
 
 
 def test_tokens(ask: Ask) -> None:
-    """Each token has its place, text, logprob, time and the gap before it, across chunks and with characters of any width."""
+    """Each token has its place, text, logprob, time, alternatives and the gap before it, across chunks and with characters of any width."""
     rows = ask('SELECT * FROM tokens WHERE "index" = 1 ORDER BY position')
 
     assert [(row["position"], row["text"], row["logprob"]) for row in rows] == [
@@ -221,6 +226,11 @@ def test_tokens(ask: Ask) -> None:
         (2, "llo", -0.25),
     ]
     assert [(row["offset_ms"], row["gap_ms"]) for row in rows] == [(100, None), (110, 10), (150, 40)]
+    assert [row["alternatives"] for row in rows] == [
+        [],
+        [{"token_id": None, "text": "\U0001f44b", "logprob": float("-inf")}, {"token_id": None, "text": "!", "logprob": -0.5}],
+        None,
+    ]
     assert ask("SELECT count(*) AS n FROM tokens") == [{"n": 6}]
 
 

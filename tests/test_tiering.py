@@ -26,13 +26,13 @@ import pytest
 
 from lifecycle.tiering import CRASH_POINTS
 from schemas.codec import decode_datum, encode, encode_datum, leaf_hash
-from schemas.errors import ConflictError, CorruptStore, StoreUnavailable
+from schemas.errors import ConflictError, CorruptStore, StorageFull, StoreUnavailable
 from schemas.events import PAYLOADS, SegmentSealed
 from schemas.registry import CURRENT, Schema, SchemaRegistry
 from schemas.settings import Settings
 from store.catalog import open_catalog
 from store.crashpoints import VARIABLE, watched
-from store.duck import connect
+from store.duck import connect, mapped
 from store.fences import FileLock, tier_lock_path
 from store.ledger.merkle import root_of
 from store.log.base import Entry
@@ -209,10 +209,11 @@ class TestRows:
 
 
 class TestSegments:
-    def test_segments_roll_between_sessions(self, local: Tiered) -> None:
+    @pytest.mark.parametrize("limit", [{"segment_bytes_max": 40_000}, {"segment_rows_max": 30}])
+    def test_segments_roll_between_sessions(self, local: Tiered, limit: dict[str, int]) -> None:
         """A segment holds one tenant, day and class, ends where it gets too large, and no session is cut."""
         local.ingest([entry for _ in range(3) for entry in mixed(local.producer, 4)])
-        summary = local.tier(segment_bytes_max=40_000)
+        summary = local.tier(**limit)
         held: dict[bytes, set[str]] = {}
         for segment in local.catalog.snapshot().segments:
             table = pq.read_table(pa.BufferReader(local.objects.get(segment.key)), columns=["session_id", "tenant", "retention_class"])
@@ -227,6 +228,30 @@ class TestSegments:
         assert len({key.rpartition("-")[0] for key in summary["keys"]}) == summary["segments"]
         assert local.records() == offsets(local.log)
         assert local.verification().report().exit_code == 0
+
+    def test_rows_are_sorted_a_slice_at_a_time(self, local: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sessions of several slices, one longer than a slice, stand in one segment, each once and in the order of the log."""
+        monkeypatch.setattr("store.cold.ROW_GROUP_ROWS", 50)
+        longer = conversation(local.producer, chunks=80)
+        local.ingest([*longer, *(entry for _ in range(6) for entry in conversation(local.producer))])
+        local.tier()
+        (segment,) = local.catalog.snapshot().segments
+        places = pq.read_table(pa.BufferReader(local.objects.get(segment.key)), columns=["session_id", "partition", "offset"]).to_pylist()
+
+        assert segment.rows == len(places) == 87 + 6 * 27
+        assert places == sorted(places, key=lambda row: (row["session_id"], row["partition"], row["offset"]))
+        assert local.records() == offsets(local.log)
+        assert local.verification().report().exit_code == 0
+
+    def test_too_little_memory_is_named(self, tmp_path: Path) -> None:
+        """Where DuckDB may not have the memory that it needs, nothing is called damaged, and the setting is named."""
+        with connect(memory_limit="20MB", threads=1, max_temp_directory_size="0MB") as connection:
+            with pytest.raises(duckdb.OutOfMemoryException) as caught:
+                connection.execute("SELECT list(range ORDER BY range DESC) FROM range(10_000_000)")
+            error = mapped(caught.value, operation="write segment", place="here")
+
+        assert isinstance(error, StorageFull)
+        assert "sql.memory_mb" in error.hint
 
     def test_no_name_of_a_tenant_blocks_the_tier(self, local: Tiered) -> None:
         """Whatever producers sent as tenant becomes a safe key."""

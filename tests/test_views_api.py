@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from replay.comparison import generations_document, replay_document
 from replay.fold import fold
 from schemas.errors import UnknownName, UsageError
 from schemas.settings import Settings
-from store.directory import SessionDirectory, Viewer, Wanted
+from store.directory import KINDS, SessionDirectory, Viewer, Wanted
 from store.merge import merge
 from tests.api_rig import Api, put, serving
 from tests.tape import FOLLOW_UP, QUESTION, Tape, engine_run, finish, ident, incident
@@ -23,6 +25,7 @@ from tests.test_api import configured
 from tests.test_compare import Scorer, Sink, scored, taped
 from tokentape.cli import main
 from tokentape.installation import Installation
+from tokentape.lines import session_line
 
 RECORDED = [-1.0, -2.0, -3.0, -0.5]
 MOVED = [-1.0, -2.0, -9.0, -0.5]
@@ -169,13 +172,13 @@ def test_a_list_that_grows_is_the_list_made_at_once(tmp_path: Any) -> None:
     ]
     every = Wanted(replays=True)
     with Installation(settings) as installation:
-        grown = SessionDirectory(installation.catalog, installation.reader)
+        grown = SessionDirectory(settings, installation.catalog)
         for piece in pieces:
             put(settings, [stored.event for stored in piece])
             installation.freshen()
             grown.sessions(Viewer(), every)
         merge(settings, installation.catalog)
-        made = SessionDirectory(installation.catalog, installation.reader)
+        made = SessionDirectory(settings, installation.catalog)
         rows = [directory.sessions(Viewer(), every).rows for directory in (grown, made)]
         runs = [directory.runs(Viewer()) for directory in (grown, made)]
         some = grown.sessions(Viewer(), every, limit=2, offset=1)
@@ -190,6 +193,24 @@ def test_a_list_that_grows_is_the_list_made_at_once(tmp_path: Any) -> None:
         {None, "model_differs"},
     )
     assert (some.rows, some.total) == (rows[0][1:3], 4)
+
+
+def test_kinds_of_sessions(tmp_path: Path) -> None:
+    """What engines, connectors and replays wrote stands in no list of conversations, and in the list of its kind alone."""
+    settings = Settings(data=tmp_path)
+    put(settings, [*(stored.event for stored in answers("a", [1], [-1.0]).events), *engine_run()])
+    put(settings, [stored.event for stored in (*taped(RECORDED).events, *replayed(MOVED).events())])
+    with (
+        Installation(settings) as installation,
+        contextlib.closing(SessionDirectory(settings, installation.catalog)) as directory,
+    ):
+        installation.freshen()
+        every = [*KINDS.values(), "conversation"]
+        rows = [directory.sessions(Viewer(), Wanted(kinds=kinds)).rows for kinds in (*((kind,) for kind in every), tuple(every))]
+        asked = [len(directory.sessions(Viewer(), wanted).rows) for wanted in (Wanted(), Wanted(replays=True))]
+
+    assert [[session_line(row)["kind"] for row in found] for found in rows[:4]] == [["replay"], ["engine"], ["kv"], ["conversation"] * 2]
+    assert (len(rows[4]), asked) == (5, [2, 3])
 
 
 def test_compare_on_the_command_line(tmp_path: Any) -> None:

@@ -398,7 +398,7 @@ class Tokens:
 
     @property
     def arrow(self) -> pa.Table:
-        """Position, channel, time, id, logprob and text of each; what is not known is null."""
+        """Position, channel, time, id, logprob, text and alternatives of each; what is not known is null."""
         columns = {name: column for name, column in token_columns(self.sequence).items() if name not in ("index", "tokens")}
         return pa.table({name: column or [None] * self.sequence.tokens for name, column in columns.items()})
 

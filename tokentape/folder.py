@@ -101,7 +101,7 @@ class Folder:
 
     @cached_property
     def _directory(self) -> SessionDirectory:
-        directory = SessionDirectory(self.installation.catalog, self.installation.reader)
+        directory = SessionDirectory(self.installation.settings, self.installation.catalog)
         self.installation.closing(directory.close)
         return directory
 

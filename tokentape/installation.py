@@ -172,17 +172,22 @@ class Installation:
             with contextlib.suppress(AlreadyExists):  # the same fingerprint with other white space explains it as well
                 self.objects.create(schema_key(schema.fingerprint), schema.json().encode())
 
-    def freshen(self) -> None:
-        """Index what the log holds, or have the running indexers seal it; where that cannot be, say so and go on with what is there."""
+    def freshen(self, *, behind_max: int | None = None) -> bool:
+        """Index what the log holds, or have the running indexers seal it; where that cannot be, say so and go on with what is there.
+
+        Indexers that are more than `behind_max` events behind are not waited for, and that is not said: it is expected then. Whether all
+        that the log held at the call is there.
+        """
         try:
-            freshness = ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S, registry=self.registry)
+            freshness = ensure_fresh(self.settings, self.log, timeout_s=FRESH_TIMEOUT_S, behind_max=behind_max, registry=self.registry)
         except Unavailable as error:
             warn(f"the log does not answer, this is what was indexed before: {error}")
-            return
+            return False
         for partition, stopped in freshness.stopped.items():
             warn(f"partition {partition} waits: {stopped.fault}; {stopped.hint}")
-        if not freshness.complete and not freshness.stopped:
+        if not freshness.complete and not freshness.stopped and behind_max is None:
             warn(f"the indexers are more than {FRESH_TIMEOUT_S:g} s behind; later events are missing here")
+        return freshness.complete
 
     def session_id(self, text: str) -> bytes:
         """The session of an id, or of the unique beginning of one.
@@ -250,9 +255,11 @@ class Installation:
     def accessing(self, operation: str, statement: str, *, actor: str = "", tenant: str = "") -> Iterator[dict[str, Any]]:
         """Record that somebody looked: the block fills in `rows`; a failure is recorded as such and raised on.
 
+        Where the block says that nothing was `shown`, nothing is recorded.
+
         `actor` is who looks, by default who runs this process; `tenant` whose the record is, by default that of the settings.
         """
-        answer: dict[str, Any] = {"outcome": "ok", "rows": None}
+        answer: dict[str, Any] = {"outcome": "ok", "rows": None, "shown": True}
         began = time.perf_counter_ns()
         try:
             yield answer
@@ -265,4 +272,5 @@ class Installation:
             content = AccessContent(statement=statement)
             took = (time.perf_counter_ns() - began) // 1000
             event = AccessLogged(operation=operation, outcome=answer["outcome"], rows=answer["rows"], duration_us=took, content=content)
-            self.recorder.record(session, event)
+            if answer["shown"]:
+                self.recorder.record(session, event)

@@ -10,6 +10,7 @@ from typing import Any
 
 from replay.words import iso
 from replay.words import uuid as uuid_text
+from store.directory import KINDS
 from store.rows import Row, StoredEvent
 
 
@@ -29,9 +30,16 @@ def event_document(stored: StoredEvent, position: int) -> dict[str, Any]:
 
 
 def session_line(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A session as lists of them tell it: a row of `store.directory`, its id as text and its times in UTC."""
+    """A session as lists of them tell it: a row of `store.directory`, its id as text, its kind, and its times in UTC."""
     named = {name: value for name, value in row.items() if name not in ("session_id", "first_at", "last_at", "shown_by")}
-    return {"session_id": uuid_text(row["session_id"]), "started_at": iso(row["first_at"]), "last_event_at": iso(row["last_at"]), **named}
+    kind = KINDS.get(row["purpose"], "conversation")
+    return {
+        "session_id": uuid_text(row["session_id"]),
+        "kind": kind,
+        "started_at": iso(row["first_at"]),
+        "last_event_at": iso(row["last_at"]),
+        **named,
+    }
 
 
 def plain(value: Any) -> Any:

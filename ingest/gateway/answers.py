@@ -6,11 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from schemas.events import Alternative
+from schemas.requests import double_of
+
 Segment = tuple[str, str]
 """A channel (content, reasoning, refusal, tool) and the text that came in it."""
 
-Delta = tuple[str, Sequence[int], str, Sequence[float]]
-"""Channel, token ids, text and logprobs of one entry to record."""
+Delta = tuple[str, Sequence[int], str, Sequence[float], Sequence[Sequence[Alternative]]]
+"""Channel, token ids, text, logprobs and alternatives of what is recorded as one."""
+
+_AS_ID = "token_id:"
+"""How vLLM begins a token's name where a client wants ids instead of texts (`return_tokens_as_token_ids`)."""
+
+_ID_DIGITS_MAX = 19
+"""Anything this long need not fit the 64 bits that the tape has for an id."""
 
 
 @dataclass(slots=True)
@@ -48,6 +57,7 @@ class Piece(NamedTuple):
 
     text: str
     logprob: float | None
+    alternatives: Sequence[Alternative] = ()
 
 
 def segments_of_delta(choice: Choice, delta: dict[str, Any]) -> list[Segment]:
@@ -87,7 +97,30 @@ def align(ids: Sequence[int], scores: Sequence[dict[str, Any]]) -> list[Piece] |
     """The logprob entries as pieces, one per token id; None where they do not belong together one to one."""
     if not scores or (ids and len(ids) != len(scores)):
         return None
-    return [Piece(score.get("token") or "", score.get("logprob")) for score in scores]
+    return [Piece(score.get("token") or "", score.get("logprob"), alternatives_of(score)) for score in scores]
+
+
+def alternatives_of(score: dict[str, Any]) -> Sequence[Alternative]:
+    """What else a token might have been, as its logprob entry tells it; none where that names only the token itself.
+
+    What is not shaped like one is left out: an answer is not refused for what stands beside it.
+    """
+    tops = score.get("top_logprobs")
+    if not tops or not isinstance(tops, list):
+        return ()
+    told = [_alternative(top["token"], top.get("logprob")) for top in tops if isinstance(top, dict) and isinstance(top.get("token"), str)]
+    found = [one for one in told if one is not None]
+    return () if len(found) == 1 and tops[0].get("token") == score.get("token") else found
+
+
+def _alternative(token: str, logprob: Any) -> Alternative | None:
+    known = double_of(logprob)
+    if known is None:
+        return None
+    number = token.removeprefix(_AS_ID) if token.startswith(_AS_ID) else ""
+    if number.isdecimal() and len(number) < _ID_DIGITS_MAX:
+        return Alternative("", int(number), known)
+    return Alternative(token, None, known)
 
 
 def spread(segments: Sequence[Segment], ids: Sequence[int], pieces: Sequence[Piece] | None) -> Iterator[Delta]:
@@ -102,18 +135,20 @@ def spread(segments: Sequence[Segment], ids: Sequence[int], pieces: Sequence[Pie
             yield from _one_by_one(segments, ids, pieces, bounds)
             return
     bounds = _bounds(texts, pieces) if pieces and len(segments) > 1 else None
-    values = _logprobs(pieces)
+    values, others = _logprobs(pieces), _alternatives(pieces)
     starts = bounds or [0] + [len(ids)] * (len(segments) - 1)
     for (channel, text), start, end in zip(segments, starts, [*starts[1:], len(ids)], strict=True):
         own = values[start:end] if len(values) == len(ids) else values if end - start <= 1 else ()
-        yield channel, ids[start:end], text, own
+        told = others[start:end] if len(others) == len(ids) else others if end - start <= 1 else ()
+        yield channel, ids[start:end], text, own, told
 
 
 def _one_by_one(segments: Sequence[Segment], ids: Sequence[int], pieces: Sequence[Piece], starts: Sequence[int]) -> Iterator[Delta]:
     for (channel, _), start, end in zip(segments, starts, [*starts[1:], len(pieces)], strict=True):
         for at in range(start, end):
             piece = pieces[at]
-            yield channel, ids[at : at + 1], piece.text, () if piece.logprob is None else (piece.logprob,)
+            others = (piece.alternatives,) if piece.alternatives else ()
+            yield channel, ids[at : at + 1], piece.text, () if piece.logprob is None else (piece.logprob,), others
 
 
 def _bounds(texts: Sequence[str], pieces: Sequence[Piece]) -> list[int] | None:
@@ -147,3 +182,9 @@ def _logprobs(pieces: Sequence[Piece] | None) -> Sequence[float]:
     """The logprobs of all tokens, or none if one is missing."""
     values = [piece.logprob for piece in pieces or ()]
     return [] if None in values else [value for value in values if value is not None]
+
+
+def _alternatives(pieces: Sequence[Piece] | None) -> Sequence[Sequence[Alternative]]:
+    """The alternatives of all tokens, nothing if none has any."""
+    told = [piece.alternatives for piece in pieces or ()]
+    return told if any(told) else ()

@@ -75,7 +75,7 @@ class Generation:
         except asyncio.CancelledError:
             await self._fail(self.exchange.reason())
         except Exception as error:
-            log.exception("gateway failed", generation=self.tape.generation_id.hex())
+            log.exception("gateway failed", generation=self.tape.name)
             await self._fail(Failure(errors.INTERNAL, "The gateway failed.", detail=repr(error)))
         finally:
             self.passage.close(self.tape.tokens)

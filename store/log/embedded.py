@@ -3,9 +3,7 @@
 A row is what Kafka calls a record batch (`store.log.rows`), so that an event costs no row and reading only slices.
 A commit is on disk before `append` returns; callers that wait for one another share it.
 
-SQLite reads its write-ahead log up to the first page that does not match its checksum and takes that for the end: damage there
-would take acknowledged events away without a word. So how many events were acknowledged stands in a file beside it (`-end`) too,
-and a log with fewer is refused.
+How many events were acknowledged stands in a file beside it (`-end`) too, and a log with fewer is refused (`store.log.sqlite`).
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import contextlib
 import os
 import random
 import sqlite3
-import struct
 import threading
 import time
 import uuid
@@ -23,15 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import crc32c
-
 from schemas import clock
 from schemas.errors import CorruptStore, LogChanged, LogUnavailable, TokentapeError
 from store.crashpoints import crash_point
 from store.log.base import Batch, Entry, check_entries
 from store.log.forks import forget
 from store.log.rows import TABLES, StoredBatch, Tail, batch_from_row, batch_to_row, chunks, row_id, tail_from_row, tail_to_row
-from store.log.sqlite import connect, mapped
+from store.log.sqlite import EndNote, connect, mapped
 
 # A read ends here even below its limit, so that large entries do not fill the memory.
 _READ_BYTES_MAX = 64 << 20
@@ -39,8 +34,6 @@ _READ_BYTES_MAX = 64 << 20
 _POLL_S = 0.01
 # Version of the tables; a file of another version is refused.
 _LAYOUT = "1"
-# Which log, how many events it has acknowledged, and a checksum of both.
-_END = struct.Struct("<16sQI")
 # Pages given back to the file system by one `trim`.
 _VACUUM_PAGES = 4096
 
@@ -72,12 +65,12 @@ class EmbeddedLog:
         self._path = path
         self._timeout_s = timeout_s
         self._closed = False
-        self._end_file = -1
+        self._end = EndNote(path, "events")
         self._start()
         if not create and not (path.exists() and path.stat().st_size):
             raise self._missing()
         with self._mapped("open log"):
-            noted = self._read_end()  # before the log itself, which others may append to
+            noted = self._end.read()  # before the log itself, which others may append to
             if create:
                 _make_folder(path.parent)
                 self._create(partitions or 1, noted)
@@ -139,7 +132,7 @@ class EmbeddedLog:
             with self._mapped("append"), self._transaction() as connection:
                 self._insert(connection, [entry for ticket in group for entry in ticket.entries])
                 count = _count(connection)
-            self._write_end(count)
+            self._end.write(uuid.UUID(self._log_id).bytes, count)
             error = None
         except TokentapeError as problem:
             error = problem
@@ -160,13 +153,6 @@ class EmbeddedLog:
                 connection.execute("INSERT INTO batch VALUES (?, ?, ?, ?, ?, ?)", batch_to_row(batch))
                 tail = replace(tail, offset_next=batch.offset_next)
             _put_tail(connection, tail)
-
-    def _write_end(self, count: int) -> None:
-        """Note how many events are acknowledged; not synced, for a note that is behind only says less."""
-        with contextlib.suppress(OSError):
-            if self._end_file < 0:
-                self._end_file = os.open(self._end_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.pwrite(self._end_file, _sealed(uuid.UUID(self._log_id).bytes, count), 0)
 
     def trim(self, partition: int, before_offset: int) -> None:
         """Forget the records of a partition below `before_offset`; whole batches of them leave the file, overwritten.
@@ -279,7 +265,7 @@ class EmbeddedLog:
             if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 return
             if noted is not None:
-                raise self._cut(noted[1])
+                raise self._end.cut(noted[1])
             for table in TABLES:
                 connection.execute(table)
             facts = {"log_id": str(uuid.uuid4()), "partitions": str(partitions), "layout": _LAYOUT}
@@ -300,21 +286,6 @@ class EmbeddedLog:
             raise self._corrupt(f"the file has layout {layout}; this version reads {_LAYOUT}")
         return log_id, partitions
 
-    @property
-    def _end_path(self) -> Path:
-        return self._path.with_name(f"{self._path.name}-end")
-
-    def _read_end(self) -> tuple[bytes, int] | None:
-        """The id of the log that stands or stood here, and how many events it has acknowledged; None where nothing legible says so."""
-        try:
-            data = self._end_path.read_bytes()
-        except OSError:
-            return None
-        if len(data) != _END.size:
-            return None
-        log_id, count, _ = _END.unpack(data)
-        return (log_id, count) if data == _sealed(log_id, count) else None
-
     def _check_end(self, noted: tuple[bytes, int] | None) -> None:
         if noted is None:
             return
@@ -322,12 +293,7 @@ class EmbeddedLog:
             count = _count(connection) if noted[0] == uuid.UUID(self._log_id).bytes else 0
         if count < noted[1]:
             self.close()
-            raise self._cut(noted[1] - count)
-
-    def _cut(self, lost: int) -> CorruptStore:
-        hint = f"restore it with its -wal from a copy, or remove {self._end_path.name} to go on without these events"
-        fault = f"the last {lost:,} events that it acknowledged are gone: the file or its write-ahead log is damaged or was removed"
-        return CorruptStore(fault, operation="open log", place=str(self._path), hint=hint)
+            raise self._end.cut(noted[1] - count)
 
     # Connections
 
@@ -402,8 +368,7 @@ class EmbeddedLog:
         if self._closed:
             return
         self._closed = True
-        if self._end_file >= 0:
-            os.close(self._end_file)
+        self._end.close()
         if self._pid != os.getpid():
             forget(self._writer, self._reader)
             return
@@ -436,12 +401,6 @@ class EmbeddedLog:
 def _count(connection: sqlite3.Connection) -> int:
     """How many events were ever appended."""
     return int(connection.execute("SELECT sum(offset_next) FROM tail").fetchone()[0] or 0)
-
-
-def _sealed(log_id: bytes, count: int) -> bytes:
-    """What stands in the file beside the log."""
-    body = _END.pack(log_id, count, 0)[:-4]
-    return body + struct.pack("<I", crc32c.crc32c(body))
 
 
 def _put_tail(connection: sqlite3.Connection, tail: Tail) -> None:

@@ -1,4 +1,8 @@
-"""SQLite under the embedded log: how a connection is opened, and what its errors mean."""
+"""SQLite under the embedded logs: how a connection is opened, what its errors mean, and what was acknowledged.
+
+SQLite reads its write-ahead log up to the first page that does not match its checksum and takes that for the end: damage there
+would take away what was acknowledged without a word. So how much that was stands in a file beside it (`-end`) too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import contextlib
 import errno
 import os
 import sqlite3
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+
+import crc32c
 
 from schemas.errors import CorruptStore, LogUnavailable, StorageFull, TokentapeError
 
@@ -17,6 +24,9 @@ _PAGE_BYTES = 16_384
 _WAL_BYTES_MAX = 64 << 20
 # Below this much free space an I/O error is taken for a full disk: SQLite does not pass errno on.
 _FREE_BYTES_MIN = 1 << 20
+
+# Which log, how many events or facts it has acknowledged, and a checksum of both.
+_END = struct.Struct("<16sQI")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,6 +49,51 @@ def connect(path: Path, *, timeout_s: float) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+class EndNote:
+    """How much a log has acknowledged, noted beside its file (`-end`). `what` names it: events or facts."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        self._log_path, self._what = path, what
+        self._path = path.with_name(f"{path.name}-end")
+        self._file = -1
+
+    def read(self) -> tuple[bytes, int] | None:
+        """The id of the log that stands or stood here, and how much it has acknowledged; None where nothing legible says so."""
+        try:
+            data = self._path.read_bytes()
+        except OSError:
+            return None
+        if len(data) != _END.size:
+            return None
+        log_id, count, _ = _END.unpack(data)
+        return (log_id, count) if data == _sealed(log_id, count) else None
+
+    def write(self, log_id: bytes, count: int) -> None:
+        """Note what is acknowledged; not synced, for a note that is behind only says less."""
+        with contextlib.suppress(OSError):
+            if self._file < 0:
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.pwrite(self._file, _sealed(log_id, count), 0)
+
+    def cut(self, lost: int) -> CorruptStore:
+        """The error that says so many are gone, and how to go on."""
+        hint = f"restore it with its -wal from a copy, or remove {self._path.name} to go on without these {self._what}"
+        fault = f"the last {lost:,} {self._what} that it acknowledged are gone: the file or its write-ahead log is damaged or was removed"
+        return CorruptStore(fault, operation="open log", place=str(self._log_path), hint=hint)
+
+    def close(self) -> None:
+        """Release the file; safe to call twice."""
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
+
+
+def _sealed(log_id: bytes, count: int) -> bytes:
+    """What stands in the file beside the log."""
+    body = _END.pack(log_id, count, 0)[:-4]
+    return body + struct.pack("<I", crc32c.crc32c(body))
 
 
 @contextlib.contextmanager

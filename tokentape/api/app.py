@@ -83,7 +83,7 @@ class Api:
         call = Call(self._desks, principal, request.path_params, asked, given, request.headers)
         key = request.headers.get("idempotency-key") if route.writes else None
         if key is None:
-            return _tagged(request, await anyio.to_thread.run_sync(partial(self._do, route, call, request)))
+            return await anyio.to_thread.run_sync(partial(self._do, route, call, request))
         place = f"{request.method} {request.url.path}"
         if (before := self._idempotency.begin(principal.name, place, key, body)) is not None:
             return before
@@ -96,17 +96,21 @@ class Api:
         return response
 
     def _do(self, route: Route, call: Call, request: Request) -> Response:
-        """Do it, in a thread; where it is about content, with who, what and how much on the tape."""
+        """Do it, in a thread; where it is about content, with who, what and how much on the tape.
+
+        Who asks again for what it has, and is told that nothing changed, is shown nothing: of that nothing is recorded.
+        """
         if not route.content:
-            return _response(route, route.handle(call))
+            return _tagged(request, _response(route, route.handle(call)))
         statement = f"{request.method} {request.url.path}" + (f"?{request.url.query}" if request.url.query else "")
         if route.name == "sql":
             statement = call.body.query
         name, tenant = call.principal.name, call.principal.tenant or ""
         with self._desks.installation.accessing(route.name, statement[:_STATEMENT_CHARACTERS], actor=name, tenant=tenant) as access:
             answer = route.handle(call)
-            access["rows"] = call.rows
-        return _response(route, answer)
+            response = _tagged(request, _response(route, answer))
+            access["rows"], access["shown"] = call.rows, response.status_code != 304
+        return response
 
 
 def make_app(desks: Desks, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None) -> Starlette:

@@ -47,11 +47,15 @@ class NewHold(Reason):
     until: dt.datetime | None = None
 
 
-class NewErasure(Reason):
+class Subject(Taken):
     """What to forget: sessions, or every session with an event of an actor."""
 
     sessions: list[str] = Field(default=[], max_length=10_000)
     actor: str | None = Field(default=None, min_length=1, max_length=400)
+
+
+class NewErasure(Subject, Reason):
+    """What to forget, and why."""
 
 
 class Deep(Taken):
@@ -78,7 +82,7 @@ def place_hold(call: Call) -> Reply:
     """Hold events: when this is answered the hold stands in the signed ledger."""
     asked: NewHold = call.body
     by = custodian(call.principal)
-    call.desks.freshen()
+    call.desks.freshen(whole=True)
     selector = Selector(
         sessions=_ids(call, asked.sessions),
         tenant=call.principal.bound(asked.tenant),
@@ -112,20 +116,26 @@ def retention(call: Call) -> Reply:
 
 
 def list_erasures(call: Call) -> Reply:
-    """All erasures, with what waits for the second custodian."""
-    return Reply({"erasures": erasures_of(call.desks.installation, call.desks.control).everything()})
+    """All erasures, with what waits for the second custodian. Of what and why is told to those who may approve it."""
+    found = erasures_of(call.desks.installation, call.desks.control).everything()
+    if not (call.principal.may(CUSTODIANS) and _is_unbound(call)):
+        found = [{**erasure, "what": None, "reason": None} for erasure in found]
+    return Reply({"erasures": found})
+
+
+def preview_erasure(call: Call) -> Reply:
+    """What an erasure would take now, and which holds keep how much of it; nothing is changed."""
+    ids, actor = _subject(call, call.body)
+    found = erasures_of(call.desks.installation, call.desks.control).preview(ids, actor)
+    call.rows = found["events"]
+    return Reply(found)
 
 
 def request_erasure(call: Call) -> Reply:
     """Ask for an erasure; nothing is erased before another custodian approves."""
     asked: NewErasure = call.body
-    if bool(asked.sessions) == bool(asked.actor):
-        raise Problem(400, "an erasure is of sessions or of an actor", "give one of them")
     by = custodian(call.principal)
-    call.desks.freshen()
-    ids, actor = _ids(call, asked.sessions), asked.actor
-    if actor is not None and call.principal.tenant is not None:
-        ids, actor = _sessions_of(call, actor), None
+    ids, actor = _subject(call, asked)
     with call.desks.custody:
         made = erasures_of(call.desks.installation, call.desks.control).request(ids, actor, by=by, reason=asked.reason)
         sign(call.desks.installation)
@@ -136,7 +146,7 @@ def approve_erasure(call: Call) -> Reply:
     """Approve another custodian's request and carry it out."""
     by = custodian(call.principal)
     _unbound(call, "approve erasures")
-    call.desks.freshen()
+    call.desks.freshen(whole=True)
     with call.desks.custody:
         done = erasures_of(call.desks.installation, call.desks.control).approve(call.ids["erasure"], by=by)
         sign(call.desks.installation)
@@ -206,6 +216,16 @@ def tiers(call: Call) -> Reply:
     return Reply({"hot": hot, "cold": cold})
 
 
+def _subject(call: Call, asked: Subject) -> tuple[tuple[str, ...], str | None]:
+    """The sessions (hex) or the actor that an erasure is of; of an actor it is the sessions of the custodian's own tenant."""
+    if bool(asked.sessions) == bool(asked.actor):
+        raise Problem(400, "an erasure is of sessions or of an actor", "give one of them")
+    call.desks.freshen(whole=True)
+    if asked.actor is not None and call.principal.tenant is not None:
+        return _sessions_of(call, asked.actor), None
+    return _ids(call, asked.sessions), asked.actor
+
+
 def _ids(call: Call, sessions: list[str]) -> tuple[str, ...]:
     """Sessions of this custodian's tenant; each act is about what is there."""
     return tuple(dict.fromkeys(call.desks.gate.held(call.principal, text).hex() for text in sessions))
@@ -222,9 +242,13 @@ def _sessions_of(call: Call, actor: str) -> tuple[str, ...]:
 
 def _unbound(call: Call, what: str) -> None:
     """Holds and erasures reach over tenants once they stand, so ending or approving one is for who may act for all of this house."""
-    tenant = call.desks.installation.settings.tenant
-    if call.principal.tenant not in (None, tenant):
+    if not _is_unbound(call):
+        tenant = call.desks.installation.settings.tenant
         raise Problem(403, f"a key of tenant {call.principal.tenant} may not {what}", f"use one of tenant {tenant}, or of an admin")
+
+
+def _is_unbound(call: Call) -> bool:
+    return call.principal.tenant in (None, call.desks.installation.settings.tenant)
 
 
 _JOB = b.record("job state", job=b.TEXT, state=b.TEXT)
@@ -266,6 +290,17 @@ ROUTES = (
         body=NewErasure,
         answer=b.record("erasure"),
         status=201,
+        content=True,
+    ),
+    Route(
+        "POST",
+        "/custody/erasures/preview",
+        "preview_erasure",
+        "What an erasure would take.",
+        CUSTODIANS,
+        preview_erasure,
+        body=Subject,
+        answer=b.record("sessions events contents held"),
         content=True,
     ),
     Route(

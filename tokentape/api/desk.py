@@ -37,6 +37,12 @@ STALE_S = 5.0
 PATIENCE_S = 5.0
 """A look that takes longer is not waited for: so much is in the log that answers are of what is indexed, and say how fresh that is."""
 
+BEHIND_MAX = 20_000
+"""Events that indexers are waited for: more than a fraction of a second's work, and nobody waits."""
+
+LATE_S = 30.0
+"""For so long after a look that did not see the end of the log nobody waits for the next: it would not see it either."""
+
 TAPES_KEPT = 8
 """Sessions kept in memory, so that a scrubber does not read one again for every step."""
 
@@ -76,24 +82,29 @@ class Desks:
     _fault: TokentapeError | None = None
     _fresh_at: float = float("-inf")
     _written_at: float = float("-inf")
+    _late_at: float = float("-inf")
     _closed: bool = False
     _tapes: OrderedDict[tuple[bytes, frozenset[str]], Tape] = field(default_factory=OrderedDict)
     _tapes_lock: threading.Lock = field(default_factory=threading.Lock)
     custody: threading.Lock = field(default_factory=threading.Lock)
 
-    def freshen(self) -> None:
+    def freshen(self, *, whole: bool = False) -> None:
         """Have indexed what the log holds, unless that was done a moment ago; nobody waits for it who may have what is a little older.
+
+        An act on what is recorded is on the `whole` of it, and waits for what came until now; not where indexers are far behind.
 
         Raises:
             TokentapeError: the log cannot be read.
         """
+        if whole:
+            self.written()
         now = time.monotonic()
-        age = now - self._fresh_at
-        if self._fresh_at <= self._written_at:
+        age, late = now - self._fresh_at, now - self._late_at < LATE_S
+        if self._fresh_at <= self._written_at and not late:
             self._look()
         elif age >= FRESH_S:
             begun = self._begin()
-            if age >= STALE_S:
+            if age >= STALE_S and not late:
                 begun.join(max(0.0, self._began_at + PATIENCE_S - now))
                 if self._fault is not None and not begun.is_alive():
                     raise self._fault
@@ -112,7 +123,10 @@ class Desks:
         with self._fresh:
             began = time.monotonic()
             if not self._closed and (began - self._fresh_at >= FRESH_S or self._fresh_at <= self._written_at):
-                self.installation.freshen()
+                told = self.directory.told
+                complete = self.installation.freshen(behind_max=BEHIND_MAX)
+                self.directory.refresh(told if complete else 0)
+                self._late_at = float("-inf") if complete else time.monotonic()
                 self._fresh_at = began  # what came during the look may not be in it
 
     def _look_behind(self) -> None:

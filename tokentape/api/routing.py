@@ -78,4 +78,4 @@ class Route:
     @property
     def writes(self) -> bool:
         """Whether it changes anything."""
-        return self.method != "GET" and self.name != "sql"
+        return self.method != "GET" and self.name not in ("sql", "preview_erasure")

@@ -35,6 +35,7 @@ NDJSON = "application/x-ndjson"
 
 Tag = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^,\x00-\x1f]*[^,\s\x00-\x1f][^,\x00-\x1f]*$")]
 Visibility = Literal["private", "team", "public"]
+Kind = Literal["conversation", "replay", "engine", "kv"]
 
 
 class Listed(Taken):
@@ -52,6 +53,9 @@ class Listed(Taken):
     failed: bool = Field(default=False, description="Only sessions with a failure.")
     under_way: bool = Field(default=False, description="Only sessions with a request that has not ended.")
     replays: bool = Field(default=False, description="Those too in which replays of others are recorded.")
+    kind: tuple[Kind, ...] = Field(
+        default=("conversation",), description="What wrote them: clients, replays, engines (a run's requests and tokens), KV connectors."
+    )
 
 
 class At(Taken):
@@ -119,11 +123,12 @@ def list_sessions(call: Call) -> Reply:
         failed=asked.failed,
         under_way=asked.under_way,
         replays=asked.replays,
+        kinds=asked.kind,
     )
     found = call.desks.directory.sessions(call.principal.viewer, wanted, limit=asked.limit, offset=asked.offset)
     call.rows = len(found.rows)
     page = {"total": found.total, "limit": asked.limit, "offset": asked.offset}
-    return Reply({"sessions": [session_line(row) for row in found.rows], **page, "completeness": call.desks.completeness()})
+    return Reply({"sessions": [session_line(row) for row in found.rows], **page, "completeness": found.completeness.document()})
 
 
 def import_one(call: Call) -> Reply:
@@ -133,6 +138,7 @@ def import_one(call: Call) -> Reply:
     owner = Owner(principal.tenant or installation.settings.tenant, principal.name, tuple(asked.tags), asked.visibility)
     with call.desks.log() as log:
         made, call.rows = import_session(asked.session_data, owner, log=log, registry=installation.registry, settings=installation.settings)
+    call.desks.directory.tell(made, asked.visibility, principal.name)
     call.desks.written()
     where = f"/api/v1/debug-sessions/{uuid_text(made)}"
     answer = {"session_id": uuid_text(made), "events": call.rows, "tags": asked.tags, "visibility": asked.visibility}
@@ -204,6 +210,8 @@ def annotate(call: Call) -> Reply:
     labels = asked.model_dump(exclude={"note"})
     said = SessionAnnotated(**labels, content=AnnotationContent(note=asked.note) if asked.note else None)
     call.desks.installation.annotate(session_id.hex(), said, actor=call.principal.name)
+    if asked.visibility is not None:
+        call.desks.directory.tell(session_id, asked.visibility, call.principal.name)
     call.desks.written()
     return Reply({"session_id": call.ids["id"], **asked.model_dump()}, 201)
 

@@ -26,7 +26,8 @@ from tokentape.output import err, warn, write_rows
 from tokentape.selection import SESSIONS, column
 
 COLUMNS = ("policy", "tenant", "class", "day", "events", "contents", "bytes", "objects", "held", "kept", "locked_until", "key")
-ERASURE_COLUMNS = ("erasure", "state", "requested_by", "approved_by", "requested_at", "pending")
+ERASURE_COLUMNS = ("erasure", "state", "what", "reason", "requested_by", "approved_by", "requested_at", "pending")
+PREVIEW_COLUMNS = ("sessions", "events", "contents", "first_at", "last_at", "held")
 HOLD_COLUMNS = ("hold", "what", "by", "since", "reason", "ledger_entry")
 
 
@@ -137,12 +138,26 @@ def erase() -> None:
 @with_installation
 def request(installation: Installation, sessions: tuple[str, ...], actor: str | None, reason: str) -> None:
     """Ask for an erasure; prints its id for the custodian who approves it. Nothing is erased yet."""
-    if bool(sessions) == bool(actor):
-        raise UsageError("an erasure is of sessions or of an actor", operation="erase request", hint="--session ID or --actor NAME")
-    installation.freshen()
     with _acting(installation) as (key, control), installation.accessing("erase request", actor or ", ".join(sessions)):
-        ids = tuple(installation.session_id(text).hex() for text in sessions)
+        ids = _subject(installation, sessions, actor)
         click.echo(erasures_of(installation, control).request(ids, actor, by=key.owner, reason=reason))
+
+
+@erase.command("preview")
+@click.option("--session", "sessions", multiple=True, help="A session or the unique beginning of one; repeat for several.")
+@click.option("--actor", help="Every session with an event of this actor.")
+@format_option
+@with_installation
+def erase_preview(installation: Installation, sessions: tuple[str, ...], actor: str | None, fmt: str) -> None:
+    """Show what an erasure would take, and which holds keep how much of it; changes nothing."""
+    with (
+        contextlib.closing(open_control(installation.settings)) as control,
+        installation.accessing("erase preview", actor or ", ".join(sessions)) as seen,
+    ):
+        ids = _subject(installation, sessions, actor)
+        found = erasures_of(installation, control).preview(ids, actor)
+        seen["rows"] = found["events"]
+    write_rows([found], fmt, PREVIEW_COLUMNS)
 
 
 @erase.command()
@@ -160,7 +175,7 @@ def approve(installation: Installation, erasure_id: str) -> None:
 @format_option
 @with_installation
 def erase_list(installation: Installation, fmt: str) -> None:
-    """All erasures: state, who requested and approved them, what is pending."""
+    """All erasures: state, what and why while that is still known, who requested and approved them, what is pending."""
     with contextlib.closing(open_control(installation.settings)) as control:
         write_rows(erasures_of(installation, control).everything(), fmt, ERASURE_COLUMNS)
 
@@ -184,6 +199,18 @@ def _acting(installation: Installation) -> Iterator[tuple[VirtualKey, ControlLog
     with contextlib.closing(open_control(installation.settings)) as control:
         yield _custodian(installation, control), control
         sign(installation)
+
+
+def _subject(installation: Installation, sessions: tuple[str, ...], actor: str | None) -> tuple[str, ...]:
+    """The sessions (hex) that an erasure names.
+
+    Raises:
+        UsageError: neither sessions nor an actor, or both. UnknownSession: one that is not there.
+    """
+    if bool(sessions) == bool(actor):
+        raise UsageError("an erasure is of sessions or of an actor", operation="erase", hint="--session ID or --actor NAME")
+    installation.freshen()
+    return tuple(installation.session_id(text).hex() for text in sessions)
 
 
 def _custodian(installation: Installation, control: ControlLog) -> VirtualKey:

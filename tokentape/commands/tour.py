@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.markup import escape
 
+from replay.words import uuid
 from schemas.errors import UsageError
 from tokentape.commands.common import id_of, with_installation
 from tokentape.installation import Installation
@@ -68,7 +69,7 @@ def _pages(installation: Installation, name: str, model: Path | None, engine_run
         kind = "shared" if name in SINGLE else "alone"
         changes = [{}] if name in SINGLE else [{}, PAIRS[name][1]]
         tapes = [record(installation, folder, kind, **change) for change in changes]
-        err.print(f"[dim]recorded: engine run {', '.join(tape.run.engine_run.hex() for tape in tapes)}[/dim]")
+        err.print(f"[dim]recorded: engine run {', '.join(uuid(tape.run.engine_run) for tape in tapes)}[/dim]")
     return SINGLE[name](tapes[0]) if name in SINGLE else PAIRS[name][0](tapes[0], tapes[1])
 
 

@@ -40,8 +40,12 @@ def _choice(choice: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def _scores(logprobs: dict[str, Any]) -> list[dict[str, Any]]:
-    values = logprobs.get("token_logprobs") or ()
-    return [{"token": token, "logprob": value} for token, value in zip(logprobs.get("tokens") or (), values, strict=True)]
+    values, tops = logprobs.get("token_logprobs") or (), logprobs.get("top_logprobs") or ()
+    scores = [{"token": token, "logprob": value} for token, value in zip(logprobs.get("tokens") or (), values, strict=True)]
+    for score, top in zip(scores, tops, strict=False):
+        if top and (len(top) > 1 or score["token"] not in top):  # with 0 logprobs, as the gateway asks, it is the token itself
+            score["top_logprobs"] = [{"token": token, "logprob": value} for token, value in top.items()]
+    return scores
 
 
 class Completions(OpenAiEndpoint):

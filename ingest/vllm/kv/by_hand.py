@@ -31,6 +31,8 @@ MORE = 3
 """Tokens of a last block that is not whole: connectors save and look up whole blocks only."""
 WRITTEN, READ = range(1, BLOCKS + 2), range(BLOCKS + 2, 2 * BLOCKS + 3)
 """Blocks that the first request has, and those of the second; block 0 is nobody's."""
+APART = ("0.24.", "0.25.")
+"""Versions of vLLM whose GPUs keep keys and values apart."""
 ROUNDS = 20
 """How often all is done again for a profile, each time with other tokens."""
 POLL_S = 0.02
@@ -249,9 +251,9 @@ class _Drive:
         if not isinstance(kv_dtype, torch.dtype):
             raise Wrong("dtype", f"torch has no dtype {self.dtype!r}")
         self._names = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
-        self._spec, self._new_layout = _spec(kv_dtype)
+        self._spec = _spec(kv_dtype)
         self._caches = {name: self._tensor(kv_dtype) for name in self._names}
-        layers = {name: SimpleNamespace(kv_cache=cache if self._new_layout else [cache]) for name, cache in self._caches.items()}
+        layers = {name: SimpleNamespace(kv_cache=cache) for name, cache in self._caches.items()}
         self.config.compilation_config.static_forward_context.update(layers)
         cache_config = self._cache_config()
         with set_current_vllm_config(self.config):
@@ -264,8 +266,10 @@ class _Drive:
         self._saved = {name: cache.clone() for name, cache in self._caches.items()}
 
     def _tensor(self, dtype: Any) -> Any:
+        """A layer's cache: [block, head, slot, keys and values], in APART on GPUs [block, keys or values, slot, head, value]."""
         count = READ.stop
-        shape = (count, HEADS, BLOCK, 2 * HEAD_SIZE) if self._new_layout else (2, count, BLOCK, HEADS, HEAD_SIZE)
+        apart = self.device != "cpu" and _version().startswith(APART)
+        shape = (count, 2, BLOCK, HEADS, HEAD_SIZE) if apart else (count, HEADS, BLOCK, 2 * HEAD_SIZE)
         return self._torch.randn(shape).to(dtype).to(self.device)
 
     def _cache_config(self) -> Any:
@@ -331,7 +335,7 @@ class _Drive:
         """The tokens of some blocks: [block, slot, …], a view where `of` is the cache."""
         cache = self._caches[name] if of is None else of
         first, last = min(blocks), max(blocks) + 1
-        return cache[first:last].transpose(1, 2) if self._new_layout else cache[:, first:last].permute(1, 2, 0, 3, 4)
+        return cache[first:last].transpose(1, 2)
 
     def _ask(self, request: Any) -> tuple[int | None, bool]:
         deadline = time.monotonic() + self.seconds
@@ -408,13 +412,13 @@ def _hashing() -> Any:
     return get_hash_fn_by_name("sha256")
 
 
-def _spec(dtype: Any) -> tuple[Any, bool]:
-    """vLLM's specification of the cache, and whether a layer is [block, head, slot, value] (newer) or [2, block, slot, head, value]."""
+def _spec(dtype: Any) -> Any:
+    """vLLM's specification of the cache."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     known = inspect.signature(FullAttentionSpec).parameters
     given = {"block_size": BLOCK, "num_kv_heads": HEADS, "head_size": HEAD_SIZE, "dtype": dtype, "use_mla": False}
-    return FullAttentionSpec(**{key: value for key, value in given.items() if key in known}), "num_head_slots" in known
+    return FullAttentionSpec(**{key: value for key, value in given.items() if key in known})
 
 
 def _blocks(ids: list[int]) -> Any:

@@ -118,6 +118,7 @@ export interface Me {
 
 export interface SessionRow {
   session_id: string;
+  kind: "conversation" | "engine" | "kv" | "replay";
   started_at: string;
   last_event_at: string;
   tenant: string;
@@ -242,6 +243,13 @@ export interface Tokens {
   token_id: (number | null)[] | null;
   logprob: (number | null)[] | null;
   text: (string | null)[] | null;
+  alternatives: Alternative[][] | null;
+}
+
+export interface Alternative {
+  text: string;
+  token_id: number | null;
+  logprob: number;
 }
 
 export interface Replay {

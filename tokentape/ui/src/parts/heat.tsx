@@ -1,6 +1,6 @@
 // Tokens as people read them, each coloured by how sure the model was, how long it took or how far it moved; point at one, or walk with the arrows.
 import { useEffect, useMemo, useState } from "preact/hooks";
-import type { Tokens } from "../api";
+import type { Alternative, Tokens } from "../api";
 import { duration, visible } from "../words";
 
 export type Measure = "logprob" | "gap" | "drift" | "plain";
@@ -30,6 +30,23 @@ function slow(gap: number, median: number): number {
 const far = (drift: number, floor: number): number => (drift <= floor / 8 ? 0 : Math.min(STEPS, Math.max(1, Math.ceil(Math.log2(drift / floor) + 3))));
 
 const chance = (logprob: number | null | undefined): string => (logprob == null ? "logprob unknown" : `p ${(100 * Math.exp(logprob)).toFixed(1)} % (logprob ${logprob.toFixed(3)})`);
+
+// What else might have stood there, the most likely first; which of them does is marked. One whose text is unknown is told by its id.
+function Alternatives({ said, chosen }: { said: Alternative[]; chosen: string }) {
+  const found = [...said].sort((a, b) => b.logprob - a.logprob);
+  return (
+    <div class="alternatives">
+      among
+      {found.map((one) => (
+        <span class={one.text && one.text === chosen ? "chosen" : undefined} title={chance(one.logprob)}>
+          {one.text || one.token_id === null ? JSON.stringify(visible(one.text)) : `id ${one.token_id}`}
+          <i style={{ "--part": `${(100 * Math.exp(one.logprob)).toFixed(1)}%` }} />
+          {(100 * Math.exp(one.logprob)).toFixed(1)} %
+        </span>
+      ))}
+    </div>
+  );
+}
 
 interface Looked {
   tokens: Tokens;
@@ -101,7 +118,7 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
       >
         {spans}
       </p>
-      <div class={`token-facts mono${at === null ? " resting" : ""}`} aria-live="polite">
+      <div class={`token-facts mono${tokens.alternatives ? " tall" : ""}${at === null ? " resting" : ""}`} aria-live="polite">
         {at === null ? (
           <span class="dim">{tokens.token_id ? "point at a token, or walk with the arrows" : "no token ids were recorded"}</span>
         ) : (
@@ -111,6 +128,7 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
             {tokens.channel[at] && tokens.channel[at] !== "content" ? ` · ${tokens.channel[at]}` : ""}
             {beside?.present[at] != null ? <span class="then"> · there {chance(beside.present[at])}{beside.rank?.[at] != null ? `, choice ${beside.rank[at]}` : ""}</span> : null}
             {beside?.drift[at] != null ? <b> · drift {beside.drift[at]!.toPrecision(2)} nats{beside.floor ? `, ${(beside.drift[at]! / beside.floor).toPrecision(2)} floors` : ""}</b> : null}
+            {tokens.alternatives?.[at]?.length ? <Alternatives said={tokens.alternatives[at]!} chosen={text!} /> : null}
           </>
         )}
       </div>

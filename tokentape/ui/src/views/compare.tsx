@@ -184,6 +184,7 @@ const tokens = (index: number, column: Compared["first"]): Tokens => ({
   token_id: column.token_id,
   logprob: column.logprob,
   text: column.text,
+  alternatives: null,
 });
 
 function OnePair({ kind, sequence, number }: { kind: string; sequence: Compared; number: number }) {

@@ -240,6 +240,60 @@ function Holds({ may }: { may: boolean }) {
   );
 }
 
+interface Foreseen {
+  sessions: string[];
+  events: number;
+  contents: number;
+  first_at: string;
+  last_at: string;
+  held: { hold: string; events: number }[];
+}
+
+// Asked in two steps: what would go, and only then for it. A subject that was changed is looked at anew.
+function AskErasure({ after }: { after: () => void }) {
+  const [of, setOf] = useState<"sessions" | "actor">("sessions");
+  const [what, setWhat] = useState("");
+  const [reason, setReason] = useState("");
+  const [foreseen, setForeseen] = useState<Foreseen>();
+  const [problem, act] = useAct(() => { after(); setWhat(""); setReason(""); setForeseen(undefined); });
+  const [trouble, setTrouble] = useState<Problem>();
+  const subject = of === "actor" ? { actor: what.trim() } : { sessions: what.split(/[\s,]+/).filter(Boolean) };
+  const look = async (): Promise<void> => {
+    setTrouble(undefined);
+    try {
+      setForeseen(await ask<Foreseen>("custody/erasures/preview", { body: subject }));
+    } catch (error) {
+      if (error instanceof Refused) setTrouble(error.problem);
+    }
+  };
+  const changed = (set: () => void): void => { set(); setForeseen(undefined); };
+  return (
+    <form class="asking" onSubmit={(event) => { event.preventDefault(); void (foreseen ? act("custody/erasures", { ...subject, reason }) : look()); }}>
+      <div class="row">
+        <select aria-label="Erase by" value={of} onChange={(event) => { const by = event.currentTarget.value as "sessions" | "actor"; changed(() => setOf(by)); }}>
+          <option value="sessions">sessions</option>
+          <option value="actor">all of an actor</option>
+        </select>
+        <input class="grow mono" required placeholder={of === "actor" ? "actor, as events name it" : "session id, or several"} aria-label="What to erase" value={what} onInput={(event) => { const text = event.currentTarget.value; changed(() => setWhat(text)); }} />
+        {foreseen ? null : <button type="submit">What would go</button>}
+      </div>
+      <Trouble problem={trouble ?? problem} />
+      {foreseen ? (
+        <>
+          <p aria-live="polite">
+            The content of {count(foreseen.contents, "event")} in {count(foreseen.sessions.length, "session")}, recorded <When iso={foreseen.first_at} /> to <When iso={foreseen.last_at} />; what stays of {count(foreseen.events, "event")} is metadata and every proof.
+          </p>
+          {foreseen.held.map((one) => <p class="warn-text">Hold <span class="mono">…{one.hold.slice(-8)}</span> keeps {count(one.events, "event")} of them: it has to be released first.</p>)}
+          <div class="row">
+            <input class="grow" required placeholder="why" aria-label="Why to erase it" value={reason} onInput={(event) => setReason(event.currentTarget.value)} />
+            <button type="submit" disabled={foreseen.held.length > 0}>Ask for the erasure</button>
+          </div>
+        </>
+      ) : null}
+    </form>
+  );
+}
+
 function Erasures({ may, me }: { may: boolean; me: Me | undefined }) {
   const erasures = useAsk<{ erasures: any[] }>("custody/erasures", AT);
   const [problem, act] = useAct(erasures.again);
@@ -251,13 +305,14 @@ function Erasures({ may, me }: { may: boolean; me: Me | undefined }) {
       {erasures.data?.erasures.length ? (
         <Table
           label="Erasures"
-          columns={["erasure", "state", "asked by", "approved by", "when"]}
+          columns={["erasure", "state", ...(may ? ["what", "why"] : []), "asked by", "approved by", "when"]}
           rows={erasures.data.erasures.map((one) => [
             <span class="mono">…{one.erasure.slice(-8)}</span>,
             <>
               <Badge level={one.state === "requested" ? "warn" : "plain"}>{one.state === "requested" ? "waits for a second custodian" : one.state}</Badge>{" "}
               {may && one.state === "requested" && one.requested_by !== mine ? <button type="button" onClick={() => act(`custody/erasures/${one.erasure}/approve`)}>approve</button> : null}
             </>,
+            ...(may ? [visible(one.what ?? "—"), visible(one.reason ?? "—")] : []),
             visible(one.requested_by),
             visible(one.approved_by ?? "—"),
             <When iso={one.requested_at} />,
@@ -266,6 +321,7 @@ function Erasures({ may, me }: { may: boolean; me: Me | undefined }) {
       ) : (
         <p class="dim">Nobody asked to be forgotten.</p>
       )}
+      {may ? <AskErasure after={erasures.again} /> : null}
     </section>
   );
 }

@@ -13,6 +13,8 @@ interface Page {
 
 const LIMIT = 50;
 const SPANS: Record<string, number> = { "any time": 0, "last hour": 3600, "last day": 86_400, "last week": 604_800 };
+const KINDS: Record<string, string[]> = { conversations: [], "engine runs": ["engine"], "KV operations": ["kv"], replays: ["replay"], "of every kind": ["conversation", "engine", "kv", "replay"] };
+const NAMES: Record<SessionRow["kind"], string> = { conversation: "conversation", engine: "engine run", kv: "KV operations", replay: "replay" };
 const VERDICTS = ["", "identical", "numeric_drift", "sampling_differs", "model_differs", "inconclusive"];
 
 // What is asked for stands in the address, so that it can be kept and passed on.
@@ -24,6 +26,7 @@ interface Asked {
   model: string;
   verdict: string;
   span: string;
+  kind: string;
   offset: number;
 }
 
@@ -37,6 +40,7 @@ function read(search = location.hash.split("?")[1] ?? ""): Asked {
     model: given.get("model") ?? "",
     verdict: given.get("verdict") ?? "",
     span: given.get("span") ?? "any time",
+    kind: Object.keys(KINDS).find((name) => name === given.get("kind")) ?? "conversations",
     offset: Number(given.get("offset") ?? 0),
   };
 }
@@ -101,10 +105,11 @@ export function Sessions() {
   const now = useNow(5000);
   const since = SPANS[settled.span] ? new Date(Math.floor(now / 60_000) * 60_000 - SPANS[settled.span]! * 1000).toISOString() : undefined;
   const { q, tags, failed, under_way, model, verdict, offset } = settled;
-  const page = useAsk<Page>(`debug-sessions${query({ q, tag: tags, failed, under_way, model, verdict, since, offset, limit: LIMIT })}`, 3000);
-  const here = query({ q, tag: tags, failed, under_way, model, verdict, span: settled.span === "any time" ? "" : settled.span });
+  const page = useAsk<Page>(`debug-sessions${query({ q, tag: tags, failed, under_way, model, verdict, since, kind: KINDS[settled.kind]!, offset, limit: LIMIT })}`, 3000);
+  const kept = { q, tag: tags, failed, under_way, model, verdict, span: settled.span === "any time" ? "" : settled.span, kind: settled.kind === "conversations" ? "" : settled.kind };
+  const here = query(kept);
   useEffect(() => {
-    const next = `#/sessions${query({ q, tag: tags, failed, under_way, model, verdict, span: settled.span === "any time" ? "" : settled.span, offset: offset || "" })}`;
+    const next = `#/sessions${query({ ...kept, offset: offset || "" })}`;
     if (location.hash !== next && /^#?\/?(sessions|$)/.test(location.hash.replace("#", ""))) history.replaceState(null, "", next);
   }, [settled]);
   useEffect(() => {
@@ -147,6 +152,11 @@ export function Sessions() {
             <option value={name}>{name}</option>
           ))}
         </select>
+        <select aria-label="Kind" value={wanted.kind} onChange={(event) => change({ kind: event.currentTarget.value })}>
+          {Object.keys(KINDS).map((name) => (
+            <option value={name}>{name}</option>
+          ))}
+        </select>
         <input class="narrow" placeholder="model" aria-label="Model" value={wanted.model} onInput={(event) => change({ model: event.currentTarget.value })} />
         <select aria-label="Verdict of the last replay" value={wanted.verdict} onChange={(event) => change({ verdict: event.currentTarget.value })}>
           {VERDICTS.map((name) => (
@@ -168,7 +178,7 @@ export function Sessions() {
       </div>
       <Trouble problem={page.problem} />
       {page.data && !rows.length ? (
-        <Empty title={q || tags.length || failed || under_way || model || verdict || since ? "No session is like that" : "Nothing is on the tape yet"}>
+        <Empty title={q || tags.length || failed || under_way || model || verdict || since || settled.kind !== "conversations" ? "No session is like that" : "Nothing is on the tape yet"}>
           {q || tags.length ? <p>Fewer words or filters find more.</p> : <p>Point a client at the gateway, and its sessions appear here.</p>}
         </Empty>
       ) : (
@@ -189,6 +199,7 @@ export function Sessions() {
                   <span title="tokens">{row.tokens.toLocaleString("en")} tok</span>
                 </span>
                 <span class="session-marks">
+                  {row.kind !== "conversation" ? <Badge level="plain">{NAMES[row.kind]}</Badge> : null}
                   {current(row, now) ? <Badge level="live">{row.under_way} under way</Badge> : Date.now() - Date.parse(row.last_event_at) < 10_000 ? <Badge level="live">live</Badge> : null}
                   {row.failures ? <Badge level="bad">{row.failures} failed</Badge> : null}
                   {row.edits ? <Badge level="warn">{row.edits} edited</Badge> : null}
