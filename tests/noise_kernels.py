@@ -28,7 +28,7 @@ PLAIN = "import triton\nimport triton.language as tl\n"
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # Triton is not typed
-def _philox(out: Any, seeds: Any, positions: Any, size: tl.constexpr) -> None:
+def _philox(out, seeds, positions, size: tl.constexpr):  # type: ignore[no-untyped-def]  # it compiles annotations, too
     """Each row of `out` by its seed and position, as vLLM's kernel up to 0.30 draws it."""
     row = tl.program_id(0)
     key = tl.randint(tl.load(seeds + row), tl.load(positions + row))

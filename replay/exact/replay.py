@@ -1,4 +1,9 @@
-"""Exact replay from the tape to the verdict: build, drive, compare bit for bit, record what was found."""
+"""Exact replay from the tape to the verdict: build, drive, compare bit for bit, record what was found.
+
+A forced replay imposes the batches, not where a cached block comes from: in a larger cache a prefix may still lie that was
+computed anew when it was recorded. Where a processor rounds decoding and prefill differently (seen with AMX, from about 100
+tokens on), such a sequence differs, and the first one that does is named.
+"""
 
 from __future__ import annotations
 
