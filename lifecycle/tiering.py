@@ -266,11 +266,16 @@ class Tiering:
     def _store(self, key: str, draft: Draft, names: Sequence[str]) -> Stored:
         """Put a segment and read back what the store really holds, not the local file."""
         part = draft.part
+        if not draft.path.exists():
+            raise _overtaken(key)
         self.objects.create_from_file(key, draft.path, lock=self.segment_lock(part.tenant, part.retention_class, part.day))
         crash_point("tier.put_one")
         draft.path.unlink(missing_ok=True)  # who took this run for dead has cleared its scratch folder
         self._claim(names)
-        content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
+        try:
+            content = read_content(self.objects.get(key), self.registry, sha256=draft.sha256, place=key)
+        except KeyError as error:
+            raise _overtaken(key) from error
         if content.rows != draft.part.rows:
             raise CorruptStore(f"{content.rows} rows came back, {draft.part.rows} were written", operation="tier", place=key)
         crash_point("tier.read_back")
@@ -482,3 +487,9 @@ def segments_of(entry: Entry) -> list[Segment]:
         )
         for item in entry.body["segments"]
     ]
+
+
+def _overtaken(key: str) -> ConflictError:
+    """Who was taken for dead, and finds that its files are gone."""
+    fault = "another run took this one for dead and removed what it had written"
+    return ConflictError(fault, operation="tier", place=key, hint="two schedulers work on one data folder: end one of them")

@@ -504,6 +504,27 @@ class TestFaults:
         assert {finding.kind for finding in report.findings} <= {"orphan"}
         assert list((rig.settings.data / "tmp").glob("tier-*")) == []
 
+    @pytest.mark.parametrize("step", ["tier.written", "tier.put_one"])
+    def test_a_run_that_was_taken_for_dead(self, settings_embedded: Settings, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        """Another run cleared its folder, or its objects, while it stood still: it says so in one line, and the next run does the day."""
+        with tiered(settings_embedded) as rig:
+            rig.ingest(mixed(rig.producer, 1))
+
+            def overtaken(label: str) -> None:
+                if label == step:
+                    rig.tiering().clear()
+                    for stored in list(rig.objects.list("events/")):
+                        rig.objects.purge(stored.key)
+
+            monkeypatch.setattr("lifecycle.tiering.crash_point", overtaken)
+            with pytest.raises(ConflictError, match="another run took this one for dead"):
+                rig.tier()
+            monkeypatch.undo()
+            rig.tier()
+
+            assert rig.records() == offsets(rig.log)
+            assert rig.catalog.snapshot().shards == ()
+
     def test_a_store_that_goes_away_in_the_middle(
         self, settings_embedded: Settings, kafka: KafkaService, minio_private: MinioService
     ) -> None:
