@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from replay.engines import loading
+from replay.engines.apart import Apart
 from replay.engines.base import Alternatives, Engine, Forced, Generated, Refused, Request, Scored
 from replay.engines.loading import check_version, parsed_options
 from replay.engines.openai import OpenAIEngine
@@ -61,6 +63,38 @@ class TestInProcess(EngineCase):
     def model(self) -> str | None:
         """It has but one."""
         return None
+
+
+class TestApart(EngineCase):
+    @pytest.fixture(scope="class")
+    def engine(self, vllm: VllmService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Apart]:
+        """vLLM in a process of its own."""
+        digests = tmp_path_factory.mktemp("apart") / "digests.json"
+        engine = Apart(str(vllm.model_dir), options={"dtype": "float32", "max_model_len": CONTEXT, "max_num_seqs": 64}, digests=digests)
+        yield engine
+        engine.close()
+
+    @pytest.fixture
+    def model(self) -> str | None:
+        """It has but one."""
+        return None
+
+    def test_z_its_end_is_told(self, engine: Apart) -> None:
+        """What is asked for joins those at work; a process that is gone is an outage, for those at work and for who asks later."""
+        said = self.said(engine, None)
+        forced = Forced(Request(None, DOCUMENT), said.prompt_token_ids, said.sequences[0].token_ids)
+        names = [engine.begin(forced), engine.begin(replace(forced, token_ids=(10**6,)))]
+        ended: dict[Any, Any] = {}
+        while len(ended) < 2:
+            ended |= {name: read() for name, read in engine.step()}
+
+        assert (Scored, Refused) == tuple(type(ended[name]) for name in names)
+        engine.begin(forced)
+        engine._process.kill()
+        with pytest.raises(EngineUnavailable, match="its process has ended with code -9"):
+            list(iter(engine.step, None))
+        with pytest.raises(EngineUnavailable, match="its process has ended with code -9"):
+            engine.render(Request(None, DOCUMENT))
 
 
 class TestOverHttp(EngineCase):

@@ -6,8 +6,9 @@ import json
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,58 @@ def test_what_waits_goes_as_one_batch() -> None:
 
     assert sizes == [1, 7, 1]
     assert answers == [scored([-float(token)]) for token in range(1, 9)]
+
+
+def test_a_continuous_engine_takes_in_while_it_works() -> None:
+    """What is asked for joins those at work; what wants the engine for itself waits for their end, and what comes later for that."""
+
+    class Steady(Scorer):
+        def __init__(self) -> None:
+            super().__init__(lambda ids: scored([]))
+            self.running: dict[int, Forced] = {}
+            self.done: list[int] = []
+            self.most, self.fails = 0, False
+
+        def begin(self, forced: Forced) -> int | Refused:
+            if forced.token_ids == (0,):
+                return Refused("nothing to say")
+            self.running[forced.token_ids[0]] = forced
+            self.most = max(self.most, len(self.running))
+            return forced.token_ids[0]
+
+        def step(self) -> list[tuple[int, Callable[[], Scored]]]:
+            if self.fails:
+                raise EngineUnavailable("gone", operation="ask engine")
+            ended, self.done = self.done, []
+            return [(token, partial(scored, [-float(token)])) for token in ended if self.running.pop(token)]
+
+        def fingerprint(self, recorded: e.EnvironmentCaptured | None = None) -> e.EnvironmentCaptured | None:
+            assert not self.running
+            return None
+
+    engine = Steady()
+    gathered = Gathered(engine)
+    with ThreadPoolExecutor(8) as pool:
+        asked = {token: pool.submit(gathered.force, Request(None), (1,), (token,)) for token in (1, 2, 3)}
+        until(lambda: len(engine.running) == 3 or None)
+        alone = pool.submit(gathered.fingerprint)
+        until(lambda: gathered.waiting == 1 or None)
+        later = pool.submit(gathered.force, Request(None), (1,), (4,))
+        engine.done = [2]
+
+        assert scored([-2.0]) == asked[2].result(60)
+        assert not alone.done()
+        assert 4 not in engine.running
+        engine.done = [1, 3]
+        assert (scored([-1.0]), scored([-3.0]), None) == (asked[1].result(60), asked[3].result(60), alone.result(60))
+        until(lambda: 4 in engine.running or None)
+        assert Refused("nothing to say") == gathered.force(Request(None), (1,), (0,))
+        engine.fails = True
+        with pytest.raises(EngineUnavailable, match="gone"):
+            later.result(60)
+    gathered.close()
+
+    assert engine.most == 3
 
 
 def test_a_session_that_comes_back_finds_an_engine() -> None:
