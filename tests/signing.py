@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from hashlib import sha256
+from pathlib import Path
 
 from store.ledger import Digest, Ledger, digest_line
 from store.ledger.note import Signer
@@ -18,6 +19,19 @@ def flip(data: bytes, bit: int) -> bytes:
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)
+
+
+def lose_end(database: Path, harm: str) -> None:
+    """Damage, cut or remove the write-ahead log of a SQLite file, as `harm` says; `all` removes the file itself, too."""
+    wal = database.with_name(f"{database.name}-wal")
+    good = wal.read_bytes()
+    bad = {"flip": flip(good, len(good) * 7), "header": flip(good, 20), "cut": good[: len(good) // 2]}
+    if harm in bad:
+        wal.write_bytes(bad[harm])
+    else:
+        wal.unlink()
+    if harm == "all":
+        database.unlink()
 
 
 def signed_ledger(store: LocalStore, signer: Signer = SIGNER, seed: int = 4) -> bytes:

@@ -21,7 +21,7 @@ from tests.conftest import KafkaService
 from tests.control_case import ControlCase, Opener
 from tests.gateway_rig import free_port
 from tests.program import until
-from tests.signing import flip
+from tests.signing import lose_end
 
 
 class TestEmbeddedControl(ControlCase):
@@ -66,15 +66,7 @@ class TestEmbeddedControl(ControlCase):
             log.append("thing", f"key {number}", {"n": number})
         left = settings.model_copy(update={"data": tmp_path / "left"})
         shutil.copytree(settings.data / "control", left.data / "control", ignore=shutil.ignore_patterns("*-shm"))  # of one that was killed
-        wal = left.data / "control" / "control.sqlite-wal"
-        good = wal.read_bytes()
-        bad = {"flip": flip(good, len(good) * 7), "header": flip(good, 20), "cut": good[: len(good) // 2]}
-        if harm in bad:
-            wal.write_bytes(bad[harm])
-        else:
-            wal.unlink()
-        if harm == "all":
-            _path(left).unlink()
+        lose_end(_path(left), harm)
 
         for _ in range(2):
             with pytest.raises(CorruptStore, match="facts that it acknowledged are gone") as caught:

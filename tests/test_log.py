@@ -30,7 +30,7 @@ from store.log.base import Log, murmur2, partition_of
 from store.log.embedded import EmbeddedLog
 from tests.conftest import KafkaService
 from tests.log_case import PATIENCE_S, LogCase, Opener, entries, numbered, read_all
-from tests.signing import flip
+from tests.signing import lose_end
 
 
 class TestEmbeddedLog(LogCase):
@@ -141,15 +141,8 @@ class TestEmbeddedLog(LogCase):
             log.append(entries([value]))
         left = tmp_path / "left"
         shutil.copytree(tmp_path / "log", left, ignore=shutil.ignore_patterns("*-shm"))  # as a process leaves it that is killed
-        wal, path = left / "log.sqlite-wal", left / "log.sqlite"
-        good = wal.read_bytes()
-        bad = {"flip": flip(good, len(good) * 7), "header": flip(good, 20), "cut": good[: len(good) // 2]}
-        if harm in bad:
-            wal.write_bytes(bad[harm])
-        else:
-            wal.unlink()
-        if harm == "all":
-            path.unlink()
+        path = left / "log.sqlite"
+        lose_end(path, harm)
 
         for _ in range(2):
             with pytest.raises(CorruptStore, match="events that it acknowledged are gone") as caught:
