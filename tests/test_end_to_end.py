@@ -143,15 +143,19 @@ def _tokens(state: Any) -> int:
     return sum(map(_tokens, state)) if isinstance(state, list) else 0
 
 
-def test_replay_against_the_same_engine_is_identical(recording: Recording, vllm: VllmService) -> None:
-    """vLLM gives the recorded tokens the recorded probabilities; the verdict is an event that SQL finds."""
+def test_replay_against_the_same_engine_agrees(recording: Recording, vllm: VllmService) -> None:
+    """vLLM gives the recorded tokens the recorded probabilities; the verdict is an event that SQL finds.
+
+    Scoring is prefill: where a processor rounds that otherwise than decoding (AMX), agreement is numeric drift, not identity.
+    """
     made = recording.program.run("replay", SESSION, "--mode", "compare", "--engine", vllm.url, "--format", "json")
     steps, verdicts = recording.program.batch(
         ["replay", SESSION, "--mode", "step"], ["sql", "SELECT verdict FROM replays", "--format", "json"]
     )
 
-    assert json.loads(made.stdout)["verdict"] == "identical"
-    assert verdicts.rows == [{"verdict": "identical"}]
+    verdict = json.loads(made.stdout)["verdict"]
+    assert verdict in ("identical", "numeric_drift")
+    assert verdicts.rows == [{"verdict": verdict}]
     assert "two at once" in steps.text
 
 

@@ -29,7 +29,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[P
     """The data directory, the engine run, and what the first tour said."""
     data = tmp_path_factory.mktemp("tour") / "data"
     said = tour(data, "continuous-batching", "--model", str(vllm.model_dir))
-    return data, re.findall(r"engine run ([0-9a-f]{32})", said)[0], said
+    return data, re.findall(r"engine run ([0-9a-f-]{36})", said)[0], said
 
 
 @needs_vllm
