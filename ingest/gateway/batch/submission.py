@@ -1,7 +1,8 @@
 """A submission under way: its lease says that somebody still appends. When that lapses whoever sees it ends the batch as failed.
 
 Such a batch is never completed by others, even where all of its records are there: nobody was told its id, and who submits
-again would have the work done twice.
+again would have the work done twice. Whoever appends the records of an accepted batch anew (`requeue.py`) has the same lease; when that
+lapses another one does it.
 """
 
 from __future__ import annotations
@@ -36,18 +37,23 @@ class Submission:
         self._lease_s = 2 * settings.log.timeout_s  # one append may take half of it
         self._renewed_at: float | None = None
 
-    def renew(self) -> None:
-        """Say that it goes on, where that was last said long ago.
+    def renew(self, *, at_once: bool = False) -> None:
+        """Say that it goes on, where that was last said long ago, or `at_once`.
 
         Raises:
             ConflictError: somebody took it for dead.
         """
-        if self._renewed_at is not None and time.monotonic() - self._renewed_at < workers.HEARTBEAT_S:
+        if self._renewed_at is not None and time.monotonic() - self._renewed_at < workers.HEARTBEAT_S and not at_once:
             return
         self.check()
-        document = {**self._submitter.document(), "until": clock.now_s() + self._lease_s}
+        document = {**self._submitter.document(), "worker": self._submitter.worker_id, "until": clock.now_s() + self._lease_s}
         self._facts.write(f.SUBMITTER, self._batch_id, document)
         self._renewed_at = time.monotonic()
+
+    @property
+    def held(self) -> bool:
+        """Whether the lease is this one: of two that were taken at once it is the later."""
+        return (self._facts.get(f.SUBMITTER, self._batch_id) or {}).get("worker") == self._submitter.worker_id
 
     def check(self) -> None:
         """Whether the batch is still the submitter's. After its ends were written nobody takes it any more.
@@ -65,7 +71,7 @@ class Submission:
 
 
 def end_abandoned(facts: Facts, recorder: Callable[[], EventSink], settings: Settings) -> None:
-    """End the batches whose submitter is gone, and say so on the tape. Two that do it at once do no harm."""
+    """End the batches whose submitter is gone, and say so on the tape; take lapsed leases away. Two that do it at once do no harm."""
     for batch_id in _lapsed(facts):
         batch = facts.find(batch_id)
         if batch is not None and batch.ends is None and facts.ended(batch_id) is None and _claimed(facts, batch_id):
