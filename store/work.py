@@ -31,7 +31,7 @@ RETENTION_H = 31 * 24
 
 _NAME_CHARACTERS_MAX = 80
 
-_DAMAGED = "damaged"
+_DAMAGED = ".damaged"
 
 
 def work_name(model: str) -> str:
@@ -117,23 +117,24 @@ class WorkLogs:
 
     def standing(self, model: str) -> WorkLog:
         """As `of`, but none that was removed, replaced or damaged: it is opened again, and made anew where there is none that is whole."""
-        work = None
+        log_id = None
         try:
             work = self.of(model)
+            log_id = work.log_id
             work.bounds(0)
         except LogChanged:
-            self._let_go(model)
+            self._let_go(model, log_id)
         except CorruptStore as error:
             log.error("batch work is damaged", model=model, error=str(error))
-            self.set_aside(model, work.log_id if work else None)
+            self.set_aside(model, log_id)
         return self.of(model)
 
-    def set_aside(self, model: str, log_id: str | None = None) -> None:
-        """Move a damaged embedded log to `work/damaged`, unless one that is whole and has another id has taken its place already.
+    def set_aside(self, model: str, log_id: str | None) -> None:
+        """Move a damaged embedded log to `work/.damaged`, unless one that is whole and has another id has taken its place already.
 
-        What waits in it is in the input files of its batches too.
+        What waits in it is in the input files of its batches too. `log_id` is None where the log does not even say who it is.
         """
-        self._let_go(model)
+        self._let_go(model, log_id)
         folder = self._folder(model)
         with waiting(folder.with_name(f"{folder.name}.lock"), secrets.token_hex(8)):
             with contextlib.suppress(CorruptStore):
@@ -152,11 +153,14 @@ class WorkLogs:
             if folder.stat().st_ctime < before_s:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _let_go(self, model: str) -> None:
+    def _let_go(self, model: str, log_id: str | None) -> None:
+        """Close a log, if it is still the one of this id that is open here."""
         with self._lock:
-            work = self._open.pop(model, None)
-        if work is not None:
-            work.close()
+            work = self._open.get(model)
+            if work is None or work.log_id != log_id:
+                return
+            del self._open[model]
+        work.close()
 
     def _folder(self, model: str) -> Path:
         return self._settings.data / "work" / work_name(model)

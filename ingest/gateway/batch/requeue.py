@@ -20,7 +20,7 @@ from ingest.gateway.batch.finish import results_of, take_apart
 from ingest.gateway.batch.lines import Line, lines
 from ingest.gateway.batch.submission import Submission
 from schemas.batches import Batch
-from schemas.errors import ConflictError, TokentapeError, Unavailable
+from schemas.errors import TokentapeError, Unavailable
 from store.work import WorkLog
 
 log = structlog.get_logger(__name__)
@@ -68,7 +68,7 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
     """Append what a batch waits for anew, unless somebody who lives is at it. Where this is killed, whoever comes next does it.
 
     Raises:
-        UnknownName: the input file is gone. ConflictError: the batch has ended, or is somebody else's, meanwhile.
+        UnknownName: the input file is gone. ConflictError: the batch has ended, or another process appends it, meanwhile.
         Unavailable, LogChanged: a log, the control log or the object store does not answer; try again.
     """
     if desk.facts.get(f.SUBMITTER, batch.batch_id) is not None:
@@ -76,9 +76,9 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
     submission = Submission(desk.facts, batch.batch_id, desk.settings)
     submission.renew()
     try:
-        now = desk.facts.batch(batch.batch_id, None)  # somebody else may have done it until the lease was taken
-        for works in bereft(desk, [now]).values():
-            _requeue(desk, now, works, submission)
+        now = desk.facts.find(batch.batch_id)  # somebody else may have done it until the lease was taken
+        if now is not None and (gone := bereft(desk, [now])):
+            _requeue(desk, now, gone[now.batch_id], submission)
     finally:
         with contextlib.suppress(Unavailable):  # it lapses
             if submission.held:
@@ -99,22 +99,14 @@ def _requeue(desk: BatchDesk, batch: Batch, works: Works, submission: Submission
         desk.fetch_input(batch, path, submission.renew)
         if desk.facts.wanted(batch) and next(_waiting(desk, batch, works, path, submission), None):
             submission.renew(at_once=True)  # reads back that nobody had ended the batch when its results were looked for
-            _check(submission, batch)
             take_apart(desk, batch, path, submission.renew)
             desk.append(batch.batch_id, counted(_waiting(desk, batch, works, path, submission)), works, submission)
     ends = {model: work.ends() if appended else [0] * work.partitions for model, work in works.items()}
     logs = {model: work.log_id for model, work in works.items()}
     submission.renew(at_once=True)
-    _check(submission, batch)
     changed = batch.model_copy(update={"ends": {**(batch.ends or {}), **ends}, "logs": {**batch.logs, **logs}})
     desk.facts.write(f.BATCH, batch.batch_id, changed)
     log.warning("batch requests were appended anew", batch=batch.batch_id, requests=appended, models=sorted(works))
-
-
-def _check(submission: Submission, batch: Batch) -> None:
-    """Raise where another process appends too: it goes on, this one does not."""
-    if not submission.held:
-        raise ConflictError(f"{batch.batch_id} is appended anew by another process", operation="requeue", hint="wait for it")
 
 
 def _waiting(desk: BatchDesk, batch: Batch, works: Works, path: Path, submission: Submission) -> Iterator[Line]:

@@ -41,11 +41,13 @@ class Submission:
         """Say that it goes on, where that was last said long ago, or `at_once`.
 
         Raises:
-            ConflictError: somebody took it for dead.
+            ConflictError: somebody took it for dead, or has taken the lease.
         """
         if self._renewed_at is not None and time.monotonic() - self._renewed_at < workers.HEARTBEAT_S and not at_once:
             return
         self.check()
+        if self._renewed_at is not None and not self.held:
+            raise ConflictError(f"another process appends {self._batch_id}", operation="submit", hint="wait for it")
         document = {**self._submitter.document(), "worker": self._submitter.worker_id, "until": clock.now_s() + self._lease_s}
         self._facts.write(f.SUBMITTER, self._batch_id, document)
         self._renewed_at = time.monotonic()
