@@ -293,11 +293,11 @@ def waiting(desk: BatchDesk) -> Batch:
     return submit_at(desk, written(desk.settings, *(request(f"r{i}", f"r{i}") for i in range(1, 5))))
 
 
-def records(desk: BatchDesk) -> list[str]:
-    """What stands in the log of model m, by custom id."""
-    work = desk.works.of("m")
+def records(desk: BatchDesk, batch: Batch) -> list[str]:
+    """What stands of a batch in the log of model m, by custom id."""
+    work = desk.works.standing("m")
     found = [parse_item(value) for partition in range(work.partitions) for value in work.read(partition, 0, limit=99).values]
-    return sorted(item.custom_id for item in found)
+    return sorted(item.custom_id for item in found if item.batch_id == batch.batch_id)
 
 
 def test_offsets_of_another_log(desk: BatchDesk) -> None:
@@ -307,13 +307,14 @@ def test_offsets_of_another_log(desk: BatchDesk) -> None:
     for partition in range(4):
         desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": "another", "offset": 1 << 40})
     status = desk.facts.status(batch)
+    waiting(desk)  # the new log reaches as far as the old one did
     answer(desk, batch, 2)
     requeue(desk, batch)
-    once = records(desk)
+    once = records(desk, batch)
     requeue(desk, batch)
 
     assert status == "in_progress"
-    assert once == records(desk) == ["r1", "r3", "r4"]
+    assert once == records(desk, batch) == ["r1", "r3", "r4"]
     assert bereft(desk, desk.facts.batches()) == {}
 
 
@@ -327,17 +328,18 @@ def test_batch_of_an_earlier_version(desk: BatchDesk) -> None:
     for partition in range(4):
         desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": batch.logs["m"], "offset": 1})
     committed, worked_off = bereft(desk, found), desk.facts.worked_off(found[0])
-    desk.facts.write(COMMITTED, "0/m", {"log_id": batch.logs["m"], "offset": 0})
     remove(desk.settings, "m")
-    elsewhere = bereft(desk, found)
     for partition in range(4):
-        desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": desk.works.of("m").log_id, "offset": 0})
+        desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": desk.works.standing("m").log_id, "offset": 0})
     beyond = bereft(desk, found)
-    requeue(desk, found[0])
+    waiting(desk)
+    desk.facts.write(COMMITTED, "0/m", {"log_id": batch.logs["m"], "offset": 0})
+    elsewhere = bereft(desk, found)
+    requeue(desk, batch)
 
     assert (found[0].logs, untouched, committed, worked_off) == ({}, {}, {}, True)
     assert list(elsewhere) == list(beyond) == [batch.batch_id]
-    assert records(desk) == ["r1", "r2", "r3", "r4"]
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
     assert desk.facts.batch(batch.batch_id, None).logs == {"m": desk.works.of("m").log_id}
 
 
@@ -353,7 +355,7 @@ def test_nothing_wanted_is_appended(desk: BatchDesk) -> None:
     finish(desk, moved)
     lines = list(b"".join(desk.results(moved)).splitlines())
 
-    assert (records(desk), worked_off, desk.facts.status(moved)) == ([], True, "cancelled")
+    assert (records(desk, batch), worked_off, desk.facts.status(moved)) == ([], True, "cancelled")
     assert lines[0] == kept
     assert len(lines) == 4
 
@@ -372,7 +374,7 @@ def test_an_end_that_no_fact_tells_of(lost: str | None, desk: BatchDesk) -> None
         desk.objects.delete(f"batch/default/files/{end.error_file_id}")
     remove(desk.settings, "m")
     requeue(desk, batch)
-    again = records(desk)
+    again = records(desk, batch)
     if lost:
         answer(desk, batch, 3, status=500)
     finish(desk, batch)
@@ -407,14 +409,14 @@ def test_two_append_anew(desk: BatchDesk) -> None:
         patch.setattr(desk, "fetch_input", slow)
         with pytest.raises(ConflictError, match=f"another process appends {batch.batch_id}"):
             requeue(desk, batch)
-    left = records(desk)
+    left = records(desk, batch)
     requeue(desk, batch)  # the later one lives
-    held = records(desk)
+    held = records(desk, batch)
     later.close()
     requeue(desk, batch)
 
     assert (left, held) == ([], [])
-    assert records(desk) == ["r1", "r2", "r3", "r4"]
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
 
 
 @pytest.mark.parametrize("what", ["log.sqlite", "log.sqlite is gone", "a record"])
