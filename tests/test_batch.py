@@ -20,6 +20,7 @@ from ingest.gateway.batch.facts import BATCH, COMMITTED, ENDING, FILE
 from ingest.gateway.batch.finish import finish, forget
 from ingest.gateway.batch.requeue import bereft, requeue
 from ingest.gateway.batch.submission import Submission
+from ingest.gateway.batch.window import Window, done_with
 from ingest.gateway.keys import KIND, make
 from schemas.batches import Batch, Owner
 from schemas.errors import ConflictError
@@ -316,6 +317,13 @@ def test_offsets_of_another_log(desk: BatchDesk) -> None:
     assert status == "in_progress"
     assert once == records(desk, batch) == ["r1", "r3", "r4"]
     assert bereft(desk, desk.facts.batches()) == {}
+
+
+def test_places_in_another_log() -> None:
+    """What is worked off of a log that was replaced is not deleted from the new one, which holds other records there."""
+    places = [Window("m", 0, "old", 5, written=5), Window("m", 1, "new", 3, written=2), Window("m", 2, "new", 0), Window("n", 3, "new", 4)]
+
+    assert done_with(places, "m", "new") == {1: 2}
 
 
 def test_batch_of_an_earlier_version(desk: BatchDesk) -> None:

@@ -27,7 +27,7 @@ from ingest.gateway.batch.desk import BatchDesk, parse_item, result_of
 from ingest.gateway.batch.finish import finish, forget, give_up
 from ingest.gateway.batch.requeue import bereft, requeue
 from ingest.gateway.batch.submission import end_abandoned
-from ingest.gateway.batch.window import Window
+from ingest.gateway.batch.window import Window, done_with
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.parts import Parts
@@ -387,8 +387,7 @@ class Worker:
     def _tidy(self, models: list[str]) -> None:
         for model in models:
             work = self._desk.works.of(model)
-            windows = [window for window in list(self._windows.values()) if (window.model, window.log_id) == (model, work.log_id)]
-            work.trim({window.partition: window.written for window in windows if window.written > 0})
+            work.trim(done_with(list(self._windows.values()), model, work.log_id))
             self.backlog[model] = self._measured(model)
 
     def _measured(self, model: str) -> Backlog:
