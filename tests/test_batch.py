@@ -7,7 +7,10 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import openai
@@ -15,11 +18,12 @@ import orjson
 import pytest
 from click.testing import CliRunner
 
+from ingest.debug import workers
 from ingest.gateway.batch.desk import BatchDesk, parse_item, result_of
-from ingest.gateway.batch.facts import BATCH, COMMITTED, ENDING, FILE
+from ingest.gateway.batch.facts import BATCH, CLAIM, COMMITTED, ENDING, FILE, SUBMITTER
 from ingest.gateway.batch.finish import finish, forget
 from ingest.gateway.batch.requeue import bereft, requeue
-from ingest.gateway.batch.submission import Submission
+from ingest.gateway.batch.submission import Submission, end_abandoned
 from ingest.gateway.batch.window import Window, done_with
 from ingest.gateway.keys import KIND, make
 from schemas.batches import Batch, Owner
@@ -403,7 +407,53 @@ def test_results_of_a_finisher_that_died(desk: BatchDesk) -> None:
 
 
 def test_two_append_anew(desk: BatchDesk) -> None:
-    """Of two that took the lease at once the later goes on; the other one appends nothing and says so."""
+    """Of two that begin at once, each with its own copy of the facts, one appends."""
+    both = Barrier(2)
+
+    def begin(each: BatchDesk, batch: Batch) -> None:
+        both.wait(30)
+        requeue(each, batch)
+
+    found = []
+    with desk_at(desk.settings) as other, ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            batch = waiting(desk)
+            remove(desk.settings, "m")
+            until(partial(other.facts.find, batch.batch_id))
+            list(pool.map(begin, (desk, other), (batch, batch)))
+            found.append(records(desk, batch))
+    left = [desk.facts.latest(kind) for kind in (CLAIM, SUBMITTER)]
+
+    assert found == [["r1", "r2", "r3", "r4"]] * 8
+    assert left == [{}, {}]
+
+
+def test_claims(desk: BatchDesk) -> None:
+    """The first claim in the log counts, as long as its process lives, or what it renews."""
+    batch, lived = waiting(desk), workers.Worker().document()
+    remove(desk.settings, "m")
+    claim = {**lived, "worker": "w-first", "until": time.time() + 60}
+    desk.facts.write(CLAIM, f"{batch.batch_id}/w-first", claim)
+    sweep = partial(end_abandoned, desk.facts, lambda: pytest.fail("nothing was abandoned"), desk.settings)
+    sweep()
+    requeue(desk, batch)
+    held = records(desk, batch), list(desk.facts.latest(CLAIM))
+    desk.facts.write(CLAIM, f"{batch.batch_id}/w-first", {**claim, "until": 0})
+    desk.facts.write(SUBMITTER, batch.batch_id, claim)
+    sweep()
+    renewed = list(desk.facts.latest(CLAIM))
+    desk.facts.write(SUBMITTER, batch.batch_id, None)
+    sweep()
+    lapsed = list(desk.facts.latest(CLAIM))
+    requeue(desk, batch)
+
+    assert held == ([], [f"{batch.batch_id}/w-first"])
+    assert (renewed, lapsed) == ([f"{batch.batch_id}/w-first"], [])
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
+
+
+def test_a_lease_that_another_one_took(desk: BatchDesk) -> None:
+    """Who was taken for dead and goes on appends nothing, and says so."""
     batch = waiting(desk)
     remove(desk.settings, "m")
     later = Submission(desk.facts, batch.batch_id, desk.settings)

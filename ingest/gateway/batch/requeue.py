@@ -71,18 +71,16 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
         UnknownName: the input file is gone. ConflictError: the batch has ended, or another process appends it, meanwhile.
         Unavailable, LogChanged: a log, the control log or the object store does not answer; try again.
     """
-    if desk.facts.get(f.SUBMITTER, batch.batch_id) is not None:
-        return
     submission = Submission(desk.facts, batch.batch_id, desk.settings)
-    submission.renew()
+    if not submission.claim():
+        return
     try:
         now = desk.facts.find(batch.batch_id)  # somebody else may have done it until the lease was taken
         if now is not None and (gone := bereft(desk, [now])):
             _requeue(desk, now, gone[now.batch_id], submission)
     finally:
         with contextlib.suppress(Unavailable):  # it lapses
-            if submission.held:
-                submission.close()
+            submission.close()
 
 
 def _requeue(desk: BatchDesk, batch: Batch, works: Works, submission: Submission) -> None:
