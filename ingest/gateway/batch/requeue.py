@@ -72,9 +72,9 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
         Unavailable, LogChanged: a log, the control log or the object store does not answer; try again.
     """
     submission = Submission(desk.facts, batch.batch_id, desk.settings)
-    if not submission.claim():
-        return
     try:
+        if not submission.claim():
+            return
         now = desk.facts.find(batch.batch_id)  # somebody else may have done it until the lease was taken
         if now is not None and (gone := bereft(desk, [now])):
             _requeue(desk, now, gone[now.batch_id], submission)
@@ -84,6 +84,7 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
 
 
 def _requeue(desk: BatchDesk, batch: Batch, works: Works, submission: Submission) -> None:
+    """Append, then say where the records end; where nothing is wanted of these logs, at their beginnings."""
     appended = 0
 
     def counted(source: Iterator[Line]) -> Iterator[Line]:

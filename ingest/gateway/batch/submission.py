@@ -40,13 +40,15 @@ class Submission:
         self._claimed = False
 
     def claim(self) -> bool:
-        """Take the lease of a batch that others may want to append too; False where one of them has it, or was first."""
+        """Take the lease of a batch that others may want to append too; False where one of them has it, or was first.
+
+        Either way, and after an error, `close` is needed.
+        """
         if self._facts.get(f.SUBMITTER, self._batch_id) is not None:
             return False
         self._facts.write(f.CLAIM, self._claim, self._document())
         self._claimed = True
         if next(_claims(self._facts, self._batch_id), None) != self._claim:
-            self.close()
             return False
         self.renew()
         return True
