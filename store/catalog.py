@@ -250,10 +250,12 @@ class Catalog(CatalogFile):
             rows = connection.execute("SELECT * FROM position ORDER BY log_id, partition").fetchall()
         return [Position(*row) for row in rows]
 
-    def put_position(self, position: Position) -> None:
-        """Set where a partition stands, when an index is made anew beside segments that hold its beginning."""
+    def begin(self, position: Position) -> Position:
+        """Enter where a partition begins and say where it stands; who lost its fence meanwhile MUST NOT set back what another indexed."""
         with self._writing("set position") as connection:
-            insert(connection, "position", position_to_row(position))
+            insert(connection, "position", position_to_row(position), "INSERT OR IGNORE")
+            where = (position.log_id, position.partition)
+            return Position(*connection.execute("SELECT * FROM position WHERE log_id = ? AND partition = ?", where).fetchone())
 
     def caught_up(self, log_id: str, at: dict[int, tuple[int, int]]) -> None:
         """Note, by partition, (offset_next, wall clock µs): whatever was appended before then is below that offset.

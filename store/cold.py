@@ -7,9 +7,11 @@ row by equality on a binary column.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,6 +29,7 @@ from store.hot import attach, detach
 from store.ledger.merkle import root_of_packed
 from store.recode import Recoded, recode
 from store.shards import Shard
+from store.tables import value
 
 SEGMENT_BYTES_MAX = 256 << 20
 """Where a segment rolls; estimated from the hot rows, which are never smaller than the cold ones."""
@@ -135,26 +138,30 @@ def read_sorted(connection: duckdb.DuckDBPyConnection, relation: str, part: Part
     Raises:
         CorruptStore: the rows cannot be read; while they are read DuckDB's own errors.
     """
-    where = "tenant = $tenant AND day = $day AND retention_class = $class AND session_id BETWEEN $first AND $last"
-    values = {"tenant": part.tenant, "day": part.day, "class": part.retention_class}
-    whole = {**values, "first": part.session_first, "last": part.session_last}
     try:
-        kinds = {kind for (kind,) in connection.execute(f"SELECT DISTINCT kind FROM {relation} WHERE {where}", whole).fetchall()}
-        counted = f"SELECT session_id, count(*) FROM {relation} WHERE {where} GROUP BY ALL ORDER BY ALL"
-        slices = list(_slices(connection.execute(counted, whole).fetchall()))
+        counted = f"SELECT session_id, kind, count(*) FROM {relation} WHERE {_where(part)} GROUP BY ALL ORDER BY ALL"
+        counts = connection.execute(counted).fetchall()
+        kinds = {kind for _, kind, _ in counts}
+        slices = [replace(part, session_first=first, session_last=last) for first, last in _slices(counts)]
         names = ", ".join(f'"{name}"' for name in _columns_of(connection, relation) if name in kinds or name not in CURRENT.kinds)
-        select = f"SELECT {names} FROM {relation} WHERE {where}"
-        schema = connection.execute(f"{select} LIMIT 0", whole).to_arrow_table().schema
+        select = f"SELECT {names} FROM {relation}"
+        schema = connection.execute(f"{select} LIMIT 0").to_arrow_table().schema
     except duckdb.Error as error:
         raise duck.mapped(error, operation="read rows", place=part.day) from error
 
     def batches() -> Iterator[pa.RecordBatch]:
-        for first, last in slices:
-            query = f'{select} ORDER BY session_id, "partition", "offset"'
+        for piece in slices:
+            query = f'{select} WHERE {_where(piece)} ORDER BY session_id, "partition", "offset"'
             # Batches as DuckDB makes them: of one that Arrow cut out of a larger one it reads nested values at the wrong places.
-            yield from connection.execute(query, {**values, "first": first, "last": last}).to_arrow_reader(ROW_GROUP_ROWS)
+            yield from connection.execute(query).to_arrow_reader(ROW_GROUP_ROWS)
 
     return pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _where(part: Part) -> str:
+    """Condition of the rows of a part."""
+    sessions = f"session_id BETWEEN {value(part.session_first)} AND {value(part.session_last)}"
+    return f"tenant = {value(part.tenant)} AND day = {value(part.day)} AND retention_class = {value(part.retention_class)} AND {sessions}"
 
 
 def _columns_of(connection: duckdb.DuckDBPyConnection, relation: str) -> dict[str, str]:
@@ -163,10 +170,11 @@ def _columns_of(connection: duckdb.DuckDBPyConnection, relation: str) -> dict[st
     return {name: kind for name, kind, *_ in described}
 
 
-def _slices(counts: Sequence[tuple[bytes, int]]) -> Iterator[tuple[bytes, bytes]]:
-    """First and last session of slices of a row group each, from rows by session; a longer session is one of its own."""
+def _slices(counts: Sequence[tuple[bytes, str, int]]) -> Iterator[tuple[bytes, bytes]]:
+    """First and last session of slices of a row group each, from rows by session and kind; a longer session is one of its own."""
     first, last, rows = b"", b"", 0
-    for session, count in counts:
+    for session, group in itertools.groupby(counts, key=itemgetter(0)):
+        count = sum(number for *_, number in group)
         if rows and rows + count > ROW_GROUP_ROWS:
             yield first, last
             rows = 0

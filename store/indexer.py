@@ -215,8 +215,7 @@ class _Session:
         for partition in partitions:
             at = known.get(partition)
             if at is None:
-                at = Position(log_id, partition, self._log.bounds(partition)[0])
-                self._catalog.put_position(at)
+                at = self._catalog.begin(Position(log_id, partition, self._log.bounds(partition)[0]))
             state = PartitionState(partition, at.offset_next, at.digest, at.day, at.appended_at, at.duplicates, at.quarantined)
             state.marks = self._catalog.marks(log_id, partition)
             self._states[partition] = state

@@ -86,7 +86,7 @@ class Tail:
         with self._mapped("create tail"), self._transaction():
             for statement in tables.STATE_TABLES:
                 self.connection.execute(statement)
-            self.connection.execute("INSERT INTO meta VALUES (?, 'sealed', ?, ?)", [self.name, day, log_id])
+            self._fill("meta", [(self.name, "sealed", day, log_id)])
         crash_point("tail.created")
 
     def commit(self, batch: Sequence[Prepared], states: dict[int, PartitionState], fence: Callable[[], None]) -> Committed:
@@ -227,8 +227,8 @@ class Tail:
     def _fill(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         for start in range(0, len(rows), _VALUES_MAX):
             part = rows[start : start + _VALUES_MAX]
-            marks = ", ".join("(" + ", ".join("?" * len(part[0])) + ")" for _ in part)
-            self.connection.execute(f"INSERT INTO {table} VALUES {marks}", [value for row in part for value in row])
+            values = ", ".join("(" + ", ".join(map(tables.value, row)) + ")" for row in part)
+            self.connection.execute(f"INSERT INTO {table} VALUES {values}")
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

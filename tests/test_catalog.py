@@ -137,6 +137,16 @@ def test_a_shard_must_continue_its_partition(catalog: Catalog) -> None:
     assert [at.offset_next for at in catalog.positions()] == [5]
 
 
+def test_a_partition_begins_once(catalog: Catalog) -> None:
+    """Who takes a partition for new after another one has indexed it hears where it stands, and sets nothing back."""
+    begun = catalog.begin(Position("log", 0, 0))
+    catalog.register(_sealed(_shard(catalog, "a", 0, 5)))
+    late = catalog.begin(Position("log", 0, 0))
+
+    assert (begun.offset_next, late.offset_next) == (0, 5)
+    assert [at.offset_next for at in catalog.positions()] == [5]
+
+
 def test_fresh_to_never_runs_backwards(catalog: Catalog) -> None:
     """Having caught up counts only where the catalog stands, and stays over the next shard."""
     catalog.register(_sealed(_shard(catalog, "a", 0, 5)))

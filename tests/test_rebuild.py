@@ -26,6 +26,7 @@ from store.objects import open_store
 from store.rebuild import Cold, rebuild
 from tests.eventgen import Producer, conversation, many
 from tests.indexed import compare_digests, offsets, rows
+from tests.positions import put_position
 
 _INDEXER_STEPS = (
     *("tail.created", "indexer.before_insert", "indexer.before_commit", "indexer.after_commit", "indexer.before_seal"),
@@ -249,7 +250,7 @@ class TestRebuild:
         _indexed(settings_embedded, log, 1)
         catalog = open_catalog(settings_embedded.data)
         at = next(at for at in catalog.positions() if at.offset_next)
-        catalog.put_position(type(at)(at.log_id, at.partition, at.offset_next, bytes(32), at.day, at.appended_at))
+        put_position(catalog, type(at)(at.log_id, at.partition, at.offset_next, bytes(32), at.day, at.appended_at))
         done = _rebuilt(settings_embedded, log)
 
         assert done["differ"] == [

@@ -30,6 +30,7 @@ from store.log.base import Entry, partition_of
 from store.versions import VersionStore, _unpacked, references
 from tests.debug_rig import debugging, payloads
 from tests.gateway_rig import DEADLINE_S
+from tests.positions import put_position
 from tests.program import Program, until
 from tests.stored import put_hot
 from tests.tape import Tape, ident, incident
@@ -312,7 +313,7 @@ def files(kept: Kept) -> bytes:
 
 def moved(kept: Kept, offset: int) -> None:
     """Let the catalog stand at an offset, as an indexer does."""
-    kept.catalog.put_position(Position("log", 0, offset, bytes(32), "2026-11-23", 1, 1, 0, 0))
+    put_position(kept.catalog, Position("log", 0, offset, bytes(32), "2026-11-23", 1, 1, 0, 0))
 
 
 def test_a_run_looks_at_what_is_new(kept: Kept) -> None:

@@ -17,6 +17,7 @@ from schemas.sink import SessionContext, new_id
 from store.blobs import USES, BlobStore, key_of, mark_of
 from store.log.base import Entry
 from store.objects.base import ObjectStore
+from tests.positions import put_position
 from tests.program import Program
 from tests.tiered import Tiered, tiered
 
@@ -141,7 +142,7 @@ def test_nothing_goes_while_events_may_be_unknown(installed: Installed) -> None:
     """An index that is behind, records in quarantine and segments that nobody knows keep everything where it is."""
     ref, job = installed.put("who knows"), installed.job()
     for position in installed.parts.catalog.positions():
-        installed.parts.catalog.put_position(replace(position, caught_up_at=0))
+        put_position(installed.parts.catalog, replace(position, caught_up_at=0))
     behind = job.run()
     job = installed.job()
     stray = "events/tenant=default/day=2026-01-01/standard-0-00000000.parquet"

@@ -23,6 +23,7 @@ KEY_HASH_BYTES = 4  # of a key, before its signatures
 SIGNATURES_MAX = 100  # more than that is an attack, says Go's implementation
 _NAME = re.compile(r"[^\s+{][^\s+]*")  # "{" would let a signed entry pass for a note's text
 _SIGNATURE = re.compile(r"— (\S+) (\S+)")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
@@ -272,7 +273,7 @@ def _signature(line: str) -> tuple[str, bytes, bytes]:
 
 
 def _has_control(text: str) -> bool:
-    return any((ord(c) < 0x20 and c != "\n") or ord(c) == 0x7F for c in text)
+    return _CONTROL.search(text) is not None
 
 
 def _three(text: str) -> tuple[str, str, str]:

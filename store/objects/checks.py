@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +12,7 @@ from store.objects.base import Lock
 
 KEY_BYTES_MAX = 1024  # S3's limit
 SEGMENT_BYTES_MAX = 255  # the longest file name of common file systems, which MinIO inherits
+_REFUSED = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
 def check_key(key: str, *, operation: str) -> str:
@@ -85,7 +87,7 @@ def _fault(key: str) -> str:
         return "holds a lone surrogate"
     if not 0 < len(encoded) <= KEY_BYTES_MAX:
         return f"must have 1 to {KEY_BYTES_MAX} bytes"
-    if "\\" in key or any(ord(c) < 0x20 or ord(c) == 0x7F for c in key):
+    if _REFUSED.search(key):
         return "holds a backslash or a control character"
     for segment in key.split("/"):
         if not segment:
