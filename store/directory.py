@@ -35,6 +35,7 @@ VISIBILITIES = ("private", "team", "public")
 
 KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
 """Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
+SESSION_KINDS = ("conversation", *KINDS.values())
 
 _CASES = " ".join(f"WHEN {literal(purpose)} THEN {literal(kind)}" for purpose, kind in KINDS.items())
 _KIND = f"CASE purpose {_CASES} ELSE 'conversation' END"

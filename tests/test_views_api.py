@@ -24,6 +24,7 @@ from tests.tape import FOLLOW_UP, QUESTION, Tape, engine_run, finish, ident, inc
 from tests.test_api import configured
 from tests.test_compare import Scorer, Sink, scored, taped
 from tokentape.cli import main
+from tokentape.commands.query import sessions
 from tokentape.installation import Installation
 from tokentape.lines import session_line
 
@@ -97,9 +98,15 @@ def test_what_cannot_be_compared() -> None:
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the installation that `api` serves."""
+    return tmp_path_factory.mktemp("views")
+
+
+@pytest.fixture(scope="module")
+def api(data: Path) -> Iterator[Api]:
     """An API over a session, three replays of it, two of one run, and a recorded engine."""
-    settings = configured(Settings(data=tmp_path_factory.mktemp("views")))
+    settings = configured(Settings(data=data))
     put(settings, [stored.event for tape in (taped(RECORDED), incident()) for stored in tape.events])
     for present, run in ((RECORDED, None), (MOVED, "nightly")):
         put(settings, [stored.event for stored in replayed(present, run).events()])
@@ -211,6 +218,40 @@ def test_kinds_of_sessions(tmp_path: Path) -> None:
 
     assert [[session_line(row)["kind"] for row in found] for found in rows[:4]] == [["replay"], ["engine"], ["kv"], ["conversation"] * 2]
     assert (len(rows[4]), asked) == (5, [2, 3])
+
+
+LISTS: list[tuple[list[str], str]] = [
+    ([], ""),
+    (["--kind", "engine"], "kind=engine"),
+    (["--kind", "kv", "--kind", "replay"], "kind=kv&kind=replay"),
+    (["--replays"], "replays=true"),
+    (["--under-way"], "under_way=true"),
+    (["--failed"], "failed=true"),
+    (["--model", "tiny"], "model=tiny"),
+    (["--verdict", "model_differs"], "verdict=model_differs"),
+    (["--tenant", "blue"], "tenant=blue"),
+    (["--tag", "incident"], "tag=incident"),
+    (["--since", "2026-11-23T14:06", "--until", "2026-11-24T00:00+01:00"], "since=2026-11-23T14:06:00Z&until=2026-11-23T23:00:00Z"),
+    (["--limit", "1", "--offset", "1"], "limit=1&offset=1"),
+    (["exact", "TIMES"], "q=exact%20times"),
+]
+"""The same list asked for on the command line and of the API."""
+
+
+def test_the_command_line_lists_what_the_api_lists(api: Api, data: Path) -> None:
+    """Each filter of the API is an option, and finds the same sessions in the same order; what is no filter is one line."""
+    described = api.send("GET", f"{api.url}/openapi.json").json()["paths"]["/api/v1/debug-sessions"]["get"]["parameters"]
+    filters = {one["name"] for one in described if one["in"] == "query"}
+    options = {option.lstrip("-").replace("-", "_") for parameter in sessions.params for option in parameter.opts}
+    ran = [CliRunner().invoke(main, ["--data", str(data), "sessions", "--format", "json", *words]) for words, _ in LISTS]
+    listed = [[json.loads(line)["session_id"] for line in one.stdout.splitlines()] for one in ran]
+    found = [[row["session_id"] for row in api("GET", f"debug-sessions?{query}")["sessions"]] for _, query in LISTS]
+    wrong = CliRunner().invoke(main, ["--data", str(data), "sessions", "--since", "noon"])
+
+    assert filters - options == {"q"}
+    assert listed == found
+    assert [bool(rows) for rows in found] == [query != "under_way=true" and query != "tenant=blue" for _, query in LISTS]
+    assert (wrong.exit_code, wrong.stderr.splitlines()[0]) == (2, "tokentape: sessions: 'noon' is no time")
 
 
 def test_compare_on_the_command_line(tmp_path: Any) -> None:
