@@ -108,6 +108,7 @@ def fill(settings: Settings) -> None:
         rig.tier()
         rig.checkpoint()
     put(settings, [stored.event for stored in _hostile().events])
+    put(settings, [stored.event for name in TWICE for stored in _twice(name).events])
     put(settings, [stored.event for run in (None, "nightly") for stored in _replayed(run).events()])
     put(settings, engine_run())
 
@@ -125,6 +126,25 @@ def _hostile() -> Tape:
     call = e.ToolCallContent(call_id=XSS, name=XSS, arguments=XSS)
     tape.add(e.ToolCall(generation_id=g, index=0, call_index=0, offset_us=round(end * 1000), content=call), 9 + end)
     finish(tape, g, 9, [12], end + 2, XSS)
+    return tape
+
+
+TWICE = {"twice": ("sea", -0.4), "once more": ("sky", -1.6)}
+"""Two sessions that say the same until their third token: which it is, and its logprob."""
+
+
+def _twice(name: str) -> Tape:
+    """One answer of three tokens of which the client asked what else they might have been."""
+    tape = Tape(name)
+    last, logprob = TWICE[name]
+    texts, logprobs = ["The ", "calm ", last], [-0.1, -0.2, logprob]
+    g = tape.request(name, [QUESTION], 0)
+    tape.started(g, 1, 1, range(3))
+    others = e.ChunkAlternatives(
+        counts=[2, 2, 2], texts=["The ", "A ", "calm ", f"{name} ", "sea", "sky"], logprobs=[-0.1, -3.0, -0.2, -2.0, -0.4, -1.6]
+    )
+    tape.tokens(g, 0, [1.0, 2.0, 3.0], texts, ids=[1, 2, len(name)], logprobs=logprobs, alternatives=others)
+    finish(tape, g, 0, [3], 4)
     return tape
 
 
@@ -317,6 +337,31 @@ def test_compare(site: Site, dark: bool) -> None:
         expect(page.locator(".verdict-line")).to_contain_text("sampling differs")
         _look(page, "compare-generations")
         _sound(page)
+    page.close()
+
+    assert site.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_alternatives_beside_one_another(site: Site, dark: bool) -> None:
+    """What a token might have been stands on both sides, also where they part; of a replay is said that it kept none."""
+    ids = [str(uuid.UUID(bytes=Tape(name).session_id)) for name in TWICE]
+    page = site.open(f"compare/{ids[0]}?with_session={ids[1]}", dark=dark)
+    facts, rows = page.locator(".token-facts").first, page.locator(".token-facts").first.locator(".alternatives")
+    page.locator(".tokens").first.locator("[data-i='1']").hover()
+    expect(rows).to_have_text([re.compile(r'^first: among"calm ".*"twice "'), re.compile(r'^second: among"calm ".*"once more "')])
+    page.locator(".tokens").first.locator("[data-i='2']").hover()
+    expect(facts).to_contain_text('"sea" · token 2')
+    expect(rows.locator(".chosen")).to_have_text([re.compile('^"sea"67'), re.compile('^"sky"20')])
+    _look(page, f"compare-alternatives-{'dark' if dark else 'light'}")
+    _sound(page)
+    (row,) = [one for one in site.api("GET", f"debug-sessions/{SESSION}/replays")["replays"] if one["run"]]
+    page.goto(f"{site.api.url}/#/compare/{row['recorded_in']}")
+    page.locator(".tokens .telling").first.hover()
+    expect(rows).to_have_text([re.compile("^recorded: among"), "replayed: only what it thinks of this token was kept, no alternatives"])
+    _look(page, f"compare-alternatives-replay-{'dark' if dark else 'light'}")
+    page.locator(".tokens").first.locator("[data-i='0']").hover()
+    expect(rows).to_have_text(["no alternatives were recorded"])
     page.close()
 
     assert site.complaints == []

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from replay.compare import run_compare
 from replay.comparison import generations_document, replay_document
 from replay.fold import fold
+from schemas import events as e
 from schemas.errors import UnknownName, UsageError
 from schemas.settings import Settings
 from store.directory import KINDS, SessionDirectory, Viewer, Wanted
@@ -41,12 +42,21 @@ def replayed(present: list[float], run: str | None = None) -> Sink:
     return sink
 
 
-def answers(name: str, ids: list[int], logprobs: list[float], *, question: Any = QUESTION, **fields: Any) -> Tape:
+def answers(
+    name: str,
+    ids: list[int],
+    logprobs: list[float],
+    *,
+    question: Any = QUESTION,
+    alternatives: e.ChunkAlternatives | None = None,
+    **fields: Any,
+) -> Tape:
     """A session of one generation that said these tokens."""
     tape = Tape(name)
     g = tape.request(name, [question], 0, **fields)
     tape.started(g, 1, 1)
-    tape.tokens(g, 0, [float(i) for i in range(len(ids))], [f"w{token} " for token in ids], ids=ids, logprobs=logprobs)
+    texts = [f"w{token} " for token in ids]
+    tape.tokens(g, 0, [float(i) for i in range(len(ids))], texts, ids=ids, logprobs=logprobs, alternatives=alternatives)
     finish(tape, g, 0, [len(ids)], 100)
     return tape
 
@@ -86,6 +96,20 @@ def test_two_generations(ids: list[int], logprobs: list[float], fields: Any, ver
 
     assert (found["verdict"], found["sequences"][0]["first_telling"]) == (verdict, telling)
     assert says in found["reason"]
+
+
+def test_alternatives_of_what_is_compared() -> None:
+    """What else each token might have been stands with it where a client asked for that, on either side, and is None elsewhere."""
+    told = e.ChunkAlternatives(counts=[2, 1], texts=["a", "b", "c"], logprobs=[-0.5, -1.5, -0.25])
+    first, second = answers("a", [1, 2], [-0.5, -0.25], alternatives=told), answers("b", [1, 2], [-0.5, -0.25])
+    (sequence,) = beside(first, second)["sequences"]
+    (replay,) = replay_document(fold(replayed(MOVED).events()), fold(taped(RECORDED).events))["sequences"]
+
+    assert [[(one["text"], one["logprob"]) for one in token] for token in sequence["first"]["alternatives"]] == [
+        [("a", -0.5), ("b", -1.5)],
+        [("c", -0.25)],
+    ]
+    assert (sequence["second"]["alternatives"], replay["first"]["alternatives"]) == (None, None)
 
 
 def test_what_cannot_be_compared() -> None:

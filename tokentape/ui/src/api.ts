@@ -296,8 +296,8 @@ export interface Compared {
   drift_p99: number | null;
   drift_max: number | null;
   noise_floor: number | null;
-  first: { text: (string | null)[]; token_id: (number | null)[]; logprob: (number | null)[] };
-  second: { text?: (string | null)[]; token_id?: (number | null)[]; logprob: (number | null)[]; rank?: number[] };
+  first: { text: (string | null)[]; token_id: (number | null)[]; logprob: (number | null)[]; alternatives: Alternative[][] | null };
+  second: { text?: (string | null)[]; token_id?: (number | null)[]; logprob: (number | null)[]; rank?: number[]; alternatives?: Alternative[][] | null };
   drift: (number | null)[];
 }
 
