@@ -125,7 +125,7 @@ class Desks:
             if not self._closed and (began - self._fresh_at >= FRESH_S or self._fresh_at <= self._written_at):
                 told = self.directory.told
                 complete = self.installation.freshen(behind_max=BEHIND_MAX)
-                self.directory.refresh(told if complete else 0)
+                self.directory.renew(told if complete else 0)
                 self._late_at = float("-inf") if complete else time.monotonic()
                 self._fresh_at = began  # what came during the look may not be in it
 
