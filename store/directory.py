@@ -362,10 +362,17 @@ class SessionDirectory:
                     return
             self._over.wait(_YIELD_S)
 
-    def renew(self, told: int = 0) -> None:
-        """As `refresh`, but where the first reading is under way the list gets no more than what was sealed since, if that is little."""
-        with self._refreshing:
-            self._pass(told, _PASS if self._seen is None else 0)
+    def renew(self, told: int = 0, *, patience_s: float = -1) -> None:
+        """As `refresh`, but where the first reading is under way the list gets no more than what was sealed since, if that is little.
+
+        With `patience_s` it does not get that either where something large is being read for longer: it will, before the next is read.
+        """
+        begun = self._seen is not None and not self._whole
+        if self._refreshing.acquire(timeout=patience_s if begun else -1):
+            try:
+                self._pass(told, 0 if begun else _PASS)
+            finally:
+                self._refreshing.release()
 
     def _begin(self) -> None:
         """Wait for a first list."""

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from replay.taped import taped
 from schemas import events as e
 from schemas.settings import ApiSettings, Settings
 from scripts.native import tools
+from store.directory import SessionDirectory
 from store.indexer import Indexer
 from store.ledger.note import Signer
 from store.ledger.rotation import rotate
@@ -34,6 +36,7 @@ from tests.tape import EVIL, QUESTION, SYSTEM, Tape, engine_run, environment, fi
 from tests.test_compare import Scorer, Sink
 from tests.tiered import tiered
 from tokentape.api.page import BUNDLE, POLICY
+from tokentape.installation import Installation
 
 UI = BUNDLE.parent
 TAPE = incident()
@@ -269,6 +272,41 @@ def test_search_and_filters(site: Site) -> None:
     page.get_by_label("Search sessions").fill("zebra")
     expect(page.locator("main")).to_contain_text("No session is like that")
     page.close()
+
+
+def test_a_list_that_fills_up(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While older shards are read the newest sessions are listed, the page says what is missing and which figures may grow."""
+    monkeypatch.setattr("store.directory._AT_ONCE", 0)
+    monkeypatch.setattr("store.directory._PASS", 1)
+    settings = Settings(data=tmp_path, api=ApiSettings(port=0))
+    long, hostile = Tape("long"), _hostile().events
+    long.add(e.SessionOpened(content=e.SessionContent(title="a long one")), 0)
+    long.request("long", [QUESTION], 60_000)
+    with Installation(settings) as installation:
+        for events in (long.events[:1], hostile, long.events[1:]):
+            put(settings, [stored.event for stored in events])
+            installation.freshen()
+    read, gate = SessionDirectory._read, threading.Event()
+    permits = iter([True])
+
+    def one(self: SessionDirectory, name: str, source: Any) -> bool:
+        assert next(permits, False) or gate.wait(TIMEOUT_MS / 1000)
+        return read(self, name, source)
+
+    monkeypatch.setattr(SessionDirectory, "_read", one)
+    with serving(settings) as api:
+        page = Site(site.made, api, site.browser).open()
+        expect(page.get_by_role("status")).to_contain_text(f"still missing here: {1 + len(hostile)} events left to read")
+        expect(page.locator(".sessions li")).to_have_count(1)
+        expect(page.locator(".figures")).to_contain_text("≥ 1 req")
+        expect(page.locator(".whole")).to_contain_text("still being read")
+        _look(page, "sessions-filling")
+        _sound(page)
+        gate.set()
+        expect(page.locator(".sessions li")).to_have_count(2)
+        expect(page.locator(".sessions")).not_to_contain_text("≥")
+        expect(page.locator(".whole")).to_contain_text("nothing missing")
+        page.close()
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

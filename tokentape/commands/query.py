@@ -157,6 +157,7 @@ def _said(completeness: Completeness) -> str:
         "duplicates dropped": completeness.duplicates,
         "erased": completeness.erased or 0,
         "sampled out": completeness.sampled_out,
+        "still being read": completeness.unread,
     }
     said = ", ".join(f"{count:,} {what}" for what, count in missing.items() if count)
     return f"{fresh}; missing: {said or 'nothing'}"

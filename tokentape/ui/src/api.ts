@@ -105,6 +105,7 @@ export interface Completeness {
   duplicates: number;
   erased: number | null;
   sampled_out: number;
+  unread: number;
 }
 
 export interface Me {
@@ -139,9 +140,10 @@ export interface SessionRow {
   visibility: string;
   tags: string[];
   verdict: string | null;
-  replayed: number;
+  replayed: number | null;
   under_way: number;
   first_message: string | null;
+  final: boolean;
 }
 
 export interface TimelineRow {
