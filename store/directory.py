@@ -29,7 +29,7 @@ from schemas.errors import TokentapeError
 from schemas.settings import Settings
 from store.catalog import Catalog, Changes, Segment, Shard
 from store.directory_search import Searches, alone, name_of, saying
-from store.directory_sql import COLUMNS, NEWS, NEWS_COLUMNS, OF_RUN, READ, REPLAYED, SESSIONS, SEVERITY
+from store.directory_sql import NEWS, NEWS_COLUMNS, OF_RUN, READ, REPLAYED, SESSIONS, SEVERITY
 from store.reader import EventReader, blob
 from store.sql import Completeness, completeness
 from store.views import literal
@@ -309,10 +309,10 @@ class SessionDirectory:
             return
         if (fault := self._fault) is not None:
             raise fault
-        changes, seen = self._catalog.changes(), self._seen
-        if seen is None:
+        if self._seen is None:
             self._begin()
-        elif changes.rewritten != seen.rewritten:
+        changes, seen = self._catalog.changes(), self._seen
+        if seen is None or changes.rewritten != seen.rewritten:
             self.renew()
         elif changes.shown != seen.shown:
             self._read_news()
@@ -419,8 +419,8 @@ class SessionDirectory:
     def _read(self, name: str, source: Shard | Segment) -> bool:
         """Read the parts of one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""
         parts = []
-        for table, sql, kinds in READ:
-            rows = self._ask(self._reader, source, sql, f"{_CUSTOMERS} AND {kinds}", COLUMNS)
+        for table, sql, kinds, columns in READ:
+            rows = self._ask(self._reader, source, sql, f"{_CUSTOMERS} AND {kinds}", columns)
             if rows is None:
                 return False
             parts.append((table, rows))

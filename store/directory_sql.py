@@ -13,11 +13,7 @@ _FIRST = (
 )  # the beginning of what a user said first, as JSON text: whole bodies of every session would not fit into memory
 _ADDED = "list_concat(session_opened.tags, session_annotated.tags_added)"
 
-COLUMNS = (
-    "kind", "session_id", "tenant", "recorded_at", "actor", "offset", "session_opened", "session_annotated", "request_submitted",
-    "generation_finished", "generation_failed", "request_edited", "sequence_finished", "breakpoint_hit", "replay_started",
-    "sequence_compared", "replay_finished", "access_logged",
-)  # fmt: skip
+_HEAD = ("kind", "session_id", "tenant")
 _SHOWN = (
     "max({'place': \"offset\", 'visibility': session_annotated.visibility, 'by': actor}) FILTER (session_annotated.visibility IS NOT NULL)"
 )
@@ -54,7 +50,7 @@ PART_OF_CHUNKS = """
         count(*) AS events, 0 AS looks, 0 AS requests, 0 AS failures, 0 AS edits, 0 AS stops, 0 AS replays, any_value(actor) AS actor
     FROM events GROUP BY session_id"""
 NEWS = f"SELECT session_id, {_SHOWN} AS shown FROM events GROUP BY session_id HAVING shown IS NOT NULL"
-NEWS_COLUMNS = ("kind", "session_id", "tenant", "actor", "offset", "session_annotated")
+NEWS_COLUMNS = (*_HEAD, "actor", "offset", "session_annotated")
 REPLAYS = """
     SELECT coalesce(replay_started.replay_id, sequence_compared.replay_id, replay_finished.replay_id) AS replay,
         any_value(session_id) AS session, any_value(replay_started.subject_session) AS subject, any_value(replay_started.engine) AS engine,
@@ -62,14 +58,22 @@ REPLAYS = """
         any_value(replay_finished.tokens) AS scored, max(sequence_compared.drift_max) AS drift_max,
         max(sequence_compared.noise_floor) AS noise_floor, epoch_us(min(recorded_at)) AS begun_at, epoch_us(max(recorded_at)) AS moment
     FROM events GROUP BY ALL"""
-READ = (
-    ("part", PART, "kind <> 'token_chunk'"),
-    ("part", PART_OF_CHUNKS, "kind = 'token_chunk'"),
-    ("part", PART_OF_ENDS, "kind IN ('sequence_finished', 'generation_failed', 'generation_finished')"),
-    ("part", PART_OF_WORDS, "kind = 'request_submitted'"),
-    ("replay", REPLAYS, "kind IN ('replay_started', 'sequence_compared', 'replay_finished')"),
+_COUNTED = (
+    "recorded_at", "actor", "offset", "session_opened", "session_annotated", "request_submitted", "generation_failed", "request_edited",
+    "breakpoint_hit", "replay_started", "access_logged",
+)  # fmt: skip
+_ENDS, _REPLAYS = (
+    ("sequence_finished", "generation_failed", "generation_finished"),
+    ("replay_started", "sequence_compared", "replay_finished"),
 )
-"""What is read of a shard or segment: into which table, by which query, over which events."""
+READ = (
+    ("part", PART, "kind <> 'token_chunk'", (*_HEAD, *_COUNTED)),
+    ("part", PART_OF_CHUNKS, "kind = 'token_chunk'", (*_HEAD, "recorded_at", "actor")),
+    ("part", PART_OF_ENDS, f"kind IN {_ENDS}", (*_HEAD, *_ENDS)),
+    ("part", PART_OF_WORDS, "kind = 'request_submitted'", (*_HEAD, "offset", "request_submitted")),
+    ("replay", REPLAYS, f"kind IN {_REPLAYS}", (*_HEAD, "recorded_at", *_REPLAYS)),
+)
+"""What is read of a shard or segment: into which table, by which query, over which events, and which columns they need."""
 REPLAYED = """
     SELECT replay, any_value(session) AS session, any_value(subject) AS subject, any_value(engine) AS engine, any_value(mode) AS mode,
         any_value(verdict) AS verdict, any_value(reason) AS reason, any_value(scored) AS scored, max(drift_max) AS drift_max,

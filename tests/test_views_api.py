@@ -253,6 +253,7 @@ LISTS: list[tuple[list[str], str]] = [
     (["--failed"], "failed=true"),
     (["--model", "tiny"], "model=tiny"),
     (["--verdict", "model_differs"], "verdict=model_differs"),
+    (["--verdict", "identical"], "verdict=identical"),
     (["--tenant", "blue"], "tenant=blue"),
     (["--tag", "incident"], "tag=incident"),
     (["--since", "2026-11-23T14:06", "--until", "2026-11-24T00:00+01:00"], "since=2026-11-23T14:06:00Z&until=2026-11-23T23:00:00Z"),
@@ -274,7 +275,10 @@ def test_the_command_line_lists_what_the_api_lists(api: Api, data: Path) -> None
 
     assert filters - options == {"q"}
     assert listed == found
-    assert [bool(rows) for rows in found] == [query != "under_way=true" and query != "tenant=blue" for _, query in LISTS]
+    assert {query for (_, query), rows in zip(LISTS, found, strict=True) if not rows} in (
+        {"under_way=true", "tenant=blue", "verdict=identical"},
+        {"under_way=true", "tenant=blue", "verdict=model_differs"},
+    )  # both replays ended at one moment
     assert (wrong.exit_code, wrong.stderr.splitlines()[0]) == (2, "tokentape: sessions: 'noon' is no time")
 
 
