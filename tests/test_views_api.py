@@ -91,7 +91,7 @@ def test_a_replay_beside_what_it_replayed() -> None:
 )  # fmt: skip
 def test_two_generations(ids: list[int], logprobs: list[float], fields: Any, verdict: str, telling: int | None, says: str) -> None:
     """As far as they say the same they are judged by drift; where they part is what tells; other prompts are not compared."""
-    seeded = {"seed": 1} if "seed" in fields else {}
+    seeded: dict[str, Any] = {"seed": 1} if "seed" in fields else {}
     found = beside(answers("a", [1, 2, 3], [-1.0, -2.0, -3.0], **seeded), answers("b", ids, logprobs, **fields))
 
     assert (found["verdict"], found["sequences"][0]["first_telling"]) == (verdict, telling)
