@@ -22,7 +22,7 @@ from schemas.histogram import ENCODE_S, SAVE_S, Histogram
 from schemas.settings import Settings
 from store.catalog import Catalog
 from store.format import FORMAT, noted_format
-from store.log.base import Log
+from store.log.base import Log, Taken
 from store.reader import EventReader
 
 REPLAY_ENDS_S = 3600.0
@@ -70,7 +70,10 @@ class Watch:
             "replays": self._replays,
             "format": self._format,
         }
-        return {name: _tried(part) for name, part in parts.items()}
+        measured = {name: _tried(part) for name, part in parts.items()}
+        if "error" not in measured["storage"] and (taken := measured["log"].pop("taken", None)):
+            measured["storage"]["log"] = taken
+        return measured
 
     def _storage(self) -> dict[str, Any]:
         """Each tier: what it takes, what it may take, and what of the disk under a local one is taken."""
@@ -91,9 +94,7 @@ class Watch:
         if counted:  # as the job counted them last: listing a bucket for each look would cost too much
             blobs = {"files": counted[-1]["blobs"], "bytes": counted[-1]["blob_bytes"]}
             tiers["blobs"] = _filled(blobs, watch.blob_bytes_max, data / "cold" if self.settings.cold.kind == "local" else None)
-        if self.settings.log.kind == "embedded":
-            tiers["log"] = _filled(_files(data / "log"), watch.log_bytes_max, data / "log")
-        else:
+        if self.settings.log.kind != "embedded":
             tiers["spool"] = _filled(_files(data / "spool"), self.settings.recorder.spool_bytes_max, data / "spool")
         return tiers
 
@@ -109,7 +110,7 @@ class Watch:
                 waiting += end - unseen
                 unsealed += [self._appended_at(log, partition, unseen)] if unseen < end else []
                 oldest += [self._appended_at(log, partition, warm)] if warm < end else []
-            forgets = log.retention_s
+            forgets, taken = log.retention_s, log.taken()
         keeps = self.settings.log.retention_days * _DAY_S if self.settings.log.kind == "embedded" else forgets
         lag = _age(min(oldest, default=None))
         return {
@@ -118,7 +119,14 @@ class Watch:
             "tiering_lag_s": lag,
             "retention_s": keeps,
             "retention_share": lag / keeps if keeps else None,
+            "taken": self._of_log(taken),
         }
+
+    def _of_log(self, taken: Taken) -> dict[str, Any]:
+        """The log as a tier of storage; the disks of brokers are theirs."""
+        folder = self.settings.data / "log" if self.settings.log.kind == "embedded" else None
+        tier = _filled({"bytes": taken.bytes}, self.settings.watch.log_bytes_max, folder)
+        return {**tier, "disk": tier["disk"] or "brokers", "disk_share": taken.disk_share}
 
     def _appended_at(self, log: Log, partition: int, offset: int) -> int:
         """The log's time of a record (µs), which is read once: the oldest of them stands there for long."""

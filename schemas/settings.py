@@ -389,7 +389,7 @@ class WatchSettings(_Section):
     hot_bytes_max: int = Field(default=0, ge=0, description="what hot shards may take; 0: what the disk has")
     cold_bytes_max: int = Field(default=0, ge=0, description="what cold segments may take; 0: what the disk has, without end in a bucket")
     blob_bytes_max: int = Field(default=0, ge=0, description="what blobs may take, as the job `blobs` counts them; 0: as for cold")
-    log_bytes_max: int = Field(default=0, ge=0, description="what an embedded log may take; 0: what the disk has")
+    log_bytes_max: int = Field(default=0, ge=0, description="what the log may take, all copies of a topic; 0: what the disk has")
     unsealed_s: float = Field(default=60.0, ge=0, description="age of the oldest event that no query sees yet")
     tiering_share: float = Field(default=0.8, ge=0, description="age of the oldest event that is not cold, of the log's retention")
     failed_jobs: bool = Field(default=True, description="a job whose last run failed")

@@ -89,9 +89,10 @@ async def serve(arguments: dict[str, Any], load: list[dict[str, Any]]) -> tuple[
             priority=request["priority"] if PRIORITIES in arguments.values() else 0,
         ):
             for part in output.outputs:
-                said = got.setdefault(f"{request['id']}/{part.index}", {"ids": [], "logprobs": [], "end": None})
+                said = got.setdefault(f"{request['id']}/{part.index}", {"ids": [], "logprobs": [], "likeliest": [], "end": None})
                 said["ids"] += part.token_ids
                 said["logprobs"] += [bits(step[t].logprob) for t, step in zip(part.token_ids, part.logprobs or [], strict=False)]
+                said["likeliest"] += [[(t, bits(one.logprob)) for t, one in step.items() if one.rank == 1] for step in part.logprobs or []]
                 said["end"] = part.finish_reason or said["end"]
                 if request["abort_after"] and len(said["ids"]) >= request["abort_after"]:
                     await engine.abort(request["id"])

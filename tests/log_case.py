@@ -102,6 +102,16 @@ class LogCase:
         assert log.bounds(0) == (0, 500)
         assert values == read_all(log)
 
+    def test_it_tells_what_it_takes(self, log: Log) -> None:
+        """Bytes where it is kept, which grow with what is appended, and how full the disk there is."""
+        before = log.taken()
+        log.append(entries([os.urandom(1 << 20)]))
+        after = log.taken()
+
+        assert after.bytes - before.bytes >= 1 << 20
+        assert after.disk_share is not None
+        assert 0 < after.disk_share < 1
+
     def test_read_keeps_to_the_limit(self, log: Log) -> None:
         """Pieces of any size are contiguous and say where they stand."""
         values = numbered(100)

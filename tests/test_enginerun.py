@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import marshal
+import math
 import subprocess
 import sys
 from array import array
@@ -24,7 +25,7 @@ from schemas.enginerun import calls, facts, versions
 from schemas.enginerun.decisions import Decision, Differences
 from schemas.enginerun.sessions import steps_session
 from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageError
-from schemas.events import EngineStep, Event, GenerationStarted
+from schemas.events import ChunkAlternatives, EngineStep, Event, GenerationStarted, TokenChunk
 from schemas.sink import new_id
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of
@@ -180,10 +181,9 @@ class _Fake:
             SimpleNamespace(request_id=name, new_token_ids=[40 + i], finish_reason="stop" if name in ends else None, stop_reason=None)
             for i, name in enumerate(self.live)
         ]
-        result = SimpleNamespace(
-            logprobs=SimpleNamespace(logprobs=numpy.full((len(self.live), 2), -0.5, dtype="f4")),
-            req_ids=list(self.live),
-        )
+        scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(self.live), 1))
+        ids = numpy.array([[40 + i, 90, 40 + i, 91] for i in range(len(self.live))])
+        result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(self.live))
         self.live = [name for name in self.live if name not in ends]
         scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=self.live)
         self.tap.updated({0: SimpleNamespace(outputs=said)}, result, scheduler)
@@ -234,6 +234,24 @@ def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {-0.5} == {value for said in run.said.values() for value in said.logprobs}
     assert "abort" == run.said[run.requests[2].place].finish_reason
     assert 4 == len(run.steps)
+
+
+def test_alternatives_are_each_request_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as were asked for, by id; nothing that cannot be said, and none where none were asked for."""
+    engine = _Fake(tmp_path, monkeypatch)
+    for name, wanted in (("a", 2), ("b", 0), ("c", None), ("d", 1), ("e", -1)):
+        engine.arrive(f"{name}-0000000{name}", logprobs=wanted)
+    engine.step(first=True, ends=tuple(engine.live))
+    engine.tap.close()
+    await_end(tmp_path)
+    chunks = [event.payload for event in events_of(tmp_path) if isinstance(event.payload, TokenChunk)]
+    told = [chunk.content for chunk in chunks if chunk.content is not None]
+    alternatives = {content.token_ids[0]: content.alternatives for content in told}
+    ids = {token: one and one.token_ids for token, one in alternatives.items()}
+
+    assert ids == {40: [90, 40], 41: None, 42: None, 43: [90], 44: [90, 44]}
+    assert alternatives[40] == ChunkAlternatives(counts=[2], token_ids=[90, 40], texts=["", ""], logprobs=[-0.25, -2.0])
+    assert {token: len(content.logprobs) for content in told for token in content.token_ids} == {40: 1, 41: 1, 42: 0, 43: 1, 44: 1}
 
 
 def test_a_replay_begins_at_the_last_idle_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from schemas.enginerun.calls import Preempt
+from schemas.events import TokenChunk
 from tests.conftest import VllmService
-from tests.engine_load import make_model
-from tests.engine_log import await_end, runs_of
+from tests.engine_load import bits, make_model
+from tests.engine_log import await_end, events_of, runs_of
 from tests.program import DRIVER
 
 STOPPED = "tests.engine_log.stopped"
@@ -36,6 +37,17 @@ def again(env: dict[str, str], *commands: list[str]) -> list[dict[str, Any]]:
         answers
     )
     return [json.loads(base64.b64decode(out).splitlines()[-1]) for _, out, _ in answers]
+
+
+def _likeliest(data: Path) -> list[list[Any]]:
+    """The alternatives of each sequence's tokens, as the tape has them: id and bits of the logprob."""
+    found: dict[tuple[bytes, int], list[Any]] = {}
+    for event in events_of(data):
+        content = event.payload.content if isinstance(event.payload, TokenChunk) else None
+        if isinstance(event.payload, TokenChunk) and content is not None and (told := content.alternatives) is not None:
+            each = [[token_id, bits(logprob)] for token_id, logprob in zip(told.token_ids, told.logprobs, strict=True)]
+            found.setdefault((event.payload.generation_id, event.payload.index), []).extend([one] for one in each)
+    return list(found.values())
 
 
 @pytest.mark.timeout(900)
@@ -59,6 +71,7 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     taped = [list(said.token_ids) for said in run.said.values()]
 
     assert all(one["ids"] in [ids[: len(one["ids"])] for ids in taped] for one in got)
+    assert all(one["likeliest"] in [told[: len(one["ids"])] for told in _likeliest(data)] for one in got)
     assert preempted
     assert "reproduced" == outcome["verdict"], outcome["reason"]
     assert len(run.requests) == outcome["sequences_reproduced"] > 12

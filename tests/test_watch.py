@@ -92,6 +92,16 @@ class TestAlerts:
         assert alerts(watching(local, cold_bytes_max=1, log_bytes_max=1)) == {"storage:cold", "storage:log"}
         assert alerts(watching(local, cold_bytes_max=1, log_bytes_max=1, storage_share=0)) == set()
 
+    def test_what_the_log_takes(self, deployment: Settings) -> None:
+        """The log is a tier of both deployments: SQLite's files, or the topic's bytes on its brokers."""
+        with tiered(deployment) as rig:
+            rig.ingest(talk(rig))
+            held = watching(rig, log_bytes_max=1).measure()["storage"]["log"]
+
+            assert held["share"] == held["bytes"] > 1000
+            assert "storage:log" in alerts(watching(rig, log_bytes_max=1))
+            assert "storage:log" not in alerts(watching(rig, log_bytes_max=1 << 40))
+
     def test_blobs(self, local: Tiered) -> None:
         """What the job that looks at all of them counted last, until they are fewer."""
         BlobStore(local.objects, local.settings.data).put("acme", b"large " * 9000, "application/json")

@@ -189,7 +189,8 @@ def _ledger_line(checkpoint: dict[str, Any]) -> str:
 
 def _tier_line(held: dict[str, Any]) -> str:
     events = f"{held['events']:,} events in " if "events" in held else ""
-    parts = [f"{events}{held['files']:,} files, {held['bytes'] / 1e6:,.1f} MB"]
+    files = f"{held['files']:,} files, " if "files" in held else ""
+    parts = [f"{events}{files}{held['bytes'] / 1e6:,.1f} MB"]
     parts += [f"{held['share']:.0%} of what is allowed"] if held["share"] is not None else []
     return ", ".join(parts + ([f"disk {held['disk_share']:.0%} full"] if held["disk_share"] is not None else []))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import uuid
 from array import array
@@ -16,6 +17,7 @@ import structlog
 from ingest.recorder import Recorder
 from ingest.vllm.kv.scribe import KvScribe
 from ingest.vllm.names import Named, named
+from ingest.vllm.tap import Others
 from schemas import events as e
 from schemas.enginerun import calls, facts
 from schemas.enginerun.decisions import Decision, Differences, Place
@@ -28,6 +30,9 @@ log = structlog.get_logger(__name__)
 
 Frame = list[tuple[Any, ...]]
 
+Logprobs = tuple[list[int] | None, bytes, Others | None]
+"""In which row of the batch each output is, None: as before; the sampled tokens' logprobs (float32), and what else might have been said."""
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -37,7 +42,8 @@ class _Sequence:
     generation: _Generation
     index: int
     begun_ns: int
-    scored: bool
+    alternatives: int | None
+    """How many were asked for; None: no logprobs either."""
     started: bool = False
     tokens: int = 0
 
@@ -147,7 +153,7 @@ class Scribe:
         generation.live += 1
         generation.sequences += 1
         parameters = document["sampling_params"] or {}
-        self._sequences[number] = _Sequence(number, generation, index, at_ns, parameters.get("logprobs") is not None)
+        self._sequences[number] = _Sequence(number, generation, index, at_ns, parameters.get("logprobs"))
         self._places[number] = (generation.generation_id, index)
         self._pending.append(calls.Arrive() if first else _beside(generation, name.child, index, document, prompt))
         self._pending += [calls.Unrepeatable(what) for what in document["unrepeatable"]]
@@ -223,7 +229,7 @@ class Scribe:
         tokens: bytes,
         lengths: list[int] | None,
         ends: list[tuple[int, str, Any]] | None,
-        logprobs: tuple[list[int] | None, bytes] | None,
+        logprobs: Logprobs | None,
         state: tuple[int, int, float],
     ) -> None:
         if outputs is not None:
@@ -237,21 +243,27 @@ class Scribe:
         for number, reason, stop in ends or ():
             self._end(number, at_ns, reason, stop)
 
-    def _tokens(self, at_ns: int, tokens: list[int], lengths: list[int] | None, logprobs: tuple[list[int] | None, bytes] | None) -> None:
+    def _tokens(self, at_ns: int, tokens: list[int], lengths: list[int] | None, logprobs: Logprobs | None) -> None:
         scores: tuple[float, ...] = ()
+        others: Others | None = None
         if logprobs is not None:
             self._rows = logprobs[0] if logprobs[0] is not None else self._rows
-            scores = struct.unpack(f"<{len(logprobs[1]) // 4}f", logprobs[1])
+            scores, others = struct.unpack(f"<{len(logprobs[1]) // 4}f", logprobs[1]), logprobs[2]
         at = 0
         for place, number in enumerate(self._outputs):
             size = 1 if lengths is None else lengths[place]
             if size:
                 sequence = self._sequences[number]
-                score = (scores[self._rows[place]],) if scores and sequence.scored and size == 1 else ()
-                self._said(sequence, at_ns, tokens[at : at + size], score)
+                row = self._rows[place] if scores and sequence.alternatives is not None and size == 1 else None
+                score = () if row is None else (scores[row],)
+                asked = sequence.alternatives if row is not None else None
+                beside = [_alternatives(others, self._rows[place], asked)] if others and asked else []
+                self._said(sequence, at_ns, tokens[at : at + size], score, beside)
             at += size
 
-    def _said(self, sequence: _Sequence, at_ns: int, tokens: list[int], logprobs: tuple[float, ...]) -> None:
+    def _said(
+        self, sequence: _Sequence, at_ns: int, tokens: list[int], logprobs: tuple[float, ...], alternatives: list[list[e.Alternative]]
+    ) -> None:
         generation = sequence.generation
         offset_us = (at_ns - generation.begun_ns) // 1000
         if not sequence.started:
@@ -261,7 +273,14 @@ class Scribe:
         if generation.first_token_us is None:
             generation.first_token_us = offset_us
         self._recorder.tokens(
-            self._owner, generation.generation_id, sequence.index, sequence.tokens, offset_us, token_ids=tokens, logprobs=logprobs
+            self._owner,
+            generation.generation_id,
+            sequence.index,
+            sequence.tokens,
+            offset_us,
+            token_ids=tokens,
+            logprobs=logprobs,
+            alternatives=alternatives,
         )
         sequence.tokens += len(tokens)
         generation.tokens += len(tokens)
@@ -357,6 +376,15 @@ class WorkerScribe:
         """The process has ended."""
         if self._kv is not None:
             self._kv.close()
+
+
+def _alternatives(others: Others, row: int, count: int) -> list[e.Alternative]:
+    """The likeliest of a row by id, for the engine has no texts; `count` -1 is all there are. What cannot be said is none."""
+    width, ids, logprobs = others
+    taken = width if count < 0 else min(count, width)
+    at = 4 * row * width
+    found = zip(struct.unpack_from(f"<{taken}i", ids, at), struct.unpack_from(f"<{taken}f", logprobs, at), strict=True)
+    return [e.Alternative("", token_id, logprob) for token_id, logprob in found if logprob > -math.inf]
 
 
 def _beside(generation: _Generation, child: int, index: int, document: dict[str, Any], prompt: bytes) -> calls.Call:

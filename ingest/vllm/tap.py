@@ -23,6 +23,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
 
+from ingest.coalesce import ALTERNATIVES_MAX
 from schemas.enginerun.decisions import admitted, preempted
 
 FRAME_CALLS = 64
@@ -41,6 +42,13 @@ PROGRAM = "tokentape.engine"
 SIZE = struct.Struct("<I")
 
 _name, _tokens, _reason = attrgetter("request_id"), attrgetter("new_token_ids"), attrgetter("finish_reason")
+
+
+Others = tuple[int, bytes, bytes]
+"""What else might have been said, by row of a batch: how many in a row, their ids (int32) and their logprobs (float32), likeliest first."""
+
+Scores = tuple[bytes, Others | None]
+"""The sampled tokens' logprobs (float32) by row of a batch, and the others, where somebody asked for any."""
 
 
 class Tap:
@@ -89,7 +97,8 @@ class Tap:
         self._open -= 1
         scores = rows = None
         if (logprobs := getattr(result, "logprobs", None)) is not None:
-            scores = logprobs.logprobs[:, 0].tobytes()  # the array may be written again in the next step
+            # Copies: the arrays may be written again in the next step.
+            scores = logprobs.logprobs[:, 0].tobytes(), _others(logprobs) if logprobs.logprobs.shape[1] > 1 else None
             if result.req_ids != self._scored:
                 self._scored = rows = list(result.req_ids)
         state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
@@ -149,7 +158,7 @@ class _Plain:
         return "schedule", at_ns, rows.tobytes(), tokens.tobytes(), admitted(output, self._numbers), preempted(output, self._numbers)
 
     def _update(
-        self, at_ns: int, parts: list[list[Any]], scored: list[str] | None, scores: bytes | None, state: tuple[Any, ...]
+        self, at_ns: int, parts: list[list[Any]], scored: list[str] | None, scores: Scores | None, state: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         said = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
         names = list(map(_name, said))
@@ -169,17 +178,17 @@ class _Plain:
         return "update", at_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state
 
     def _logprobs(
-        self, names: list[str], scored: list[str] | None, scores: bytes | None, *, anew: bool
-    ) -> tuple[list[int] | None, bytes] | None:
-        """The sampled tokens' logprobs by row of the batch, and in which row each output is, unless as before."""
+        self, names: list[str], scored: list[str] | None, scores: Scores | None, *, anew: bool
+    ) -> tuple[list[int] | None, bytes, Others | None] | None:
+        """The logprobs by row of the batch, and in which row each output is, unless as before."""
         if scored is not None:
             self._index = {name: row for row, name in enumerate(scored)}
         if scores is None or self._speculative:
             return None
         if scored is not None or anew:
             self._places = [self._index[name] for name in names]
-            return self._places, scores
-        return None, scores
+            return self._places, *scores
+        return None, *scores
 
 
 class Translator(Protocol):
@@ -251,6 +260,12 @@ class Pipe:
     def _end(self, error: Exception) -> None:
         self.over = True
         sys.stderr.write(f"tokentape: nothing more of this engine run is recorded: {error or 'its recorder has ended'}\n")
+
+
+def _others(logprobs: Any) -> Others:
+    """All columns but the first, which is the sampled token's (`vllm.v1.outputs.LogprobsLists`)."""
+    ids, scores = logprobs.logprob_token_ids[:, 1 : ALTERNATIVES_MAX + 1], logprobs.logprobs[:, 1 : ALTERNATIVES_MAX + 1]
+    return ids.shape[1], ids.astype("int32").tobytes(), scores.tobytes()
 
 
 def request_document(request: Any) -> dict[str, Any]:

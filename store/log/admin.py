@@ -20,7 +20,7 @@ from kafka.net.compat import KafkaNetClient
 
 from schemas.errors import LogChanged, LogUnavailable, SettingsError, TokentapeError
 from schemas.settings import LogSettings
-from store.log.base import ENTRY_BYTES_MAX
+from store.log.base import ENTRY_BYTES_MAX, Taken
 from store.log.quiet import quiet
 
 # What a record batch adds to the value of its only record, generously.
@@ -138,6 +138,14 @@ class TopicAdmin:
         """Delete the records of a partition below an offset."""
         wanted = {TopicPartition(self._settings.topic, partition): before_offset}
         self._ask("trim", self._client.delete_records, wanted)
+
+    def taken(self) -> Taken:
+        """Bytes of every copy of the topic, and the taken share of the fullest disk that holds one; brokers before 3.3 do not tell it."""
+        answers = self._ask("describe log directories", self._client.describe_log_dirs, [self._settings.topic])
+        folders = [folder for answer in answers for folder in answer["log_dirs"] if folder["topics"]]
+        size = sum(part["partition_size"] for folder in folders for topic in folder["topics"] for part in topic["partitions"])
+        shares = [1 - folder["usable_bytes"] / total for folder in folders if (total := folder.get("total_bytes") or 0) > 0]
+        return Taken(size, max(shares, default=None))
 
     def close(self) -> None:
         """Close the connection."""

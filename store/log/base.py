@@ -43,6 +43,14 @@ class Batch:
         return self.offset_first + len(self.values)
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a log takes: bytes of all its copies, and the taken share of the fullest disk that holds one (None: nobody knows)."""
+
+    bytes: int
+    disk_share: float | None
+
+
 class Log(Protocol):
     """A log. Every method raises `LogUnavailable` when the log does not answer.
 
@@ -106,6 +114,10 @@ class Log(Protocol):
 
     def trim(self, partition: int, before_offset: int) -> None:
         """Forget the records of a partition below `before_offset`, which lies at or before the end."""
+        ...
+
+    def taken(self) -> Taken:
+        """What it takes where it is kept."""
         ...
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import sqlite3
 import threading
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 from schemas import clock
 from schemas.errors import CorruptStore, LogChanged, LogUnavailable, TokentapeError
 from store.crashpoints import crash_point
-from store.log.base import Batch, Entry, check_entries
+from store.log.base import Batch, Entry, Taken, check_entries
 from store.log.forks import forget
 from store.log.rows import TABLES, StoredBatch, Tail, batch_from_row, batch_to_row, chunks, row_id, tail_from_row, tail_to_row
 from store.log.sqlite import EndNote, connect, mapped
@@ -362,6 +363,15 @@ class EmbeddedLog:
         connection = connect(self._path, timeout_s=self._timeout_s)
         self._inode = self._inode or _inode(self._path)
         return connection
+
+    def taken(self) -> Taken:
+        """Bytes of its files, and how full the disk under them is."""
+        size = 0
+        for path in self._path.parent.iterdir():
+            with contextlib.suppress(OSError):  # SQLite's own files come and go
+                size += path.stat().st_size
+        usage = shutil.disk_usage(self._path.parent)
+        return Taken(size, usage.used / (usage.used + usage.free))
 
     def close(self) -> None:
         """Release the file; safe to call twice."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from schemas.errors import LogChanged, LogUnavailable
 from schemas.settings import LogSettings
 from store.log.admin import TopicAdmin, place
-from store.log.base import Batch, Entry, check_entries
+from store.log.base import Batch, Entry, Taken, check_entries
 from store.log.forks import forget
 
 # Records fetched by one poll at most: enough to make its cost vanish, few enough to keep the pipeline moving.
@@ -184,6 +184,11 @@ class TopicLog(abc.ABC):
         self._check_usable()
         self._check_partitions((partition,))
         self._admin.delete(partition, before_offset)
+
+    def taken(self) -> Taken:
+        """Bytes of every copy of the topic, as the brokers tell, and the share of their fullest disk that holds one."""
+        self._check_usable()
+        return self._admin.taken()
 
     @abc.abstractmethod
     def _assign(self, positions: dict[int, int]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from schemas import clock
 from schemas.errors import LogUnavailable, StorageFull, StoreUnavailable
 from store.ledger.entry import ENTRIES
-from store.log.base import Batch, Entry, Log
+from store.log.base import Batch, Entry, Log, Taken
 from store.objects.base import NO_LOCK, Lock, ObjectInfo, ObjectStore, StoreProbe
 
 T = TypeVar("T")
@@ -128,6 +128,10 @@ class FaultyLog:
         """See `Log.trim`."""
         self.breathe()
         self.real.trim(partition, before_offset)
+
+    def taken(self) -> Taken:
+        """See `Log.taken`."""
+        return self.real.taken()
 
     def close(self) -> None:
         """See `Log.close`."""
