@@ -144,7 +144,10 @@ def _twice(name: str) -> Tape:
     g = tape.request(name, [QUESTION], 0)
     tape.started(g, 1, 1, range(3))
     others = e.ChunkAlternatives(
-        counts=[2, 2, 2], texts=["The ", "A ", "calm ", f"{name} ", "sea", "sky"], logprobs=[-0.1, -3.0, -0.2, -2.0, -0.4, -1.6]
+        counts=[2, 2, 2],
+        texts=["", "", "calm ", f"{name} ", "sea", "sky"],
+        token_ids=[1, 9, 2, 8, 3, 4],
+        logprobs=[-0.1, -3.0, -0.2, -2.0, -0.4, -1.6],
     )
     tape.tokens(g, 0, [1.0, 2.0, 3.0], texts, ids=[1, 2, len(name)], logprobs=logprobs, alternatives=others)
     finish(tape, g, 0, [3], 4)
@@ -388,6 +391,8 @@ def test_alternatives_beside_one_another(site: Site, dark: bool) -> None:
     facts, rows = page.locator(".token-facts").first, page.locator(".token-facts").first.locator(".alternatives")
     page.locator(".tokens").first.locator("[data-i='1']").hover()
     expect(rows).to_have_text([re.compile(r'^first: among"calm ".*"twice "'), re.compile(r'^second: among"calm ".*"once more "')])
+    page.locator(".tokens").first.locator("[data-i='0']").hover()
+    expect(rows.locator(".chosen")).to_have_text([re.compile("^id 190.5 %$")] * 2)
     page.locator(".tokens").first.locator("[data-i='2']").hover()
     expect(facts).to_contain_text('"sea" · token 2')
     expect(rows.locator(".chosen")).to_have_text([re.compile('^"sea"67'), re.compile('^"sky"20')])

@@ -19,7 +19,7 @@ export interface Beside {
 // What else might have stood at each place, here and there; `names` says whose they are. A replay keeps what it thinks of the token that was said alone.
 export interface Alternatives {
   there: Alternative[][] | null | undefined;
-  said: (string | null)[] | undefined;
+  said: { text?: (string | null)[]; token_id?: (number | null)[] };
   names: [string, string];
   kept: boolean;
 }
@@ -41,13 +41,13 @@ const far = (drift: number, floor: number): number => (drift <= floor / 8 ? 0 : 
 const chance = (logprob: number | null | undefined): string => (logprob == null ? "logprob unknown" : `p ${(100 * Math.exp(logprob)).toFixed(1)} % (logprob ${logprob.toFixed(3)})`);
 
 // What else might have stood there, the most likely first; which of them does is marked. One whose text is unknown is told by its id.
-function Among({ said, chosen, whose }: { said: Alternative[]; chosen: string; whose?: string }) {
+function Among({ said, chosen, id, whose }: { said: Alternative[]; chosen: string; id: number | null | undefined; whose?: string }) {
   const found = [...said].sort((a, b) => b.logprob - a.logprob);
   return (
     <div class="alternatives">
       {whose ? `${whose}: among` : "among"}
       {found.map((one) => (
-        <span class={one.text && one.text === chosen ? "chosen" : undefined} title={chance(one.logprob)}>
+        <span class={(one.text ? one.text === chosen : one.token_id !== null && one.token_id === id) ? "chosen" : undefined} title={chance(one.logprob)}>
           {one.text || one.token_id === null ? JSON.stringify(visible(one.text)) : `id ${one.token_id}`}
           <i style={{ "--part": `${(100 * Math.exp(one.logprob)).toFixed(1)}%` }} />
           {(100 * Math.exp(one.logprob)).toFixed(1)} %
@@ -61,7 +61,7 @@ function Among({ said, chosen, whose }: { said: Alternative[]; chosen: string; w
 function There({ alternatives, at, parted, here }: { alternatives: Alternatives; at: number; parted: number | undefined; here: boolean }) {
   const { there, said, names, kept } = alternatives;
   if (parted !== undefined && at > parted) return null;
-  if (there?.[at]?.length) return <Among said={there[at]!} chosen={said?.[at] ?? ""} whose={names[1]} />;
+  if (there?.[at]?.length) return <Among said={there[at]!} chosen={said.text?.[at] ?? ""} id={said.token_id?.[at]} whose={names[1]} />;
   const none = kept ? "no alternatives were recorded" : "only what it thinks of this token was kept, no alternatives";
   return <div class="alternatives">{here ? `${names[1]}: ${none}` : "no alternatives were recorded"}</div>;
 }
@@ -146,7 +146,7 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
             {tokens.channel[at] && tokens.channel[at] !== "content" ? ` · ${tokens.channel[at]}` : ""}
             {beside?.present[at] != null ? <span class="then"> · there {chance(beside.present[at])}{beside.rank?.[at] != null ? `, choice ${beside.rank[at]}` : ""}</span> : null}
             {beside?.drift[at] != null ? <b> · drift {beside.drift[at]!.toPrecision(2)} nats{beside.floor ? `, ${(beside.drift[at]! / beside.floor).toPrecision(2)} floors` : ""}</b> : null}
-            {tokens.alternatives?.[at]?.length ? <Among said={tokens.alternatives[at]!} chosen={text!} whose={beside?.alternatives?.names[0]} /> : null}
+            {tokens.alternatives?.[at]?.length ? <Among said={tokens.alternatives[at]!} chosen={text!} id={tokens.token_id?.[at]} whose={beside?.alternatives?.names[0]} /> : null}
             {beside?.alternatives ? <There alternatives={beside.alternatives} at={at} parted={beside.parted} here={Boolean(tokens.alternatives?.[at]?.length)} /> : null}
           </>
         )}
