@@ -16,9 +16,8 @@ be theirs: `final`. Who searches, or asks for verdicts and replays, waits for th
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +27,14 @@ import pyarrow as pa
 from schemas.errors import TokentapeError
 from schemas.settings import Settings
 from store.catalog import Catalog, Changes, Segment, Shard
+from store.directory_look import Answer, Answers, Look, Page, Said, Viewer, may_see, spans_of
 from store.directory_search import Searches, alone, name_of, saying
 from store.directory_sql import NEWS, NEWS_COLUMNS, OF_RUN, READ, REPLAYED, SESSIONS, SEVERITY
 from store.reader import EventReader, blob
 from store.sql import Completeness, completeness
 from store.views import literal
+
+__all__ = ["KINDS", "SESSION_KINDS", "VISIBILITIES", "Listing", "SessionDirectory", "Viewer", "Wanted"]
 
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
@@ -49,28 +51,6 @@ _ANSWERS_KEPT = 64  # answers of one state kept
 _AT_ONCE = 200_000  # events that are read before anything is listed: a fraction of a second's work
 _PASS = 500_000  # events read between two lists, where one of all takes longer
 _YIELD_S = 0.01  # pause between two passes, in which others get their turn
-
-
-@dataclass(frozen=True, slots=True)
-class Viewer:
-    """Who looks: `tenant` None sees all, another one's own tenant, of it nothing private of others, and what is public.
-
-    `names` are the opaque ids under which the viewer is recorded as an actor or user.
-    """
-
-    tenant: str | None = None
-    names: tuple[str, ...] = ()
-
-    def condition(self, visibility: str = "visibility", by: str = "shown_by", known: str = "true") -> str:
-        """The one condition on a session that may be seen.
-
-        `visibility` and who said it are expressions, and so is whether it is `known` who opened it and for whom.
-        """
-        if self.tenant is None:
-            return "true"
-        mine = ", ".join(map(literal, self.names)) or "NULL"
-        own = f'({by} IN ({mine}) OR ({known} AND (owner IN ({mine}) OR "user" IN ({mine}))))'
-        return f"({visibility} = 'public' OR (tenant = {literal(self.tenant)} AND ({visibility} <> 'private' OR coalesce({own}, false))))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +106,6 @@ class Listing:
     completeness: Completeness
 
 
-_Span = tuple[bytes, bytes]
-"""The first and the last id of sessions that may be there."""
-_Page = tuple[str, int, int]
-_Answer = tuple[list[dict[str, Any]], int]
-_Answers = dict[_Page, _Answer]
-"""Pages by their condition, limit and offset: rows and total."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What the last event of its kind said of who may see a session: its offset, what it said, and whose word that is."""
-
-    place: int
-    visibility: str
-    by: str | None
-
-
 class SessionDirectory:
     """Lists sessions. Safe for threads."""
 
@@ -168,10 +131,10 @@ class SessionDirectory:
         self._listed: dict[str, Shard | Segment] = {}
         self._unread: dict[str, Shard | Segment] = {}
         self._made = False
-        self._answers: _Answers = {}
+        self._answers: Answers = {}
         self._seen: Changes | None = None
         self._completeness = Completeness(None, 0, 0, 0, 0)
-        self._news: dict[bytes, tuple[int, _Said]] = {}
+        self._news: dict[bytes, tuple[int, Said]] = {}
         self._told: dict[int, tuple[bytes, str, str]] = {}
         self._count = 0
 
@@ -211,7 +174,7 @@ class SessionDirectory:
         return Listing([look.told(row) for row in rows], total, look.completeness)
 
     @staticmethod
-    def _keep(answers: _Answers, page: _Page, answer: _Answer) -> None:
+    def _keep(answers: Answers, page: Page, answer: Answer) -> None:
         """Whoever wants the same of the same state gets the same: a page is asked for every few seconds by each who has it open."""
         if len(answers) >= _ANSWERS_KEPT:
             answers.clear()
@@ -281,7 +244,7 @@ class SessionDirectory:
         return self._count
 
     @contextlib.contextmanager
-    def _looking(self, viewer: Viewer, *, whole: bool = False) -> Iterator[_Look]:
+    def _looking(self, viewer: Viewer, *, whole: bool = False) -> Iterator[Look]:
         """One state of the tables, and what is known beyond it; `whole`: one in which nothing is unread."""
         self._heed()
         if whole and self._unread:
@@ -292,9 +255,9 @@ class SessionDirectory:
             if self._made:
                 cursor.execute("SELECT 1 FROM session LIMIT 0").fetchall()  # a state is taken by the first that is asked
             news = {session: said for session, (_, said) in self._news.items()}
-            partly = _spans(self._unread.values())
-            may = _may(viewer, news, list(self._told.values()), partly)
-            look = _Look(cursor, self._made, may, news, self._completeness, self._answers, partly)
+            partly = spans_of(self._unread.values())
+            may = may_see(viewer, news, list(self._told.values()), partly)
+            look = Look(cursor, self._made, may, news, self._completeness, self._answers, partly)
         try:
             yield look
         finally:
@@ -335,14 +298,14 @@ class SessionDirectory:
                         self._news[session] = (self._count, said)
                 self._seen = Changes(changes.shown, self._seen.rewritten if self._seen else 0)
 
-    def _news_of(self, listed: Collection[str]) -> list[tuple[bytes, _Said]] | None:
+    def _news_of(self, listed: Collection[str]) -> list[tuple[bytes, Said]] | None:
         """Who may see which sessions, from what is catalogued and not listed; None where some of it was merged away meanwhile."""
         found = []
         sources = self._sources()
         for name in sources.keys() - listed:
             if (rows := self._ask_news(self._news_reader, sources[name])) is None:
                 return None
-            found += [(row["session_id"], _Said(*row["shown"].values())) for row in rows.to_pylist()]
+            found += [(row["session_id"], Said(*row["shown"].values())) for row in rows.to_pylist()]
         return found
 
     def _ask_news(self, reader: EventReader, source: Shard | Segment) -> pa.Table | None:
@@ -537,52 +500,6 @@ class _Beyond:
     completeness: Completeness
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """One state of the tables, for one viewer; without tables where nothing was ever catalogued."""
-
-    cursor: duckdb.DuckDBPyConnection
-    made: bool
-    may: str
-    news: Mapping[bytes, _Said]
-    completeness: Completeness
-    answers: _Answers
-    partly: Sequence[_Span]
-
-    def page(self, condition: str, limit: int, offset: int) -> _Answer:
-        """Some rows, newest first, and how many meet the condition."""
-        order = f"ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
-        rows = self.rows(f"SELECT * FROM session WHERE {condition} {order}")
-        if rows and len(rows) < limit:
-            return rows, len(rows) + offset
-        return rows, int(self.rows(f"SELECT count(*) AS n FROM session WHERE {condition}")[0]["n"])
-
-    def rows(self, statement: str) -> list[dict[str, Any]]:
-        """The answer as plain values."""
-        rows: list[dict[str, Any]] = self.cursor.execute(statement).to_arrow_table().to_pylist()
-        return rows
-
-    def told(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of `session` for a caller. While something is unread no verdict is told, for any of it may be a later replay."""
-        row, place = {name: value for name, value in row.items() if name != "shown_at"}, row["shown_at"]
-        news = self.news.get(row["session_id"])
-        newer = {} if news is None or news.place < (place or 0) else {"visibility": news.visibility, "shown_by": news.by}
-        later = {"verdict": None, "replayed": None} if self.partly else {}
-        final = not any(first <= row["session_id"] <= last for first, last in self.partly)
-        return _told({**row, **newer, **later, "final": final})
-
-
-def _spans(sources: Iterable[Shard | Segment]) -> list[_Span]:
-    """Which sessions some shards and segments may hold, as few spans of their ids."""
-    spans: list[_Span] = []
-    for first, last in sorted((source.session_min, source.session_max) for source in sources):
-        if spans and first <= spans[-1][1]:
-            spans[-1] = spans[-1][0], max(last, spans[-1][1])
-        else:
-            spans.append((first, last))
-    return spans
-
-
 def _share(one: Shard | Segment, other: Shard | Segment) -> bool:
     """Whether both hold what stood at the same offsets of a log."""
     return any(
@@ -590,33 +507,3 @@ def _share(one: Shard | Segment, other: Shard | Segment) -> bool:
         for a in one.ranges
         for b in other.ranges
     )
-
-
-def _may(viewer: Viewer, news: Mapping[bytes, _Said], told: Iterable[tuple[bytes, str, str]], partly: Iterable[_Span]) -> str:
-    """The condition on rows of `session` that this viewer may see, by what they say and by what is known beyond them.
-
-    Whose a session is stands in its opening: where that may be unread, nobody is taken for its owner.
-    """
-    known = " AND ".join(f"session_id NOT BETWEEN {blob(first)} AND {blob(last)}" for first, last in partly) or "true"
-    newer = [
-        (
-            f"session_id = {blob(session)} AND coalesce(shown_at, 0) <= {said.place}",
-            literal(said.visibility),
-            literal(said.by) if said.by else "NULL",
-        )
-        for session, said in news.items()
-    ]
-    cases = [" ".join(f"WHEN {one[0]} THEN {one[column]}" for one in newer) for column in (1, 2)]
-    columns = [f"CASE {cases[0]} ELSE visibility END", f"CASE {cases[1]} ELSE shown_by END"] if newer else []
-    each = [f"(session_id <> {blob(session)} OR {viewer.condition(literal(said), literal(by), known)})" for session, said, by in told]
-    shown, by = columns or ("visibility", "shown_by")
-    return " AND ".join([viewer.condition(shown, by, known), *each])
-
-
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what was said first as text; an escape that was cut in two is left out."""
-    said = row["first_message"]
-    if said is not None:
-        with contextlib.suppress(ValueError):  # a body that is no JSON is shown as it is
-            said = json.loads(f'"{said}"', strict=False).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
-    return {**row, "first_message": said}
