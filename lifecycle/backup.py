@@ -6,7 +6,8 @@ of them signs for records that the copy lacks; blobs after it, so that none that
 
 A backup looks like an embedded data directory whatever it was made from. Objects of a bucket lie where those of a folder do, with
 notes of their locks; facts of a control topic stand in a SQLite file. Of a Kafka topic the shards are taken, since offsets
-of another topic mean nothing: they hold every event that was sealed and is not cold.
+of another topic mean nothing: they hold every event that was sealed and is not cold. Nor are the topics of batch work taken: what waits in
+them stands in the batches' input files, from which workers append it anew (`ingest/gateway/batch/requeue.py`).
 """
 
 from __future__ import annotations

@@ -48,9 +48,10 @@ class Counts(_Fact):
 
 
 class Batch(_Fact):
-    """What was submitted. Written by its submitter alone; `ends` is where its records end, by model and partition.
+    """What was submitted. Written by its submitter, then by whoever appends its records anew; times are seconds since the epoch.
 
-    While it is None the records are still being appended. Times are seconds since the epoch.
+    `ends` is where its records end, by model and partition: offsets in the log whose id `logs` has by model (batches of earlier versions
+    have none). While `ends` is None the records are still being appended.
     """
 
     batch_id: str
@@ -63,6 +64,7 @@ class Batch(_Fact):
     created_at: float
     expires_at: float
     ends: dict[str, list[int]] | None = None
+    logs: dict[str, str] = {}
     in_progress_at: float | None = None
 
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,18 +23,22 @@ import openai
 import orjson
 import pytest
 
-from ingest.gateway.batch.desk import BatchDesk
-from ingest.gateway.batch.facts import Facts
+from ingest.gateway.batch.desk import BatchDesk, object_of
+from ingest.gateway.batch.facts import SUBMITTER, Facts
+from ingest.gateway.batch.finish import results_of
 from schemas.batches import Batch, Owner
 from schemas.events import AccessLogged, RequestSubmitted, SessionOpened
 from schemas.settings import BatchSettings, GatewaySettings, RecorderSettings, Settings
 from store.control import ControlLog, ControlView, open_control
-from store.work import WorkLogs
+from store.crashpoints import VARIABLE
+from store.log.admin import remove_topics
+from store.work import WorkLogs, work_name
 from tests.gateway_rig import HELLO, BrokenUpstream, Peer, Rig, broken
 from tests.program import until
 from tests.test_gateway import payloads
 
 CHAT = "/v1/chat/completions"
+MODELS = ("m", "other/model 2")
 AT_WORK = 3
 """Requests at the upstream at once: of the five that a worker has begun two wait for their turn."""
 WAITING = 2
@@ -130,7 +135,7 @@ class BatchCase:
     @classmethod
     def upstream(cls) -> Iterator[Upstream]:
         upstream = Upstream()
-        with broken(upstream.act, models=("m", "other/model 2")) as server:
+        with broken(upstream.act, models=MODELS) as server:
             upstream.server = server
             yield upstream
 
@@ -160,8 +165,7 @@ class BatchCase:
         """Answers are matched by custom id, in the order of the file, over models whose names no topic may have; sessions have the tag."""
         client = rig.client()
         wanted = {f"r{i}": f"text {i}" for i in range(12)}
-        models = ["m", "other/model 2"]
-        made = submit(client, jsonl(*(request(name, text, models[i % 2]) for i, (name, text) in enumerate(wanted.items()))))
+        made = submit(client, jsonl(*(request(name, text, MODELS[i % 2]) for i, (name, text) in enumerate(wanted.items()))))
         batch = ended(client, made.id)
         lines = lines_of(client, batch.output_file_id)
         events = rig.events()
@@ -277,8 +281,7 @@ class BatchCase:
 
         A request over which workers die ends as an error after so many attempts; those that were under way beside it do not.
         """
-        log = settings.log.model_copy(update={"topic": f"{settings.log.topic}.alone"})
-        own = settings.model_copy(update={"log": log, "data": settings.data / "alone"})
+        own = apart(settings, "alone")
         with desk_at(own) as desk:
             upstream.open.clear()
             with forks.worker(own, upstream.url, attempts_max=2) as pid:
@@ -293,7 +296,7 @@ class BatchCase:
                 kill(pid)
             with forks.worker(own, upstream.url, attempts_max=2):
                 until(lambda: desk.facts.ended(first.batch_id) and desk.facts.ended(second.batch_id))
-            one, two = ([json.loads(line) for line in b"".join(desk.results(batch)).splitlines()] for batch in (first, second))
+            one, two = (results_at(desk, batch) for batch in (first, second))
 
         assert still == ["in_progress", "in_progress"]
         assert upstream.asked["deadly"] == 2
@@ -322,6 +325,98 @@ class BatchCase:
         assert texts_of(lines_of(client, after.output_file_id)) == {"a": "you said after"}
         assert not upstream.asked["never"]
         assert [event.content.statement for event in access if event.content] == [killed.batch_id]
+
+    def test_lost_log(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """The log of a model is removed while nobody works: what has no result is appended anew, by one of two workers.
+
+        What has its result is not asked again, nor is what waits in the log of another model appended twice.
+        """
+        own = apart(settings, "lost")
+        with desk_at(own) as desk:
+            names = [f"r{i}" for i in range(24)]
+            batch = submit_at(desk, written(own, *(request(name, name, MODELS[i % 2]) for i, name in enumerate(names))))
+            done = self._begun(desk, batch, own, upstream, forks)
+            remove(own, "m")
+            upstream.asked.clear()
+            with forks.worker(own, upstream.url), forks.worker(own, upstream.url):
+                until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+            moved = desk.facts.batch(batch.batch_id, None)
+            lines = results_at(desk, batch)
+
+        assert list(texts_of(lines)) == names
+        assert upstream.asked.keys() == set(names) - done
+        assert moved.logs["other/model 2"] == batch.logs["other/model 2"]
+        assert moved.logs["m"] not in ("", batch.logs["m"])
+        assert moved.ends is not None
+        assert batch.ends is not None
+        assert moved.ends["other/model 2"] == batch.ends["other/model 2"]
+        assert sum(moved.ends["m"]) == sum(1 for name in names[::2] if name not in done)
+
+    def _begun(self, desk: BatchDesk, batch: Batch, settings: Settings, upstream: Upstream, forks: Forks) -> set[str]:
+        """Work on a batch until six of its requests have results, then kill the worker; what these asked."""
+        upstream.open.clear()
+        upstream.passes = 6
+        with forks.worker(settings, upstream.url) as pid:
+            until(lambda: len(list(results_of(desk, batch))) == 6)
+            kill(pid)
+        upstream.open.set()
+        return {f"r{number - 1}" for number in results_of(desk, batch)}
+
+    def test_killed_while_appending_anew(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """A worker dies when it has appended and not said so: the next one takes over, and each request has one result."""
+        own = apart(settings, "killed")
+        with desk_at(own) as desk:
+            batch = submit_at(desk, written(own, *(request(f"r{i}", f"r{i}") for i in range(12))))
+            remove(own, "m")
+            upstream.open.clear()
+            dying = Forks(**{VARIABLE: "batch.appended"})
+            pid = dying.begin(configured(own, upstream.url))
+            until(lambda: not Path(f"/proc/{pid}").exists())
+            dying.close()
+            held, still = desk.facts.get(SUBMITTER, batch.batch_id), desk.facts.batch(batch.batch_id, None)
+            upstream.open.set()
+            with forks.worker(own, upstream.url):
+                until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+            lines = results_at(desk, batch)
+
+        assert held
+        assert held["pid"] == pid
+        assert still == batch
+        assert list(texts_of(lines)) == [f"r{i}" for i in range(12)]
+
+    def test_lost_input(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """Log and input file are gone: the batch ends as failed with one line that says why, and keeps the results that it has."""
+        own = apart(settings, "input")
+        with desk_at(own) as desk:
+            batch = submit_at(desk, written(own, *(request(f"r{i}", f"r{i}") for i in range(12))))
+            done = self._begun(desk, batch, own, upstream, forks)
+            remove(own, "m")
+            desk.objects.delete(object_of(desk.facts.file(batch.input_file_id, None)))
+            with forks.worker(own, upstream.url):
+                end = until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+            lines = results_at(desk, batch)
+
+        assert (end.status, end.counts.completed) == ("failed", 6)
+        assert end.error == (
+            f"the input file {batch.input_file_id} is gone: its requests without a result cannot be asked any more; submit them again"
+        )
+        assert texts_of(lines).keys() == done
+
+    def test_log_lost_under_a_gateway(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
+        """The log is removed while a gateway works on it: the batch comes to its end, and so does what is submitted afterwards."""
+        client = rig.client()
+        ended(client, submit(client, jsonl(request("first", "makes the log"))).id)
+        upstream.open.clear()
+        made = submit(client, jsonl(*(request(f"r{i}", f"under {i}") for i in range(12))))
+        until(lambda: len(upstream.order) == 1 + AT_WORK)
+        remove(settings, "m")
+        after = submit(client, jsonl(*(request(f"r{i}", f"after {i}") for i in range(3))))
+        upstream.open.set()
+        lost, next_one = (lines_of(client, ended(client, batch.id).output_file_id) for batch in (made, after))
+
+        assert texts_of(lost) == {f"r{i}": f"you said under {i}" for i in range(12)}
+        assert len(lost) == 12
+        assert texts_of(next_one) == {f"r{i}": f"you said after {i}" for i in range(3)}
 
     def test_backlog(self, rig: Rig, upstream: Upstream) -> None:
         """Backlog and the age of the oldest request are in the metrics while work waits."""
@@ -403,6 +498,25 @@ def submit_at(desk: BatchDesk, path: Path) -> Batch:
     return desk.submit(desk.add_file(path, "requests.jsonl", owner), owner, lambda _: None)
 
 
+def results_at(desk: BatchDesk, batch: Batch) -> list[dict[str, Any]]:
+    """What stands in the files of results of a batch that has ended."""
+    return [json.loads(line) for line in b"".join(desk.results(batch)).splitlines()]
+
+
+def apart(settings: Settings, name: str) -> Settings:
+    """Settings with logs and a data directory of their own."""
+    log = settings.log.model_copy(update={"topic": f"{settings.log.topic}.{name}"})
+    return settings.model_copy(update={"log": log, "data": settings.data / name})
+
+
+def remove(settings: Settings, model: str) -> None:
+    """Remove the log of a model."""
+    if settings.log.kind == "embedded":
+        shutil.rmtree(settings.data / "work" / work_name(model))
+    else:
+        remove_topics(settings.log, [f"{settings.log.topic}.work.{work_name(model)}"])
+
+
 def configured(settings: Settings, url: str, **batch: Any) -> Settings:
     """The settings of a gateway or worker before an upstream."""
     gateway = GatewaySettings(port=0, upstream=url, upstream_kind="openai", concurrency_max=AT_WORK)
@@ -413,9 +527,9 @@ def configured(settings: Settings, url: str, **batch: Any) -> Settings:
 class Forks:
     """Processes forked from one that has imported everything."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.batch_child"]
-        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, **environment: str) -> None:
+        command, environment = [sys.executable, "-m", "tests.batch_child"], {**os.environ, **environment}
+        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self._read()
 
     def _read(self) -> tuple[int, str]:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from kafka import KafkaAdminClient
 from minio import Minio
 
+from ingest.gateway.batch.finish import results_of
 from lifecycle import manifest
 from lifecycle.backup import Backup, Made
 from lifecycle.holds import Holds
@@ -30,9 +33,11 @@ from store.crashpoints import VARIABLE
 from store.indexer import Indexer
 from store.log.base import Entry
 from store.objects import open_store
+from tests.batch_case import MODELS, Forks, Upstream, desk_at, request, results_at, submit_at, texts_of, written
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.eventgen import conversation
-from tests.program import ROOT, invoke, to_toml
+from tests.gateway_rig import broken
+from tests.program import ROOT, invoke, to_toml, until
 from tests.tiered import Tiered, tiered
 from tokentape import __version__
 
@@ -52,10 +57,15 @@ class Original:
 
     def elsewhere(self, data: Path, **changes: Any) -> Settings:
         """Settings with topic and bucket of their own; or the original's, where they are given."""
-        mark = uuid.uuid4().hex[:12]
-        log = self.settings.log.model_copy(update={"topic": f"events.{mark}", "group": f"indexer.{mark}"})
-        cold = self.settings.cold.model_copy(update={"bucket": f"tokentape-{mark}"})
-        return self.settings.model_copy(update={"data": data, "log": log, "cold": cold, **changes})
+        return elsewhere(self.settings, data, **changes)
+
+
+def elsewhere(settings: Settings, data: Path, **changes: Any) -> Settings:
+    """Settings with topic and bucket of their own, where none are given."""
+    mark = uuid.uuid4().hex[:12]
+    log = settings.log.model_copy(update={"topic": f"events.{mark}", "group": f"indexer.{mark}"})
+    cold = settings.cold.model_copy(update={"bucket": f"tokentape-{mark}"})
+    return settings.model_copy(update={"data": data, "log": log, "cold": cold, **changes})
 
 
 def fill(rig: Tiered) -> bytes:
@@ -172,6 +182,49 @@ class TestEverythingLost:
         assert (again.exit_code, records, facts(there)) == (0, original.records, FACTS), again.output
         assert ("as it was found: bucket" in again.stdout) == (step != "restore.put_one:3")
         assert not (tmp_path / "data.partial").exists()
+
+
+class TestBatchWork:
+    """Work topics are in no backup: what a batch waits for is appended anew from its input file."""
+
+    @pytest.fixture
+    def upstream(self) -> Iterator[Upstream]:
+        """Answers as many requests as it is let."""
+        upstream = Upstream()
+        with broken(upstream.act, models=MODELS) as server:
+            upstream.server = server
+            yield upstream
+
+    def test_a_batch_comes_to_its_end_after_a_restore(
+        self, upstream: Upstream, tmp_path: Path, kafka: KafkaService, minio: MinioService
+    ) -> None:
+        """Into new topics and a new bucket: requests with a result are not asked again, all others are, and each has one."""
+        settings, names = distributed(tmp_path / "lost", kafka, minio), [f"r{i}" for i in range(16)]
+        upstream.open.clear()
+        upstream.passes = 5
+        forks = Forks()
+        with tiered(settings) as rig, desk_at(settings) as desk:
+            rig.ingest(list(conversation(rig.producer, chunks=3)))
+            batch = submit_at(desk, written(settings, *(request(name, name, MODELS[i % 2]) for i, name in enumerate(names))))
+            with forks.worker(settings, upstream.url):
+                until(lambda: len(list(results_of(desk, batch))) == 5)
+                Backup(settings, tmp_path / "backup", __version__, with_keys=True).run()
+        there = elsewhere(settings, tmp_path / "data")
+        back = restore(there, tmp_path / "backup", __version__)
+        upstream.open.set()
+        upstream.asked.clear()
+        with desk_at(there) as desk:
+            waiting = desk.facts.status(batch)
+            done = {names[number - 1] for number in results_of(desk, batch)}
+            with forks.worker(there, upstream.url):
+                until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+            status, lines = desk.facts.status(batch), results_at(desk, batch)
+        forks.close()
+
+        assert (back.faults(), waiting, status, len(done)) == ([], "in_progress", "completed", 5)
+        assert list(texts_of(lines)) == names
+        assert len(lines) == len(names)
+        assert upstream.asked == Counter(set(names) - done)
 
 
 class TestTheMachineLost:

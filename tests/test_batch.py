@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import openai
+import orjson
 import pytest
 from click.testing import CliRunner
 
-from ingest.gateway.batch.facts import BATCH, FILE
-from ingest.gateway.batch.finish import forget
-from ingest.gateway.batch.submission import Submission
+from ingest.debug import workers
+from ingest.gateway.batch.desk import BatchDesk, parse_item, result_of
+from ingest.gateway.batch.facts import BATCH, CLAIM, COMMITTED, ENDING, FILE, SUBMITTER
+from ingest.gateway.batch.finish import finish, forget
+from ingest.gateway.batch.requeue import bereft, requeue
+from ingest.gateway.batch.submission import Submission, end_abandoned
+from ingest.gateway.batch.window import Window, done_with
 from ingest.gateway.keys import KIND, make
 from schemas.batches import Batch, Owner
 from schemas.errors import ConflictError
@@ -31,7 +41,9 @@ from tests.batch_case import (
     ended,
     jsonl,
     lines_of,
+    remove,
     request,
+    results_at,
     submit,
     submit_at,
     texts_of,
@@ -265,3 +277,228 @@ def test_silent_submitter(tmp_path: Path) -> None:
             submission.check()
 
     assert shown["status"] == "failed"
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[BatchDesk]:
+    """A desk with nobody else."""
+    with desk_at(Settings(data=tmp_path / "data")) as desk:
+        yield desk
+
+
+def answer(desk: BatchDesk, batch: Batch, number: int, status: int = 200) -> bytes:
+    """Create the result of a line."""
+    result = orjson.dumps({"id": f"b{number}", "custom_id": f"r{number}", "response": {"status_code": status, "body": {}}, "error": None})
+    desk.objects.create(result_of(batch, number), result)
+    return result
+
+
+def waiting(desk: BatchDesk) -> Batch:
+    """A batch of four requests, r1 to r4."""
+    return submit_at(desk, written(desk.settings, *(request(f"r{i}", f"r{i}") for i in range(1, 5))))
+
+
+def records(desk: BatchDesk, batch: Batch) -> list[str]:
+    """What stands of a batch in the log of model m, by custom id."""
+    work = desk.works.standing("m")
+    found = [parse_item(value) for partition in range(work.partitions) for value in work.read(partition, 0, limit=99).values]
+    return sorted(item.custom_id for item in found if item.batch_id == batch.batch_id)
+
+
+def test_offsets_of_another_log(desk: BatchDesk) -> None:
+    """What workers committed in another log says nothing of a batch, and what it waits for is appended once."""
+    batch = waiting(desk)
+    remove(desk.settings, "m")
+    for partition in range(4):
+        desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": "another", "offset": 1 << 40})
+    status = desk.facts.status(batch)
+    waiting(desk)  # the new log reaches as far as the old one did
+    answer(desk, batch, 2)
+    requeue(desk, batch)
+    once = records(desk, batch)
+    requeue(desk, batch)
+
+    assert status == "in_progress"
+    assert once == records(desk, batch) == ["r1", "r3", "r4"]
+    assert bereft(desk, desk.facts.batches()) == {}
+
+
+def test_places_in_another_log() -> None:
+    """What is worked off of a log that was replaced is not deleted from the new one, which holds other records there."""
+    places = [Window("m", 0, "old", 5, written=5), Window("m", 1, "new", 3, written=2), Window("m", 2, "new", 0), Window("n", 3, "new", 4)]
+
+    assert done_with(places, "m", "new") == {1: 2}
+
+
+def test_batch_of_an_earlier_version(desk: BatchDesk) -> None:
+    """It does not say which log its records are in: it is the one in which workers committed, and reaches as far as the records do."""
+    batch = waiting(desk)
+    old = {name: value for name, value in batch.model_dump(mode="json").items() if name != "logs"}
+    desk.facts.write(BATCH, batch.batch_id, old)
+    found = desk.facts.batches()
+    untouched = bereft(desk, found)
+    for partition in range(4):
+        desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": batch.logs["m"], "offset": 1})
+    committed, worked_off = bereft(desk, found), desk.facts.worked_off(found[0])
+    remove(desk.settings, "m")
+    for partition in range(4):
+        desk.facts.write(COMMITTED, f"{partition}/m", {"log_id": desk.works.standing("m").log_id, "offset": 0})
+    beyond = bereft(desk, found)
+    waiting(desk)
+    desk.facts.write(COMMITTED, "0/m", {"log_id": batch.logs["m"], "offset": 0})
+    elsewhere = bereft(desk, found)
+    requeue(desk, batch)
+
+    assert (found[0].logs, untouched, committed, worked_off) == ({}, {}, {}, True)
+    assert list(elsewhere) == list(beyond) == [batch.batch_id]
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
+    assert desk.facts.batch(batch.batch_id, None).logs == {"m": desk.works.of("m").log_id}
+
+
+def test_nothing_wanted_is_appended(desk: BatchDesk) -> None:
+    """A batch that was cancelled ends without its log."""
+    batch = waiting(desk)
+    kept = answer(desk, batch, 3)
+    desk.cancel(batch, "ada")
+    remove(desk.settings, "m")
+    requeue(desk, batch)
+    (moved,) = desk.facts.batches()
+    worked_off = desk.facts.worked_off(moved)
+    finish(desk, moved)
+    lines = list(b"".join(desk.results(moved)).splitlines())
+
+    assert (records(desk, batch), worked_off, desk.facts.status(moved)) == ([], True, "cancelled")
+    assert lines[0] == kept
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("lost", [None, "error"])
+def test_an_end_that_no_fact_tells_of(lost: str | None, desk: BatchDesk) -> None:
+    """A backup may have the files of results, or one of two, and facts of before: what stands in them is not asked again."""
+    batch = waiting(desk)
+    good, bad = [answer(desk, batch, number) for number in (1, 2, 4)], answer(desk, batch, 3, status=500)
+    finish(desk, batch)
+    end = desk.facts.ended(batch.batch_id)
+    assert end is not None
+    for kind, key in ((ENDING, batch.batch_id), (FILE, end.output_file_id), (FILE, end.error_file_id)):
+        desk.facts.write(kind, str(key), None)
+    if lost:
+        desk.objects.delete(f"batch/default/files/{end.error_file_id}")
+    remove(desk.settings, "m")
+    requeue(desk, batch)
+    again = records(desk, batch)
+    if lost:
+        answer(desk, batch, 3, status=500)
+    finish(desk, batch)
+
+    assert again == (["r3"] if lost else [])
+    assert b"".join(desk.results(batch)).splitlines() == [*good, bad]
+
+
+def test_results_of_a_finisher_that_died(desk: BatchDesk) -> None:
+    """The file that it kept is the batch's, though it did not say so, and whatever its bytes are."""
+    batch = waiting(desk)
+    for number in range(1, 5):
+        answer(desk, batch, number)
+    desk.objects.create(f"batch/default/files/file-{batch.batch_id.removeprefix('batch_')}-output", b"the first one's\n")
+    finish(desk, batch)
+
+    assert b"".join(desk.results(batch)) == b"the first one's\n"
+
+
+def test_two_append_anew(desk: BatchDesk) -> None:
+    """Of two that begin at once, each with its own copy of the facts, one appends."""
+    both = Barrier(2)
+
+    def begin(each: BatchDesk, batch: Batch) -> None:
+        both.wait(30)
+        requeue(each, batch)
+
+    found = []
+    with desk_at(desk.settings) as other, ThreadPoolExecutor(2) as pool:
+        for _ in range(8):
+            batch = waiting(desk)
+            remove(desk.settings, "m")
+            until(partial(other.facts.find, batch.batch_id))
+            list(pool.map(begin, (desk, other), (batch, batch)))
+            found.append(records(desk, batch))
+    left = [desk.facts.latest(kind) for kind in (CLAIM, SUBMITTER)]
+
+    assert found == [["r1", "r2", "r3", "r4"]] * 8
+    assert left == [{}, {}]
+
+
+def test_claims(desk: BatchDesk) -> None:
+    """The first claim in the log counts, as long as its process lives, or what it renews."""
+    batch, lived = waiting(desk), workers.Worker().document()
+    remove(desk.settings, "m")
+    claim = {**lived, "worker": "w-first", "until": time.time() + 60}
+    desk.facts.write(CLAIM, f"{batch.batch_id}/w-first", claim)
+    sweep = partial(end_abandoned, desk.facts, lambda: pytest.fail("nothing was abandoned"), desk.settings)
+    sweep()
+    requeue(desk, batch)
+    held = records(desk, batch), list(desk.facts.latest(CLAIM))
+    desk.facts.write(CLAIM, f"{batch.batch_id}/w-first", {**claim, "until": 0})
+    desk.facts.write(SUBMITTER, batch.batch_id, claim)
+    sweep()
+    renewed = list(desk.facts.latest(CLAIM))
+    desk.facts.write(SUBMITTER, batch.batch_id, None)
+    sweep()
+    lapsed = list(desk.facts.latest(CLAIM))
+    requeue(desk, batch)
+
+    assert held == ([], [f"{batch.batch_id}/w-first"])
+    assert (renewed, lapsed) == ([f"{batch.batch_id}/w-first"], [])
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
+
+
+def test_a_lease_that_another_one_took(desk: BatchDesk) -> None:
+    """Who was taken for dead and goes on appends nothing, and says so."""
+    batch = waiting(desk)
+    remove(desk.settings, "m")
+    later = Submission(desk.facts, batch.batch_id, desk.settings)
+    fetch = desk.fetch_input
+
+    def slow(*arguments: Any) -> None:
+        fetch(*arguments)
+        later.renew()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(desk, "fetch_input", slow)
+        with pytest.raises(ConflictError, match=f"another process appends {batch.batch_id}"):
+            requeue(desk, batch)
+    left = records(desk, batch)
+    requeue(desk, batch)  # the later one lives
+    held = records(desk, batch)
+    later.close()
+    requeue(desk, batch)
+
+    assert (left, held) == ([], [])
+    assert records(desk, batch) == ["r1", "r2", "r3", "r4"]
+
+
+@pytest.mark.parametrize("what", ["log.sqlite", "log.sqlite is gone", "a record"])
+def test_damaged_log(what: str, tmp_path: Path, small_upstream: Upstream, forks: Forks) -> None:
+    """A damaged log is set aside, and its batch comes to its end; after `batch.keep_days` nothing is left of the log."""
+    settings = Settings(data=tmp_path / "data")
+    small_upstream.asked.clear()
+    with desk_at(settings) as desk:
+        batch = submit_at(desk, written(settings, *(request(f"r{i}", f"damaged {i}") for i in range(8))))
+    path = settings.data / "work" / "m" / "log" / "log.sqlite"
+    if what == "a record":
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("UPDATE batch SET data = zeroblob(length(data))")
+    elif what == "log.sqlite":
+        path.write_bytes(b"no database" * 1000)
+    else:
+        path.unlink()
+    with desk_at(settings) as desk, forks.worker(settings, small_upstream.url):
+        until(lambda: desk.facts.ended(batch.batch_id))
+        texts = texts_of(results_at(desk, batch))
+        aside = [folder.name for folder in (settings.data / "work" / ".damaged").iterdir()]
+        desk.works.forget(time.time() + 60)
+
+    assert texts == {f"r{i}": f"you said damaged {i}" for i in range(8)}
+    assert len(aside) == 1
+    assert aside[0].startswith("m-")
+    assert list((settings.data / "work" / ".damaged").iterdir()) == []

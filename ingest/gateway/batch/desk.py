@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,14 +18,15 @@ from ingest.gateway.batch.lines import Line, Survey, lines, survey
 from ingest.gateway.batch.submission import Submission
 from schemas import clock
 from schemas.batches import ENDED, Batch, BatchFile, Cancelled, Counts, Ended, Owner, WorkItem
-from schemas.errors import ConflictError, Unavailable, UsageError
+from schemas.errors import AlreadyExists, ConflictError, Unavailable, UnknownName, UsageError
 from schemas.requests import dump
 from schemas.settings import Settings
 from schemas.sink import new_id
+from store.crashpoints import crash_point
 from store.log.base import Entry
 from store.objects import open_store
 from store.objects.base import ObjectStore
-from store.work import WorkLogs
+from store.work import WorkLog, WorkLogs
 
 PIECE_BYTES = 4 << 20
 """Files travel to and from the object store in pieces of this size."""
@@ -71,7 +72,7 @@ class BatchDesk:
     def add_file(
         self, path: Path, filename: str, owner: Owner, *, file_id: str = "", purpose: Literal["batch", "batch_output"] = "batch"
     ) -> BatchFile:
-        """Keep a file; durable when this returns.
+        """Keep a file; durable when this returns. Of several that bring one of the same `file_id` the first one's bytes stay.
 
         Raises:
             UsageError: it is too large.
@@ -81,9 +82,14 @@ class BatchDesk:
         if purpose == "batch" and size > self.settings.batch.file_bytes_max:
             fault = f"the file has {size} bytes, more than batch.file_bytes_max, {self.settings.batch.file_bytes_max}"
             raise UsageError(fault, operation="add file", hint="split it")
-        file_id = file_id or f"file-{uuid.uuid4().hex}"
+        given, file_id = bool(file_id), file_id or f"file-{uuid.uuid4().hex}"
         made = BatchFile(file_id=file_id, owner=owner, filename=filename[:255], purpose=purpose, bytes=size, created_at=clock.now_s())
-        self.objects.create_from_file(object_of(made), path)
+        try:
+            self.objects.create_from_file(object_of(made), path)
+        except AlreadyExists:
+            if not given or (found := self.objects.head(object_of(made))) is None:
+                raise
+            made = made.model_copy(update={"bytes": found.size})  # whoever was quicker may have died before it said so
         self.facts.write(f.FILE, made.file_id, made)
         return made
 
@@ -92,11 +98,24 @@ class BatchDesk:
         for start in range(0, file.bytes, PIECE_BYTES):
             yield self.objects.get_range(object_of(file), start, PIECE_BYTES)
 
-    def fetch(self, file: BatchFile, path: Path) -> None:
-        """Write a file's bytes to a local path."""
+    def fetch(self, file: BatchFile, path: Path, each: Callable[[], None] = lambda: None) -> None:
+        """Write a file's bytes to a local path; `each` is called after every piece."""
         with path.open("wb") as target:
             for piece in self.pieces(file):
                 target.write(piece)
+                each()
+
+    def fetch_input(self, batch: Batch, path: Path, each: Callable[[], None] = lambda: None) -> None:
+        """`fetch` the file that a batch was submitted with.
+
+        Raises:
+            UnknownName: it is gone.
+        """
+        try:
+            self.fetch(self.facts.file(batch.input_file_id, None), path, each)
+        except (KeyError, UnknownName) as error:
+            hint = "submit what has no result again"
+            raise UnknownName(f"the input file {batch.input_file_id} is gone", operation="read batch", hint=hint) from error
 
     def delete_file(self, file: BatchFile) -> None:
         """Delete a file.
@@ -160,15 +179,15 @@ class BatchDesk:
         submission.renew()
         try:
             self.facts.write(f.BATCH, batch.batch_id, batch)
+            works = dict[str, WorkLog]()
             for model in found.models:
                 submission.renew()
-                self.works.of(model)
+                works[model] = self.works.standing(model)
                 if self.facts.get(f.MODEL, model) is None:
                     self.facts.write(f.MODEL, model, {"made_at": clock.now_s()})
-            for piece in _cut(lines(path, self.settings, self.urls)):
-                self._append_piece(batch.batch_id, piece, submission)
-            ends = {model: self.works.of(model).ends() for model in found.models}
-            batch = batch.model_copy(update={"ends": ends, "in_progress_at": clock.now_s()})
+            self.append(batch.batch_id, lines(path, self.settings, self.urls), works, submission)
+            ends, logs = {model: work.ends() for model, work in works.items()}, {model: work.log_id for model, work in works.items()}
+            batch = batch.model_copy(update={"ends": ends, "logs": logs, "in_progress_at": clock.now_s()})
             self.facts.write(f.BATCH, batch.batch_id, batch)
             submission.check()
         except BaseException as error:
@@ -181,17 +200,14 @@ class BatchDesk:
             submission.close()
         return batch
 
-    def _append_piece(self, batch_id: str, piece: list[Line], submission: Submission) -> None:
-        entries: dict[str, list[Entry]] = {}
-        for line in piece:
-            session = new_id()
-            work = self.works.of(line.model)
-            item = {"batch_id": batch_id, "number": line.number, "custom_id": line.custom_id, "session": str(uuid.UUID(bytes=session))}
-            value = dump({**item, "url": line.url, "body": line.body})
-            entries.setdefault(line.model, []).append(Entry(line.number % work.partitions, session, value))
-        for model, own in entries.items():
-            submission.renew()
-            self.works.of(model).append(own)
+    def append(self, batch_id: str, source: Iterator[Line], works: Mapping[str, WorkLog], submission: Submission) -> None:
+        """Append a record for each line to the log of its model, and to no other one that may take its place meanwhile.
+
+        Raises:
+            ConflictError: the submission is somebody else's now. Unavailable, LogChanged: a log does not answer, or was replaced.
+        """
+        for piece in _cut(source):
+            _append_piece(batch_id, piece, works, submission)
 
     def cancel(self, batch: Batch, by: str) -> bool:
         """Stop what has not begun; False where there is nothing to stop any more."""
@@ -251,6 +267,19 @@ def _cut(source: Iterator[Line]) -> Iterator[list[Line]]:
             piece.append(line)
             size += len(dump(line.body))
         yield piece
+
+
+def _append_piece(batch_id: str, piece: list[Line], works: Mapping[str, WorkLog], submission: Submission) -> None:
+    entries: dict[str, list[Entry]] = {}
+    for line in piece:
+        session = new_id()
+        item = {"batch_id": batch_id, "number": line.number, "custom_id": line.custom_id, "session": str(uuid.UUID(bytes=session))}
+        value = dump({**item, "url": line.url, "body": line.body})
+        entries.setdefault(line.model, []).append(Entry(line.number % works[line.model].partitions, session, value))
+    for model, own in entries.items():
+        submission.renew()
+        works[model].append(own)
+    crash_point("batch.appended")
 
 
 def _metadata(metadata: dict[str, str] | None) -> dict[str, str]:

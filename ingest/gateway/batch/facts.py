@@ -23,7 +23,9 @@ COUNTS = "batch.counts"
 BEGUN = "batch.begun"
 """`{log_id, attempts}` by `<partition>/<model>`: by offset how often what may be under way was begun."""
 SUBMITTER = "batch.submitter"
-"""Who still appends the records of a batch, and until when that holds unless it is said again."""
+"""Who still appends the records of a batch, the first time or anew, and until when that holds unless it is said again."""
+CLAIM = "batch.claim"
+"""Who would append the records of a batch anew, by `<batch>/<worker>`, each written once: of several the first in the log does it."""
 ABANDONED = "batch.abandoned"
 """That somebody is about to end a batch whose submitter is gone."""
 LEASE = "batch.lease"
@@ -126,9 +128,13 @@ class Facts:
         return sum(own, Counts())
 
     def worked_off(self, batch: Batch) -> bool:
-        """Whether every record of a batch lies before what workers have committed."""
+        """Whether every record of a batch lies before what workers have committed in the logs that hold them."""
         ends = ((model, partition, end) for model, own in (batch.ends or {}).items() for partition, end in enumerate(own))
-        return batch.ends is not None and all(self.committed(model, partition)[1] >= end for model, partition, end in ends)
+        return batch.ends is not None and all(not end or self._reached(batch, model, partition, end) for model, partition, end in ends)
+
+    def _reached(self, batch: Batch, model: str, partition: int, end: int) -> bool:
+        log_id, offset = self.committed(model, partition)
+        return offset >= end and batch.logs.get(model, log_id) == log_id
 
     def committed(self, model: str, partition: int) -> tuple[str, int]:
         """The log and offset up to which a partition is worked off."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ingest.gateway.batch import facts as f
@@ -58,3 +59,9 @@ class Window:
         if (offset := self.offset) > self.written:
             facts.write(f.COMMITTED, f"{self.partition}/{self.model}", {"log_id": self.log_id, "offset": offset})
             self.written = offset
+
+
+def done_with(windows: Iterable[Window], model: str, log_id: str) -> dict[int, int]:
+    """By partition before which offset of a model's log nothing is needed; a place in another log says nothing of this one."""
+    own = (window for window in windows if (window.model, window.log_id) == (model, log_id))
+    return {window.partition: window.written for window in own if window.written > 0}

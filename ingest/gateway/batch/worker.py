@@ -24,15 +24,17 @@ from ingest.debug import workers
 from ingest.gateway.batch import facts as f
 from ingest.gateway.batch.attempt import Answer, attempt, worn_out
 from ingest.gateway.batch.desk import BatchDesk, parse_item, result_of
-from ingest.gateway.batch.finish import finish, forget
+from ingest.gateway.batch.finish import finish, forget, give_up
+from ingest.gateway.batch.requeue import bereft, requeue
 from ingest.gateway.batch.submission import end_abandoned
-from ingest.gateway.batch.window import Window
+from ingest.gateway.batch.window import Window, done_with
 from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.parts import Parts
 from schemas.batches import ENDED, Batch, Counts, WorkItem
-from schemas.errors import AlreadyExists, LogChanged, TokentapeError
+from schemas.errors import AlreadyExists, CorruptStore, LogChanged, TokentapeError, UnknownName
 from schemas.requests import dump
+from store.work import WorkLog
 
 log = structlog.get_logger(__name__)
 
@@ -83,7 +85,7 @@ class Worker:
         self._counts: dict[str, Counts] = {}
         self._counted: set[str] = set()  # batches whose counts are not written yet
         self._announced_at = 0.0
-        self._done_at = {"tidy": 0.0, "forget": time.monotonic()}
+        self._done_at = {"requeue": 0.0, "tidy": 0.0, "forget": time.monotonic()}
         self._loop: asyncio.Task[None] | None = None
         self._ender: asyncio.Task[None] | None = None
 
@@ -189,29 +191,39 @@ class Worker:
 
     async def _read_on(self, model: str) -> None:
         """Read the partitions of a model that are this worker's; an answer that is slow keeps no other model waiting."""
+        log_id = None
         try:
-            work = await self._thread(self._desk.works.of, model)
+            work = await self._thread(self._desk.works.standing, model)
+            log_id = work.log_id
+            self._leave(model, log_id)
             while not self._ending.is_set():
-                ready = await self._ready(model, work.partitions)
+                ready = await self._ready(model, work)
                 for partition in sorted(ready):
-                    await self._read(model, partition, max(1, self._free(model) // len(ready)))
+                    await self._read(work, self._windows[model, partition], max(1, self._free(model) // len(ready)))
         except LogChanged as error:
             log.warning("batch work is read again", model=model, error=str(error))
-            for key in [key for key in self._windows if key[0] == model]:
-                del self._windows[key]
+            self._leave(model)
+        except CorruptStore as error:
+            log.error("batch work is damaged", model=model, error=str(error))
+            self._leave(model)
+            await self._thread(self._desk.works.set_aside, model, log_id)
         except TokentapeError as error:
             log.warning("batch work cannot be read", model=model, error=str(error))
             await self._pause(1.0)
 
-    async def _ready(self, model: str, partitions: int) -> set[int]:
+    def _leave(self, model: str, log_id: str | None = None) -> None:
+        """Forget the places in a model's log, but not those in the one of this id."""
+        for key in [key for key, window in self._windows.items() if key[0] == model and window.log_id != log_id]:
+            del self._windows[key]
+
+    async def _ready(self, model: str, work: WorkLog) -> set[int]:
         """Partitions of ours with something to read."""
-        mine = self._mine(model, partitions)
+        mine = self._mine(model, work.partitions)
         held = {partition for named, partition in self._windows if named == model}
         for partition in held - mine:
             await self._let_go(model, partition)
         for partition in mine - held:
             if await self._thread(self._lease, model, partition):
-                work = self._desk.works.of(model)
                 self._windows[model, partition] = await self._thread(Window.open, self._facts, work, model, partition)
         windows = {partition: self._windows[model, partition] for partition in mine if (model, partition) in self._windows}
         offsets = {p: window.read for p, window in windows.items() if window.read - window.offset < AHEAD_MAX}
@@ -221,7 +233,7 @@ class Worker:
         if not offsets:
             await self._pause(TURN_S)
             return set()
-        return await self._thread(lambda: self._desk.works.of(model).wait(offsets, wait_s=TURN_S))
+        return await self._thread(lambda: work.wait(offsets, wait_s=TURN_S))
 
     def _free(self, model: str) -> int:
         """How many more requests of a model may be at work here."""
@@ -243,12 +255,12 @@ class Worker:
             del self._windows[model, partition]
             await self._thread(self._facts.write, f.LEASE, f"{partition}/{model}", None)
 
-    async def _read(self, model: str, partition: int, limit: int) -> None:
+    async def _read(self, work: WorkLog, window: Window, limit: int) -> None:
         """Begin the next requests of a partition, as long as there is room for more."""
-        window = self._windows[model, partition]
+        model = window.model
         if not self._free(model):
             return
-        batch = await self._thread(lambda: self._desk.works.of(model).read(partition, window.read, limit=min(limit, self._free(model))))
+        batch = await self._thread(lambda: work.read(window.partition, window.read, limit=min(limit, self._free(model))))
         for offset, value in enumerate(batch.values, batch.offset_first):
             window.read = offset + 1
             task = asyncio.create_task(self._item(window, offset, value))
@@ -375,8 +387,7 @@ class Worker:
     def _tidy(self, models: list[str]) -> None:
         for model in models:
             work = self._desk.works.of(model)
-            own = {p: window.written for (named, p), window in list(self._windows.items()) if named == model and window.written > 0}
-            work.trim(own)
+            work.trim(done_with(list(self._windows.values()), model, work.log_id))
             self.backlog[model] = self._measured(model)
 
     def _measured(self, model: str) -> Backlog:
@@ -391,14 +402,25 @@ class Worker:
         return Backlog(requests, min(oldest, default=None))
 
     async def _end_batches(self) -> None:
-        """End the batches whose every record is done with."""
+        """End the batches whose every record is done with, and have those go on whose records are gone."""
         if not self._first():
             return
+        batches = self._facts.batches()
+        gone = await self._thread(bereft, self._desk, batches) if self._due("requeue", TIDY_S) else {}
+        for batch in batches:
+            if batch.batch_id in gone:
+                await self._thread(self._bring_on, requeue, batch)
+            elif self._facts.status(batch) not in ENDED and self._facts.worked_off(batch):
+                await self._thread(self._bring_on, finish, batch)
+
+    def _bring_on(self, call: Callable[[BatchDesk, Batch], None], batch: Batch) -> None:
+        """Do what brings a batch nearer to its end; one for which that fails keeps no other waiting."""
         try:
-            for batch in self._facts.batches():
-                if self._facts.status(batch) not in ENDED and self._facts.worked_off(batch):
-                    await self._thread(finish, self._desk, batch)
+            try:
+                call(self._desk, batch)
+            except UnknownName as error:
+                give_up(self._desk, batch, error.fault)
         except TokentapeError as error:
-            log.warning("the end of a batch waits", error=str(error))
+            log.warning("the end of a batch waits", batch=batch.batch_id, error=str(error))
         except Exception:
-            log.exception("the end of a batch failed")
+            log.exception("the end of a batch failed", batch=batch.batch_id)
