@@ -20,6 +20,7 @@ from schemas import events as e
 from schemas.settings import ApiSettings, Settings
 from scripts.native import tools
 from tests.api_rig import put, serving
+from tests.program import until
 from tests.tape import QUESTION, WORDS, Tape, finish
 from tokentape.api.page import BUNDLE
 
@@ -81,12 +82,15 @@ def _first_view(page: Page, folder: Path) -> list[dict[str, Any]]:
     page.add_init_script(_FIRST_ROW)
     with serving(settings) as api:
         began = time.monotonic()
-        api("GET", "debug-sessions?limit=1")
+        first = api("GET", "debug-sessions?limit=1")
         once = time.monotonic() - began
+        until(lambda: not api("GET", "debug-sessions?limit=1")["completeness"]["unread"])
+        whole = time.monotonic() - began
         took = sorted(_opened(page, f"{api.url}/?{tab}") for tab in range(TABS))
     return [
         {"what": f"first view usable, {EVENTS:,} events, p50 of {TABS}", "value": took[TABS // 2], "unit": "ms", "reach": "≤ 1 s"},
-        {"what": "the list that the API puts together once, after its start", "value": once, "unit": "s"},
+        {"what": f"first list after the API's start, of {first['total']:,} sessions", "value": once, "unit": "s", "reach": "≤ 1 s"},
+        {"what": "until all sessions are listed", "value": whole, "unit": "s"},
     ]
 
 

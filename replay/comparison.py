@@ -14,6 +14,7 @@ from replay.differences import report, sentence
 from replay.drift import Judgement, drift_of, judge, worst
 from replay.engines.base import Scored
 from replay.floors import floor_of
+from replay.sections import alternatives_column
 from replay.state import Entry, Environment, Generation, Replay, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
@@ -246,8 +247,10 @@ def _hex(digest: bytes | None) -> str | None:
     return digest.hex() if digest else None
 
 
-def _columns(entries: Several[Entry]) -> dict[str, list[Any]]:
-    return {name: [_finite(getattr(entry, name)) for entry in entries] for name in ("text", "token_id", "logprob")}
+def _columns(entries: Several[Entry]) -> dict[str, Any]:
+    """Tokens column by column; `alternatives` is None where none was recorded."""
+    columns = {name: [_finite(getattr(entry, name)) for entry in entries] for name in ("text", "token_id", "logprob")}
+    return {**columns, "alternatives": alternatives_column(entries)}
 
 
 def _drifts(before: Several[float | None], after: Several[float | None]) -> list[float | None]:

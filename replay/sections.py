@@ -7,6 +7,7 @@ session so, and `token_columns` the tokens of one sequence, which are many.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence as Several
 from typing import Any
 
 from replay.differences import sentence
@@ -58,8 +59,12 @@ def token_columns(sequence: Sequence) -> dict[str, Any]:
     entries = sequence.entries()
     columns: dict[str, list[Any]] = {name: [getattr(entry, name) for entry in entries] for name in _ENTRY}
     known = {name: values if any(value is not None for value in values) else None for name, values in columns.items()}
-    told = [_alternatives(entry) for entry in entries] if any(entry.alternatives for entry in entries) else None
-    return {"index": sequence.index, "tokens": len(entries), **known, "alternatives": told}
+    return {"index": sequence.index, "tokens": len(entries), **known, "alternatives": alternatives_column(entries)}
+
+
+def alternatives_column(entries: Several[Entry]) -> list[list[dict[str, Any]]] | None:
+    """What else each token might have been; None where no client asked for that."""
+    return [_alternatives(entry) for entry in entries] if any(entry.alternatives for entry in entries) else None
 
 
 _ENTRY = ("position", "channel", "offset_us", "token_id", "logprob", "text")

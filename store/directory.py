@@ -7,15 +7,18 @@ Where the directory is followed, a thread of its own refreshes it, and nobody wh
 two states of one database. What may not be late is not: the catalog counts events that say who may see a session, and what was erased
 or made anew (`Changes`). Where it has counted on, who looks first has the former read out of what is not listed yet, and waits for the
 latter.
+
+After a start the newest shards and segments are read first and listed at once, if there are many. Of all others no more is read before
+than who may see what, so no list shows what a later one would hide. What stands in them is missing meanwhile, and rows say whether it may
+be theirs: `final`. Who searches, or asks for verdicts and replays, waits for the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import duckdb
@@ -24,42 +27,30 @@ import pyarrow as pa
 from schemas.errors import TokentapeError
 from schemas.settings import Settings
 from store.catalog import Catalog, Changes, Segment, Shard
+from store.directory_look import Answer, Answers, Look, Page, Said, Viewer, may_see, spans_of
 from store.directory_search import Searches, alone, name_of, saying
-from store.directory_sql import COLUMNS, NEWS, NEWS_COLUMNS, OF_RUN, PART, PART_OF_CHUNKS, REPLAYED, REPLAYS, SESSIONS, SEVERITY
+from store.directory_sql import NEWS, NEWS_COLUMNS, OF_RUN, READ, REPLAYED, SESSIONS, SEVERITY
 from store.reader import EventReader, blob
 from store.sql import Completeness, completeness
 from store.views import literal
+
+__all__ = ["KINDS", "SESSION_KINDS", "VISIBILITIES", "Listing", "SessionDirectory", "Viewer", "Wanted"]
 
 VISIBILITIES = ("private", "team", "public")
 """Who sees a session: its owners, its tenant (where nobody said otherwise), everybody who may come in."""
 
 KINDS = {"replay": "replay", "engine run": "engine", "kv operations": "kv"}
 """Kinds of sessions by the purpose with which they were opened; all others are `conversation`."""
+SESSION_KINDS = ("conversation", *KINDS.values())
 
 _CASES = " ".join(f"WHEN {literal(purpose)} THEN {literal(kind)}" for purpose, kind in KINDS.items())
 _KIND = f"CASE purpose {_CASES} ELSE 'conversation' END"
 _FOLLOW_S = 0.5  # pause between two refreshes of a directory that is followed
 _CUSTOMERS = "tenant <> '_platform'"
 _ANSWERS_KEPT = 64  # answers of one state kept
-
-
-@dataclass(frozen=True, slots=True)
-class Viewer:
-    """Who looks: `tenant` None sees all, another one's own tenant, of it nothing private of others, and what is public.
-
-    `names` are the opaque ids under which the viewer is recorded as an actor or user.
-    """
-
-    tenant: str | None = None
-    names: tuple[str, ...] = ()
-
-    def condition(self, visibility: str = "visibility", by: str = "shown_by") -> str:
-        """The one condition on a session that may be seen; `visibility` and who said it are expressions."""
-        if self.tenant is None:
-            return "true"
-        mine = ", ".join(map(literal, self.names)) or "NULL"
-        own = f'({by} IN ({mine}) OR owner IN ({mine}) OR "user" IN ({mine}))'
-        return f"({visibility} = 'public' OR (tenant = {literal(self.tenant)} AND ({visibility} <> 'private' OR coalesce({own}, false))))"
+_AT_ONCE = 200_000  # events that are read before anything is listed: a fraction of a second's work
+_PASS = 500_000  # events read between two lists, where one of all takes longer
+_YIELD_S = 0.01  # pause between two passes, in which others get their turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +106,6 @@ class Listing:
     completeness: Completeness
 
 
-_Page = tuple[str, int, int]
-_Answer = tuple[list[dict[str, Any]], int]
-_Answers = dict[_Page, _Answer]
-"""Pages by their condition, limit and offset: rows and total."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Said:
-    """What the last event of its kind said of who may see a session: its offset, what it said, and whose word that is."""
-
-    place: int
-    visibility: str
-    by: str | None
-
-
 class SessionDirectory:
     """Lists sessions. Safe for threads."""
 
@@ -146,16 +122,19 @@ class SessionDirectory:
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._fault: Exception | None = None
-        # The refresher's own: whose parts are read.
+        # The refresher's own: whose parts are read, and of which only who may see what is.
         self._known: dict[str, Shard | Segment] = {}
+        self._heeded: set[str] = set()
+        self._whole = False
         # What is listed, and what is known beyond that; one step with the tables of the database, which `_turn` makes it.
         self._turn = threading.Lock()
         self._listed: dict[str, Shard | Segment] = {}
+        self._unread: dict[str, Shard | Segment] = {}
         self._made = False
-        self._answers: _Answers = {}
+        self._answers: Answers = {}
         self._seen: Changes | None = None
         self._completeness = Completeness(None, 0, 0, 0, 0)
-        self._news: dict[bytes, tuple[int, _Said]] = {}
+        self._news: dict[bytes, tuple[int, Said]] = {}
         self._told: dict[int, tuple[bytes, str, str]] = {}
         self._count = 0
 
@@ -180,7 +159,7 @@ class SessionDirectory:
             CorruptStore, StoreUnavailable: a shard or segment cannot be read.
         """
         said = self._said(wanted.words) if wanted.words else None
-        with self._looking(viewer) as look:
+        with self._looking(viewer, whole=wanted.verdict is not None or said is not None) as look:
             if not look.made:
                 return Listing([], 0, look.completeness)
             condition = f"{look.may} AND {wanted.condition()}"
@@ -195,7 +174,7 @@ class SessionDirectory:
         return Listing([look.told(row) for row in rows], total, look.completeness)
 
     @staticmethod
-    def _keep(answers: _Answers, page: _Page, answer: _Answer) -> None:
+    def _keep(answers: Answers, page: Page, answer: Answer) -> None:
         """Whoever wants the same of the same state gets the same: a page is asked for every few seconds by each who has it open."""
         if len(answers) >= _ANSWERS_KEPT:
             answers.clear()
@@ -238,7 +217,7 @@ class SessionDirectory:
     def _replayed(self, viewer: Viewer, where: str, order: str, *, once: bool = False) -> list[dict[str, Any]]:
         """Replays whose own session and subject may both be seen. `once`: of those of a subject in a run the one that ended last."""
         latest = "row_number() OVER (PARTITION BY subject, run ORDER BY verdict IS NULL, moment DESC) = 1"
-        with self._looking(viewer) as look:
+        with self._looking(viewer, whole=True) as look:
             statement = f"SELECT * FROM ({OF_RUN.format(may=look.may)} AND {where}){f' QUALIFY {latest}' if once else ''}"
             return look.rows(f"{statement} ORDER BY {order}") if look.made else []
 
@@ -265,17 +244,20 @@ class SessionDirectory:
         return self._count
 
     @contextlib.contextmanager
-    def _looking(self, viewer: Viewer) -> Iterator[_Look]:
-        """One state of the tables, and what is known beyond it."""
+    def _looking(self, viewer: Viewer, *, whole: bool = False) -> Iterator[Look]:
+        """One state of the tables, and what is known beyond it; `whole`: one in which nothing is unread."""
         self._heed()
+        if whole and self._unread:
+            self.refresh()
         with self._turn:
             cursor = self._cursors.pop() if self._cursors else self._database.cursor()
             cursor.execute("BEGIN")
             if self._made:
                 cursor.execute("SELECT 1 FROM session LIMIT 0").fetchall()  # a state is taken by the first that is asked
             news = {session: said for session, (_, said) in self._news.items()}
-            may = _may(viewer, news, list(self._told.values()))
-            look = _Look(cursor, self._made, may, news, self._completeness, self._answers)
+            partly = spans_of(self._unread.values())
+            may = may_see(viewer, news, list(self._told.values()), partly)
+            look = Look(cursor, self._made, may, news, self._completeness, self._answers, partly)
         try:
             yield look
         finally:
@@ -290,9 +272,11 @@ class SessionDirectory:
             return
         if (fault := self._fault) is not None:
             raise fault
+        if self._seen is None:
+            self._begin()
         changes, seen = self._catalog.changes(), self._seen
         if seen is None or changes.rewritten != seen.rewritten:
-            self.refresh()
+            self.renew()
         elif changes.shown != seen.shown:
             self._read_news()
 
@@ -314,16 +298,18 @@ class SessionDirectory:
                         self._news[session] = (self._count, said)
                 self._seen = Changes(changes.shown, self._seen.rewritten if self._seen else 0)
 
-    def _news_of(self, listed: Collection[str]) -> list[tuple[bytes, _Said]] | None:
+    def _news_of(self, listed: Collection[str]) -> list[tuple[bytes, Said]] | None:
         """Who may see which sessions, from what is catalogued and not listed; None where some of it was merged away meanwhile."""
         found = []
         sources = self._sources()
         for name in sources.keys() - listed:
-            rows = self._ask(self._news_reader, sources[name], NEWS, f"{_CUSTOMERS} AND kind = 'session_annotated'", NEWS_COLUMNS)
-            if rows is None:
+            if (rows := self._ask_news(self._news_reader, sources[name])) is None:
                 return None
-            found += [(row["session_id"], _Said(*row["shown"].values())) for row in rows.to_pylist()]
+            found += [(row["session_id"], Said(*row["shown"].values())) for row in rows.to_pylist()]
         return found
+
+    def _ask_news(self, reader: EventReader, source: Shard | Segment) -> pa.Table | None:
+        return self._ask(reader, source, NEWS, f"{_CUSTOMERS} AND kind = 'session_annotated'", NEWS_COLUMNS)
 
     # What is listed
 
@@ -333,14 +319,60 @@ class SessionDirectory:
         Raises:
             CorruptStore, StoreUnavailable: a shard or segment cannot be read; what was listed before stays.
         """
+        while not self._over.is_set():
+            with self._refreshing:
+                if self._pass(told, _PASS):
+                    return
+            self._over.wait(_YIELD_S)
+
+    def renew(self, told: int = 0, *, patience_s: float = -1) -> None:
+        """As `refresh`, but where the first reading is under way the list gets no more than what was sealed since, if that is little.
+
+        With `patience_s` it does not get that either where something large is being read for longer: it will, before the next is read.
+        """
+        begun = self._seen is not None and not self._whole
+        if self._refreshing.acquire(timeout=patience_s if begun else -1):
+            try:
+                self._pass(told, 0 if begun else _PASS)
+            finally:
+                self._refreshing.release()
+
+    def _begin(self) -> None:
+        """Wait for a first list."""
         with self._refreshing:
-            while not self._over.is_set():
-                with self._heeding:
-                    beyond = _Beyond(self._count, told, self._catalog.changes(), completeness(self._catalog))
-                    sources = self._sources()
-                if all(self._read(name, sources[name]) for name in sources.keys() - self._known.keys()):
-                    return self._list(sources, beyond)
-        return None
+            if self._seen is None:
+                self._pass(0, _PASS)
+
+    def _pass(self, told: int, more: int) -> bool:
+        """List what is due, with some `more` events of the first reading, and heed who may see the rest; whether there is none."""
+        while not self._over.is_set():
+            with self._heeding:
+                beyond = _Beyond(self._count, told, self._catalog.changes(), completeness(self._catalog))
+                sources = self._sources()
+            due = self._due(sources, more)
+            rest = sources.keys() - self._known.keys() - due.keys()
+            if all(self._read(*one) for one in due.items()) and all(self._heed_who(name, sources[name]) for name in rest):
+                self._list(sources, beyond, {name: sources[name] for name in rest})
+                self._whole = self._whole or not rest
+                return not rest
+        return True
+
+    def _due(self, sources: dict[str, Shard | Segment], more: int) -> dict[str, Shard | Segment]:
+        """What is to be read before the next list: all, but for the first reading of a thread of its own. Then the newest come first.
+
+        What holds the rows of something listed that was merged or tiered away is due, or sessions would vanish for a while.
+        """
+        unread = sorted((source for name, source in sources.items() if name not in self._known), key=lambda source: -source.time_max)
+        if self._thread is None or self._whole or sum(source.rows for source in unread) <= _AT_ONCE:
+            return {name_of(source): source for source in unread}
+        gone = [self._known[name] for name in self._known.keys() - sources.keys()]
+        due: dict[str, Shard | Segment] = {}
+        rows = 0
+        for source in unread:
+            rows += source.rows
+            if rows <= max(more, _AT_ONCE) or (more and not due) or any(_share(source, other) for other in gone):
+                due[name_of(source)] = source
+        return due
 
     def _sources(self) -> dict[str, Shard | Segment]:
         snapshot = self._catalog.snapshot()
@@ -349,19 +381,32 @@ class SessionDirectory:
 
     def _read(self, name: str, source: Shard | Segment) -> bool:
         """Read the parts of one shard or segment; False where it was merged away meanwhile, for it comes again under another name."""
-        chunk = "kind = 'token_chunk'"
-        asked = (("part", PART, f"NOT {chunk}"), ("part", PART_OF_CHUNKS, chunk), ("replay", REPLAYS, f"NOT {chunk}"))
         parts = []
-        for table, sql, kinds in asked:
-            rows = self._ask(self._reader, source, sql, f"{_CUSTOMERS} AND {kinds}", COLUMNS)
+        for table, sql, kinds, columns in READ:
+            rows = self._ask(self._reader, source, sql, f"{_CUSTOMERS} AND {kinds}", columns)
             if rows is None:
                 return False
             parts.append((table, rows))
         with self._transaction():
+            if name in self._heeded:
+                self._connection.execute(f"DELETE FROM part WHERE source = {literal(name)}")
             for table, rows in parts:
                 self._insert(name, table, rows)
             self._connection.execute("COMMIT")
         self._known[name] = source
+        self._heeded.discard(name)
+        return True
+
+    def _heed_who(self, name: str, source: Shard | Segment) -> bool:
+        """Read who may see what of one shard or segment, as a part that has nothing else; False where it was merged away meanwhile."""
+        if name in self._heeded:
+            return True
+        if (rows := self._ask_news(self._reader, source)) is None:
+            return False
+        with self._transaction():
+            self._insert(name, "part", rows)
+            self._connection.execute("COMMIT")
+        self._heeded.add(name)
         return True
 
     def _ask(self, reader: EventReader, source: Shard | Segment, sql: str, where: str, only: Collection[str]) -> pa.Table | None:
@@ -380,9 +425,10 @@ class SessionDirectory:
         self._connection.execute(f"INSERT INTO {table} BY NAME {made}")
         self._connection.unregister("rows")
 
-    def _list(self, sources: dict[str, Shard | Segment], beyond: _Beyond) -> None:
+    def _list(self, sources: dict[str, Shard | Segment], beyond: _Beyond, unread: dict[str, Shard | Segment]) -> None:
         """Make the rows anew of which the parts came or went, and let all that look have them at one moment."""
-        gone, new = self._known.keys() - sources.keys(), self._known.keys() & sources.keys() - self._listed.keys()
+        gone = (self._known.keys() | self._heeded) - sources.keys()
+        new = (self._known.keys() & sources.keys() - (self._listed.keys() - self._unread.keys())) | (unread.keys() - self._listed.keys())
         with self._transaction():
             if gone or new:
                 changed = self._of(gone)
@@ -392,15 +438,16 @@ class SessionDirectory:
                 self._put_together(changed | self._of(new))
             with self._turn:
                 self._connection.execute("COMMIT")
-                self._listed = sources
+                self._listed, self._unread = sources, unread
                 self._made = self._made or bool(gone or new)
-                self._completeness = beyond.completeness
+                self._completeness = replace(beyond.completeness, unread=sum(source.rows for source in unread.values()))
                 self._answers = {} if gone or new else self._answers
                 self._news = {session: news for session, news in self._news.items() if news[0] > beyond.count}
                 self._told = {number: said for number, said in self._told.items() if number > beyond.told}
                 newer = self._seen if self._seen is not None and self._count > beyond.count else beyond.changes
                 self._seen = Changes(newer.shown, beyond.changes.rewritten)
         self._known = {name: source for name, source in self._known.items() if name not in gone}
+        self._heeded -= gone
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -453,49 +500,10 @@ class _Beyond:
     completeness: Completeness
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """One state of the tables, for one viewer; without tables where nothing was ever catalogued."""
-
-    cursor: duckdb.DuckDBPyConnection
-    made: bool
-    may: str
-    news: Mapping[bytes, _Said]
-    completeness: Completeness
-    answers: _Answers
-
-    def page(self, condition: str, limit: int, offset: int) -> _Answer:
-        """Some rows, newest first, and how many meet the condition."""
-        order = f"ORDER BY last_at DESC, session_id LIMIT {int(limit)} OFFSET {int(offset)}"
-        rows = self.rows(f"SELECT * FROM session WHERE {condition} {order}")
-        if rows and len(rows) < limit:
-            return rows, len(rows) + offset
-        return rows, int(self.rows(f"SELECT count(*) AS n FROM session WHERE {condition}")[0]["n"])
-
-    def rows(self, statement: str) -> list[dict[str, Any]]:
-        """The answer as plain values."""
-        rows: list[dict[str, Any]] = self.cursor.execute(statement).to_arrow_table().to_pylist()
-        return rows
-
-    def told(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A row of `session` for a caller."""
-        news = self.news.get(row["session_id"])
-        return _told(row if news is None else {**row, "visibility": news.visibility, "shown_by": news.by})
-
-
-def _may(viewer: Viewer, news: Mapping[bytes, _Said], told: Iterable[tuple[bytes, str, str]]) -> str:
-    """The condition on rows of `session` that this viewer may see, by what they say and by what is known beyond them."""
-    newer = [(blob(session), literal(said.visibility), literal(said.by) if said.by else "NULL") for session, said in news.items()]
-    cases = [" ".join(f"WHEN {one[0]} THEN {one[column]}" for one in newer) for column in (1, 2)]
-    columns = [f"CASE session_id {cases[0]} ELSE visibility END", f"CASE session_id {cases[1]} ELSE shown_by END"] if newer else []
-    each = [f"(session_id <> {blob(session)} OR {viewer.condition(literal(said), literal(by))})" for session, said, by in told]
-    return " AND ".join([viewer.condition(*columns), *each])
-
-
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what was said first as text; an escape that was cut in two is left out."""
-    said = row["first_message"]
-    if said is not None:
-        with contextlib.suppress(ValueError):  # a body that is no JSON is shown as it is
-            said = json.loads(f'"{said}"', strict=False).encode("utf-16", "surrogatepass").decode("utf-16", "ignore")
-    return {**row, "first_message": said}
+def _share(one: Shard | Segment, other: Shard | Segment) -> bool:
+    """Whether both hold what stood at the same offsets of a log."""
+    return any(
+        (a.log_id, a.partition) == (b.log_id, b.partition) and a.offset_first < b.offset_next and b.offset_first < a.offset_next
+        for a in one.ranges
+        for b in other.ranges
+    )

@@ -36,7 +36,8 @@ class Completeness:
     `fresh_to` is None when nothing was indexed yet. `lost` counts events that producers numbered and the log never
     showed, in `gaps` spans; `quarantined` those that no known schema explains; `duplicates` those dropped as sent
     twice; `erased` those whose content was erased (None where that was not counted); `sampled_out` those that sampling
-    left out. All are totals of the installation.
+    left out. All are totals of the installation. `unread` are events that a list of sessions does not know yet, because the first
+    reading of what is catalogued is still under way.
     """
 
     fresh_to: datetime | None
@@ -46,6 +47,7 @@ class Completeness:
     duplicates: int
     erased: int | None = None
     sampled_out: int = 0
+    unread: int = 0
 
     def document(self) -> dict[str, Any]:
         """The same as JSON types."""

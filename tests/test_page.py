@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import os
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from replay.taped import taped
 from schemas import events as e
 from schemas.settings import ApiSettings, Settings
 from scripts.native import tools
+from store.directory import SessionDirectory
 from store.indexer import Indexer
 from store.ledger.note import Signer
 from store.ledger.rotation import rotate
@@ -34,6 +36,7 @@ from tests.tape import EVIL, QUESTION, SYSTEM, Tape, engine_run, environment, fi
 from tests.test_compare import Scorer, Sink
 from tests.tiered import tiered
 from tokentape.api.page import BUNDLE, POLICY
+from tokentape.installation import Installation
 
 UI = BUNDLE.parent
 TAPE = incident()
@@ -108,6 +111,7 @@ def fill(settings: Settings) -> None:
         rig.tier()
         rig.checkpoint()
     put(settings, [stored.event for stored in _hostile().events])
+    put(settings, [stored.event for name in TWICE for stored in _twice(name).events])
     put(settings, [stored.event for run in (None, "nightly") for stored in _replayed(run).events()])
     put(settings, engine_run())
 
@@ -125,6 +129,28 @@ def _hostile() -> Tape:
     call = e.ToolCallContent(call_id=XSS, name=XSS, arguments=XSS)
     tape.add(e.ToolCall(generation_id=g, index=0, call_index=0, offset_us=round(end * 1000), content=call), 9 + end)
     finish(tape, g, 9, [12], end + 2, XSS)
+    return tape
+
+
+TWICE = {"twice": ("sea", -0.4), "once more": ("sky", -1.6)}
+"""Two sessions that say the same until their third token: which it is, and its logprob."""
+
+
+def _twice(name: str) -> Tape:
+    """One answer of three tokens of which the client asked what else they might have been."""
+    tape = Tape(name)
+    last, logprob = TWICE[name]
+    texts, logprobs = ["The ", "calm ", last], [-0.1, -0.2, logprob]
+    g = tape.request(name, [QUESTION], 0)
+    tape.started(g, 1, 1, range(3))
+    others = e.ChunkAlternatives(
+        counts=[2, 2, 2],
+        texts=["", "", "calm ", f"{name} ", "sea", "sky"],
+        token_ids=[1, 9, 2, 8, 3, 4],
+        logprobs=[-0.1, -3.0, -0.2, -2.0, -0.4, -1.6],
+    )
+    tape.tokens(g, 0, [1.0, 2.0, 3.0], texts, ids=[1, 2, len(name)], logprobs=logprobs, alternatives=others)
+    finish(tape, g, 0, [3], 4)
     return tape
 
 
@@ -251,6 +277,41 @@ def test_search_and_filters(site: Site) -> None:
     page.close()
 
 
+def test_a_list_that_fills_up(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While older shards are read the newest sessions are listed, the page says what is missing and which figures may grow."""
+    monkeypatch.setattr("store.directory._AT_ONCE", 0)
+    monkeypatch.setattr("store.directory._PASS", 1)
+    settings = Settings(data=tmp_path, api=ApiSettings(port=0))
+    long, hostile = Tape("long"), _hostile().events
+    long.add(e.SessionOpened(content=e.SessionContent(title="a long one")), 0)
+    long.request("long", [QUESTION], 60_000)
+    with Installation(settings) as installation:
+        for events in (long.events[:1], hostile, long.events[1:]):
+            put(settings, [stored.event for stored in events])
+            installation.freshen()
+    read, gate = SessionDirectory._read, threading.Event()
+    permits = iter([True])
+
+    def one(self: SessionDirectory, name: str, source: Any) -> bool:
+        assert next(permits, False) or gate.wait(TIMEOUT_MS / 1000)
+        return read(self, name, source)
+
+    monkeypatch.setattr(SessionDirectory, "_read", one)
+    with serving(settings) as api:
+        page = Site(site.made, api, site.browser).open()
+        expect(page.get_by_role("status")).to_contain_text(f"still missing here: {1 + len(hostile)} events left to read")
+        expect(page.locator(".sessions li")).to_have_count(1)
+        expect(page.locator(".figures")).to_contain_text("≥ 1 req")
+        expect(page.locator(".whole")).to_contain_text("still being read")
+        _look(page, "sessions-filling")
+        _sound(page)
+        gate.set()
+        expect(page.locator(".sessions li")).to_have_count(2)
+        expect(page.locator(".sessions")).not_to_contain_text("≥")
+        expect(page.locator(".whole")).to_contain_text("nothing missing")
+        page.close()
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_time_travel(site: Site, dark: bool) -> None:
     """The scrubber moves the conversation back and on; tokens tell themselves, edits stand side by side, failures are marked."""
@@ -317,6 +378,33 @@ def test_compare(site: Site, dark: bool) -> None:
         expect(page.locator(".verdict-line")).to_contain_text("sampling differs")
         _look(page, "compare-generations")
         _sound(page)
+    page.close()
+
+    assert site.complaints == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_alternatives_beside_one_another(site: Site, dark: bool) -> None:
+    """What a token might have been stands on both sides, also where they part; of a replay is said that it kept none."""
+    ids = [str(uuid.UUID(bytes=Tape(name).session_id)) for name in TWICE]
+    page = site.open(f"compare/{ids[0]}?with_session={ids[1]}", dark=dark)
+    facts, rows = page.locator(".token-facts").first, page.locator(".token-facts").first.locator(".alternatives")
+    page.locator(".tokens").first.locator("[data-i='1']").hover()
+    expect(rows).to_have_text([re.compile(r'^first: among"calm ".*"twice "'), re.compile(r'^second: among"calm ".*"once more "')])
+    page.locator(".tokens").first.locator("[data-i='0']").hover()
+    expect(rows.locator(".chosen")).to_have_text([re.compile("^id 190.5 %$")] * 2)
+    page.locator(".tokens").first.locator("[data-i='2']").hover()
+    expect(facts).to_contain_text('"sea" · token 2')
+    expect(rows.locator(".chosen")).to_have_text([re.compile('^"sea"67'), re.compile('^"sky"20')])
+    _look(page, f"compare-alternatives-{'dark' if dark else 'light'}")
+    _sound(page)
+    (row,) = [one for one in site.api("GET", f"debug-sessions/{SESSION}/replays")["replays"] if one["run"]]
+    page.goto(f"{site.api.url}/#/compare/{row['recorded_in']}")
+    page.locator(".tokens .telling").first.hover()
+    expect(rows).to_have_text([re.compile("^recorded: among"), "replayed: only what it thinks of this token was kept, no alternatives"])
+    _look(page, f"compare-alternatives-replay-{'dark' if dark else 'light'}")
+    page.locator(".tokens").first.locator("[data-i='0']").hover()
+    expect(rows).to_have_text(["no alternatives were recorded"])
     page.close()
 
     assert site.complaints == []

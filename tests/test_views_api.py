@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from replay.compare import run_compare
 from replay.comparison import generations_document, replay_document
 from replay.fold import fold
+from schemas import events as e
 from schemas.errors import UnknownName, UsageError
 from schemas.settings import Settings
 from store.directory import KINDS, SessionDirectory, Viewer, Wanted
@@ -24,6 +25,7 @@ from tests.tape import FOLLOW_UP, QUESTION, Tape, engine_run, finish, ident, inc
 from tests.test_api import configured
 from tests.test_compare import Scorer, Sink, scored, taped
 from tokentape.cli import main
+from tokentape.commands.query import sessions
 from tokentape.installation import Installation
 from tokentape.lines import session_line
 
@@ -40,12 +42,21 @@ def replayed(present: list[float], run: str | None = None) -> Sink:
     return sink
 
 
-def answers(name: str, ids: list[int], logprobs: list[float], *, question: Any = QUESTION, **fields: Any) -> Tape:
+def answers(
+    name: str,
+    ids: list[int],
+    logprobs: list[float],
+    *,
+    question: Any = QUESTION,
+    alternatives: e.ChunkAlternatives | None = None,
+    **fields: Any,
+) -> Tape:
     """A session of one generation that said these tokens."""
     tape = Tape(name)
     g = tape.request(name, [question], 0, **fields)
     tape.started(g, 1, 1)
-    tape.tokens(g, 0, [float(i) for i in range(len(ids))], [f"w{token} " for token in ids], ids=ids, logprobs=logprobs)
+    texts = [f"w{token} " for token in ids]
+    tape.tokens(g, 0, [float(i) for i in range(len(ids))], texts, ids=ids, logprobs=logprobs, alternatives=alternatives)
     finish(tape, g, 0, [len(ids)], 100)
     return tape
 
@@ -80,11 +91,25 @@ def test_a_replay_beside_what_it_replayed() -> None:
 )  # fmt: skip
 def test_two_generations(ids: list[int], logprobs: list[float], fields: Any, verdict: str, telling: int | None, says: str) -> None:
     """As far as they say the same they are judged by drift; where they part is what tells; other prompts are not compared."""
-    seeded = {"seed": 1} if "seed" in fields else {}
+    seeded: dict[str, Any] = {"seed": 1} if "seed" in fields else {}
     found = beside(answers("a", [1, 2, 3], [-1.0, -2.0, -3.0], **seeded), answers("b", ids, logprobs, **fields))
 
     assert (found["verdict"], found["sequences"][0]["first_telling"]) == (verdict, telling)
     assert says in found["reason"]
+
+
+def test_alternatives_of_what_is_compared() -> None:
+    """What else each token might have been stands with it where a client asked for that, on either side, and is None elsewhere."""
+    told = e.ChunkAlternatives(counts=[2, 1], texts=["a", "b", "c"], logprobs=[-0.5, -1.5, -0.25])
+    first, second = answers("a", [1, 2], [-0.5, -0.25], alternatives=told), answers("b", [1, 2], [-0.5, -0.25])
+    (sequence,) = beside(first, second)["sequences"]
+    (replay,) = replay_document(fold(replayed(MOVED).events()), fold(taped(RECORDED).events))["sequences"]
+
+    assert [[(one["text"], one["logprob"]) for one in token] for token in sequence["first"]["alternatives"]] == [
+        [("a", -0.5), ("b", -1.5)],
+        [("c", -0.25)],
+    ]
+    assert (sequence["second"]["alternatives"], replay["first"]["alternatives"]) == (None, None)
 
 
 def test_what_cannot_be_compared() -> None:
@@ -97,9 +122,15 @@ def test_what_cannot_be_compared() -> None:
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the installation that `api` serves."""
+    return tmp_path_factory.mktemp("views")
+
+
+@pytest.fixture(scope="module")
+def api(data: Path) -> Iterator[Api]:
     """An API over a session, three replays of it, two of one run, and a recorded engine."""
-    settings = configured(Settings(data=tmp_path_factory.mktemp("views")))
+    settings = configured(Settings(data=data))
     put(settings, [stored.event for tape in (taped(RECORDED), incident()) for stored in tape.events])
     for present, run in ((RECORDED, None), (MOVED, "nightly")):
         put(settings, [stored.event for stored in replayed(present, run).events()])
@@ -211,6 +242,44 @@ def test_kinds_of_sessions(tmp_path: Path) -> None:
 
     assert [[session_line(row)["kind"] for row in found] for found in rows[:4]] == [["replay"], ["engine"], ["kv"], ["conversation"] * 2]
     assert (len(rows[4]), asked) == (5, [2, 3])
+
+
+LISTS: list[tuple[list[str], str]] = [
+    ([], ""),
+    (["--kind", "engine"], "kind=engine"),
+    (["--kind", "kv", "--kind", "replay"], "kind=kv&kind=replay"),
+    (["--replays"], "replays=true"),
+    (["--under-way"], "under_way=true"),
+    (["--failed"], "failed=true"),
+    (["--model", "tiny"], "model=tiny"),
+    (["--verdict", "model_differs"], "verdict=model_differs"),
+    (["--verdict", "identical"], "verdict=identical"),
+    (["--tenant", "blue"], "tenant=blue"),
+    (["--tag", "incident"], "tag=incident"),
+    (["--since", "2026-11-23T14:06", "--until", "2026-11-24T00:00+01:00"], "since=2026-11-23T14:06:00Z&until=2026-11-23T23:00:00Z"),
+    (["--limit", "1", "--offset", "1"], "limit=1&offset=1"),
+    (["exact", "TIMES"], "q=exact%20times"),
+]
+"""The same list asked for on the command line and of the API."""
+
+
+def test_the_command_line_lists_what_the_api_lists(api: Api, data: Path) -> None:
+    """Each filter of the API is an option, and finds the same sessions in the same order; what is no filter is one line."""
+    described = api.send("GET", f"{api.url}/openapi.json").json()["paths"]["/api/v1/debug-sessions"]["get"]["parameters"]
+    filters = {one["name"] for one in described if one["in"] == "query"}
+    options = {option.lstrip("-").replace("-", "_") for parameter in sessions.params for option in parameter.opts}
+    ran = [CliRunner().invoke(main, ["--data", str(data), "sessions", "--format", "json", *words]) for words, _ in LISTS]
+    listed = [[json.loads(line)["session_id"] for line in one.stdout.splitlines()] for one in ran]
+    found = [[row["session_id"] for row in api("GET", f"debug-sessions?{query}")["sessions"]] for _, query in LISTS]
+    wrong = CliRunner().invoke(main, ["--data", str(data), "sessions", "--since", "noon"])
+
+    assert filters - options == {"q"}
+    assert listed == found
+    assert {query for (_, query), rows in zip(LISTS, found, strict=True) if not rows} in (
+        {"under_way=true", "tenant=blue", "verdict=identical"},
+        {"under_way=true", "tenant=blue", "verdict=model_differs"},
+    )  # both replays ended at one moment
+    assert (wrong.exit_code, wrong.stderr.splitlines()[0]) == (2, "tokentape: sessions: 'noon' is no time")
 
 
 def test_compare_on_the_command_line(tmp_path: Any) -> None:

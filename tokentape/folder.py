@@ -18,7 +18,7 @@ from schemas.errors import ConflictError, UsageError
 from schemas.events import SessionContent, SessionOpened
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
-from store.directory import SessionDirectory, Viewer, Wanted
+from store.directory import Viewer, Wanted
 from store.rows import StoredEvent
 from tokentape import __version__, config
 from tokentape.installation import Installation
@@ -52,7 +52,7 @@ class Folder:
         """See `Place`."""
         self.installation.freshen()
         with self.installation.accessing("sessions", f"sessions {q}".strip()) as access:
-            found = self._directory.sessions(Viewer(), Wanted(text=q), limit=limit)
+            found = self.installation.directory.sessions(Viewer(), Wanted(text=q), limit=limit)
             access["rows"] = len(found.rows)
         return [session_line(row) for row in found.rows]
 
@@ -98,12 +98,6 @@ class Folder:
     def close(self) -> None:
         """See `Place`."""
         self.installation.close()
-
-    @cached_property
-    def _directory(self) -> SessionDirectory:
-        directory = SessionDirectory(self.installation.settings, self.installation.catalog)
-        self.installation.closing(directory.close)
-        return directory
 
     # Recording
 

@@ -21,6 +21,7 @@ from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 from store.blobs import BlobStore, with_blobs
 from store.catalog import Catalog, open_catalog
+from store.directory import SessionDirectory
 from store.format import check_format, mark_format
 from store.indexer import ensure_fresh
 from store.ledger import Ledger, open_ledger
@@ -132,6 +133,13 @@ class Installation:
         reader = EventReader(self.settings, self.catalog)
         self._stack.callback(reader.close)
         return reader
+
+    @cached_property
+    def directory(self) -> SessionDirectory:
+        """The list of sessions, as of each call."""
+        directory = SessionDirectory(self.settings, self.catalog)
+        self._stack.callback(directory.close)
+        return directory
 
     @cached_property
     def runs(self) -> RunLedger:

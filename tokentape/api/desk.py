@@ -40,6 +40,9 @@ PATIENCE_S = 5.0
 BEHIND_MAX = 20_000
 """Events that indexers are waited for: more than a fraction of a second's work, and nobody waits."""
 
+LISTED_S = 0.5
+"""So long what was looked at waits for its place in a list of which the first reading is under way."""
+
 LATE_S = 30.0
 """For so long after a look that did not see the end of the log nobody waits for the next: it would not see it either."""
 
@@ -125,7 +128,7 @@ class Desks:
             if not self._closed and (began - self._fresh_at >= FRESH_S or self._fresh_at <= self._written_at):
                 told = self.directory.told
                 complete = self.installation.freshen(behind_max=BEHIND_MAX)
-                self.directory.refresh(told if complete else 0)
+                self.directory.renew(told if complete else 0, patience_s=LISTED_S)
                 self._late_at = float("-inf") if complete else time.monotonic()
                 self._fresh_at = began  # what came during the look may not be in it
 

@@ -238,6 +238,7 @@ SESSION = b.record(
     **dict.fromkeys(("requests", "failures", "tokens", "edits", "stops", "events", "under_way"), b.INTEGER),
     tags=b.array(b.TEXT),
     models=b.array(b.TEXT),
+    final=b.BOOLEAN,
 )
 PAGE = {"total": b.INTEGER, "limit": b.INTEGER, "offset": b.INTEGER}
 MADE = b.record("session_id events", session_id=b.TEXT, events=b.INTEGER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,6 +39,22 @@ def with_installation(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(installation, *args, **kwargs)
 
     return wrapper
+
+
+def time_of(text: str | None, *, operation: str) -> int | None:
+    """A time of a command line in µs since the epoch; UTC where it names no zone.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        at = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"{text!r} is no time", operation=operation, hint="such as 2026-01-31 or 2026-01-31T12:00") from None
+    at = at if at.tzinfo else at.replace(tzinfo=dt.UTC)
+    return (at - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
 def id_of(text: str, option: str, *, operation: str) -> bytes:

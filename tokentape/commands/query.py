@@ -16,20 +16,23 @@ from replay.render import SessionPage
 from replay.snapshot import dump
 from replay.timeline import timeline as make_timeline
 from replay.timeline_view import TimelineView
+from replay.words import when
 from schemas.codec import decode
 from schemas.errors import DataError, UsageError
 from schemas.events import AnnotationContent, SessionAnnotated
 from store import views
-from store.directory import VISIBILITIES
+from store.directory import SESSION_KINDS, VISIBILITIES, Viewer, Wanted
+from store.directory_sql import SEVERITY
 from store.sql import Completeness
-from tokentape.commands.common import checked_tags, format_option, with_installation
+from tokentape.commands.common import checked_tags, format_option, time_of, with_installation
 from tokentape.installation import Installation
+from tokentape.lines import session_line
 from tokentape.output import err, out, write_json, write_rows, write_table
 
-SESSIONS = """
-    SELECT strftime(started_at, '%m-%d %H:%M:%S') AS started, session_id, left(coalesce("user", actor), 16) AS who,
-        requests, tokens, failures, tags
-    FROM sessions WHERE {kinds}{tagged} ORDER BY started_at DESC LIMIT {limit}"""
+COLUMNS = ("started", "session_id", "kind", "who", "requests", "tokens", "failures", "tags")
+"""Of the list of sessions."""
+WHO_MAX = 16
+"""Characters of a name in that list."""
 
 
 @click.command()
@@ -55,16 +58,50 @@ def sql(installation: Installation, query: str | None, source: Path | None, tena
 
 
 @click.command()
+@click.argument("words", nargs=-1)
 @click.option("--limit", default=20, show_default=True, type=click.IntRange(1, 100_000), help="Newest sessions to list.")
+@click.option("--offset", default=0, type=click.IntRange(0), help="Leave out so many that are newer.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only sessions that have this tag; several: that have all of them.")
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(SESSION_KINDS), help="What wrote them; several: each.  [default: conversation]"
+)
 @click.option("--replays", is_flag=True, help="List the sessions too in which replays of others are recorded.")
+@click.option("--since", metavar="TIME", help="Only sessions with their last event at or after this; UTC where no zone is named.")
+@click.option("--until", metavar="TIME", help="Only sessions with their last event before this.")
+@click.option("--model", help="Only sessions that asked for this model.")
+@click.option("--verdict", type=click.Choice(SEVERITY), help="Only sessions of which the last compare replay said this.")
+@click.option("--tenant", help="Only sessions of this tenant.")
+@click.option("--failed", is_flag=True, help="Only sessions with a failure.")
+@click.option("--under-way", is_flag=True, help="Only sessions with a request that has not ended.")
 @format_option
 @with_installation
-def sessions(installation: Installation, limit: int, tags: tuple[str, ...], replays: bool, fmt: str) -> None:
-    """The newest sessions."""
-    tagged = "".join(f" AND list_contains(tags, {views.literal(tag)})" for tag in tags)
-    kinds = "(requests > 0 OR replays > 0)" if replays else "requests > 0"
-    _answer(installation, SESSIONS.format(limit=limit, kinds=kinds, tagged=tagged), fmt, tenant=None, operation="sessions")
+def sessions(
+    installation: Installation,
+    words: tuple[str, ...],
+    limit: int,
+    offset: int,
+    fmt: str,
+    since: str | None,
+    until: str | None,
+    **asked: Any,
+) -> None:
+    """The newest sessions; with WORDS those in which all of them stand: in messages, answers, tags, ids or names."""
+    asked["kinds"] = asked["kinds"] or Wanted().kinds
+    first, end = time_of(since, operation="sessions"), time_of(until, operation="sessions")
+    wanted = Wanted(text=" ".join(words), since=first, until=end, **asked)
+    installation.freshen()
+    with installation.accessing("sessions", " ".join(["sessions", *words])) as access:
+        found = installation.directory.sessions(Viewer(), wanted, limit=limit, offset=offset)
+        access["rows"] = len(found.rows)
+        write_rows([_session_row(row) for row in found.rows], fmt, COLUMNS)
+    err.print(f"[dim]{_said(found.completeness)}[/dim]")
+
+
+def _session_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A session as a line of the list."""
+    line = session_line(row)
+    who = (line["user"] or line["owner"] or "")[:WHO_MAX]
+    return {**line, "started": when(row["first_at"]).strftime("%m-%d %H:%M:%S"), "who": who or None}
 
 
 @click.command()
@@ -120,6 +157,7 @@ def _said(completeness: Completeness) -> str:
         "duplicates dropped": completeness.duplicates,
         "erased": completeness.erased or 0,
         "sampled out": completeness.sampled_out,
+        "still being read": completeness.unread,
     }
     said = ", ".join(f"{count:,} {what}" for what, count in missing.items() if count)
     return f"{fresh}; missing: {said or 'nothing'}"

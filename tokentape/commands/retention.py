@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import hmac
 from collections.abc import Iterator
 from hashlib import sha256
@@ -18,7 +17,7 @@ from lifecycle.selectors import Selector
 from schemas import clock
 from schemas.errors import UsageError
 from store.control import ControlLog, open_control
-from tokentape.commands.common import format_option, with_installation
+from tokentape.commands.common import format_option, time_of, with_installation
 from tokentape.commands.pipeline import print_summary
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, sign, tiering_of
@@ -88,8 +87,8 @@ def place(installation: Installation, sessions: tuple[str, ...], where: str | No
             sessions=tuple(dict.fromkeys(ids)),
             tenant=given["tenant"],
             tag=given["tag"],
-            since=_time(given["since"]),
-            until=_time(given["until"]),
+            since=time_of(given["since"], operation="hold"),
+            until=time_of(given["until"], operation="hold"),
         )
         with installation.accessing("hold place", selector.text()):
             done = Holds(tiering_of(installation), control).place(selector, by=key.owner, reason=reason)
@@ -237,16 +236,6 @@ def _sessions(installation: Installation, where: str) -> list[str]:
     if not found:
         raise UsageError("no session satisfies the condition, so nothing is held", operation="hold", hint="`tokentape sql` shows the view")
     return [text.replace("-", "") for text in found]
-
-
-def _time(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        at = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise UsageError(f"{text!r} is no time", operation="hold", hint="such as 2026-01-31 or 2026-01-31T12:00") from None
-    return int((at if at.tzinfo else at.replace(tzinfo=dt.UTC)).timestamp() * 1_000_000)
 
 
 COMMANDS = [retention, hold, erase]

@@ -105,6 +105,7 @@ export interface Completeness {
   duplicates: number;
   erased: number | null;
   sampled_out: number;
+  unread: number;
 }
 
 export interface Me {
@@ -139,9 +140,10 @@ export interface SessionRow {
   visibility: string;
   tags: string[];
   verdict: string | null;
-  replayed: number;
+  replayed: number | null;
   under_way: number;
   first_message: string | null;
+  final: boolean;
 }
 
 export interface TimelineRow {
@@ -296,8 +298,8 @@ export interface Compared {
   drift_p99: number | null;
   drift_max: number | null;
   noise_floor: number | null;
-  first: { text: (string | null)[]; token_id: (number | null)[]; logprob: (number | null)[] };
-  second: { text?: (string | null)[]; token_id?: (number | null)[]; logprob: (number | null)[]; rank?: number[] };
+  first: { text: (string | null)[]; token_id: (number | null)[]; logprob: (number | null)[]; alternatives: Alternative[][] | null };
+  second: { text?: (string | null)[]; token_id?: (number | null)[]; logprob: (number | null)[]; rank?: number[]; alternatives?: Alternative[][] | null };
   drift: (number | null)[];
 }
 

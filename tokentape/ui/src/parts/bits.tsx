@@ -35,11 +35,12 @@ export function Whole({ completeness }: { completeness: Completeness | undefined
     [completeness.quarantined, "quarantined"],
     [completeness.erased ?? 0, "erased"],
     [completeness.sampled_out, "sampled out"],
+    [completeness.unread, "still being read"],
   ].filter(([n]) => Number(n) > 0);
   return (
     <span class="whole">
       fresh to {completeness.fresh_to ? `${clock(completeness.fresh_to).slice(0, 8)} UTC` : "nothing yet"} ·{" "}
-      {missing.length ? <span class="warn-text">missing: {missing.map(([n, what]) => `${n} ${what}`).join(", ")}</span> : "nothing missing"}
+      {missing.length ? <span class="warn-text">missing: {missing.map(([n, what]) => `${Number(n).toLocaleString("en")} ${what}`).join(", ")}</span> : "nothing missing"}
     </span>
   );
 }

@@ -13,6 +13,15 @@ export interface Beside {
   floor: number | null;
   telling: number | null;
   parted?: number;
+  alternatives?: Alternatives;
+}
+
+// What else might have stood at each place, here and there; `names` says whose they are. A replay keeps what it thinks of the token that was said alone.
+export interface Alternatives {
+  there: Alternative[][] | null | undefined;
+  said: { text?: (string | null)[]; token_id?: (number | null)[] };
+  names: [string, string];
+  kept: boolean;
 }
 
 // More than this at once is paged: a page of text is what a person reads.
@@ -32,13 +41,13 @@ const far = (drift: number, floor: number): number => (drift <= floor / 8 ? 0 : 
 const chance = (logprob: number | null | undefined): string => (logprob == null ? "logprob unknown" : `p ${(100 * Math.exp(logprob)).toFixed(1)} % (logprob ${logprob.toFixed(3)})`);
 
 // What else might have stood there, the most likely first; which of them does is marked. One whose text is unknown is told by its id.
-function Alternatives({ said, chosen }: { said: Alternative[]; chosen: string }) {
+function Among({ said, chosen, id, whose }: { said: Alternative[]; chosen: string; id: number | null | undefined; whose?: string }) {
   const found = [...said].sort((a, b) => b.logprob - a.logprob);
   return (
     <div class="alternatives">
-      among
+      {whose ? `${whose}: among` : "among"}
       {found.map((one) => (
-        <span class={one.text && one.text === chosen ? "chosen" : undefined} title={chance(one.logprob)}>
+        <span class={(one.text ? one.text === chosen : one.token_id !== null && one.token_id === id) ? "chosen" : undefined} title={chance(one.logprob)}>
           {one.text || one.token_id === null ? JSON.stringify(visible(one.text)) : `id ${one.token_id}`}
           <i style={{ "--part": `${(100 * Math.exp(one.logprob)).toFixed(1)}%` }} />
           {(100 * Math.exp(one.logprob)).toFixed(1)} %
@@ -46,6 +55,15 @@ function Alternatives({ said, chosen }: { said: Alternative[]; chosen: string })
       ))}
     </div>
   );
+}
+
+// The other side of a comparison. Where both have parted, what stood there followed upon other words and is not put beside.
+function There({ alternatives, at, parted, here }: { alternatives: Alternatives; at: number; parted: number | undefined; here: boolean }) {
+  const { there, said, names, kept } = alternatives;
+  if (parted !== undefined && at > parted) return null;
+  if (there?.[at]?.length) return <Among said={there[at]!} chosen={said.text?.[at] ?? ""} id={said.token_id?.[at]} whose={names[1]} />;
+  const none = kept ? "no alternatives were recorded" : "only what it thinks of this token was kept, no alternatives";
+  return <div class="alternatives">{here ? `${names[1]}: ${none}` : "no alternatives were recorded"}</div>;
 }
 
 interface Looked {
@@ -118,7 +136,7 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
       >
         {spans}
       </p>
-      <div class={`token-facts mono${tokens.alternatives ? " tall" : ""}${at === null ? " resting" : ""}`} aria-live="polite">
+      <div class={`token-facts mono${beside?.alternatives ? " taller" : tokens.alternatives ? " tall" : ""}${at === null ? " resting" : ""}`} aria-live="polite">
         {at === null ? (
           <span class="dim">{tokens.token_id ? "point at a token, or walk with the arrows" : "no token ids were recorded"}</span>
         ) : (
@@ -128,7 +146,8 @@ export function Heat({ tokens, measure, beside, label = "Tokens", atEnd = false 
             {tokens.channel[at] && tokens.channel[at] !== "content" ? ` · ${tokens.channel[at]}` : ""}
             {beside?.present[at] != null ? <span class="then"> · there {chance(beside.present[at])}{beside.rank?.[at] != null ? `, choice ${beside.rank[at]}` : ""}</span> : null}
             {beside?.drift[at] != null ? <b> · drift {beside.drift[at]!.toPrecision(2)} nats{beside.floor ? `, ${(beside.drift[at]! / beside.floor).toPrecision(2)} floors` : ""}</b> : null}
-            {tokens.alternatives?.[at]?.length ? <Alternatives said={tokens.alternatives[at]!} chosen={text!} /> : null}
+            {tokens.alternatives?.[at]?.length ? <Among said={tokens.alternatives[at]!} chosen={text!} id={tokens.token_id?.[at]} whose={beside?.alternatives?.names[0]} /> : null}
+            {beside?.alternatives ? <There alternatives={beside.alternatives} at={at} parted={beside.parted} here={Boolean(tokens.alternatives?.[at]?.length)} /> : null}
           </>
         )}
       </div>

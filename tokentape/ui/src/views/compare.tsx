@@ -184,17 +184,17 @@ const tokens = (index: number, column: Compared["first"]): Tokens => ({
   token_id: column.token_id,
   logprob: column.logprob,
   text: column.text,
-  alternatives: null,
+  alternatives: column.alternatives,
 });
 
 function OnePair({ kind, sequence, number }: { kind: string; sequence: Compared; number: number }) {
   const { first, second, drift } = sequence;
   const parted = sequence.common !== undefined && sequence.common < Math.max(first.text.length, second.text?.length ?? 0) ? sequence.common : undefined;
   const beside: Beside = useMemo(
-    () => ({ drift, present: second.logprob, rank: second.rank, floor: sequence.noise_floor, telling: sequence.first_telling, parted }),
+    () => ({ drift, present: second.logprob, rank: second.rank, floor: sequence.noise_floor, telling: sequence.first_telling, parted, alternatives: { there: second.alternatives, said: second, ...(kind === "replay" ? { names: ["recorded", "replayed"], kept: false } : { names: ["first", "second"], kept: true }) } }),
     [sequence],
   );
-  const back: Beside = useMemo(() => ({ ...beside, present: first.logprob, rank: undefined }), [beside]);
+  const back: Beside = useMemo(() => ({ ...beside, present: first.logprob, rank: undefined, alternatives: { there: first.alternatives, said: first, names: ["second", "first"], kept: true } }), [beside]);
   const mine = useMemo(() => tokens(sequence.index, first), [sequence]);
   const theirs = useMemo(() => (second.text ? tokens(sequence.index, second as Compared["first"]) : null), [sequence]);
   const plain = LEVEL[sequence.verdict] === "good";

@@ -48,6 +48,8 @@ function read(search = location.hash.split("?")[1] ?? ""): Asked {
 // A request of which nothing was heard for so long is no news, whether or not it has an end.
 const NEWS_MS = 600_000;
 
+const least = (row: SessionRow): string => (row.final ? "" : "≥ ");
+
 const current = (row: SessionRow, now: number): boolean => row.under_way > 0 && now - Date.parse(row.last_event_at) < NEWS_MS;
 
 // What is happening now: newest sessions come first, so that those under way stand on the first page.
@@ -61,6 +63,14 @@ function Now({ rows, now, asked, onOnly }: { rows: SessionRow[]; now: number; as
     </p>
   );
 }
+
+// After a start the newest sessions are listed while the older ones are still read; figures of a session that may stand there too are a least.
+const Filling = ({ unread }: { unread: number }) =>
+  unread ? (
+    <p class="now" role="status">
+      <Badge level="warn">filling up</Badge> Older sessions are still missing here: {count(unread, "event")} left to read. Figures with ≥ may grow. A search waits for all of them.
+    </p>
+  ) : null;
 
 const SAVED = "tokentape.saved";
 
@@ -137,6 +147,7 @@ export function Sessions() {
         <Whole completeness={page.data?.completeness} />
       </Head>
       <Now rows={rows} now={now} asked={Boolean(here)} onOnly={() => change({ under_way: true, span: "last hour" })} />
+      <Filling unread={page.data?.completeness.unread ?? 0} />
       <div class="filters">
         <input
           ref={search}
@@ -178,7 +189,7 @@ export function Sessions() {
       </div>
       <Trouble problem={page.problem} />
       {page.data && !rows.length ? (
-        <Empty title={q || tags.length || failed || under_way || model || verdict || since || settled.kind !== "conversations" ? "No session is like that" : "Nothing is on the tape yet"}>
+        <Empty title={page.data.completeness.unread ? "No session is like that among what is read so far" : q || tags.length || failed || under_way || model || verdict || since || settled.kind !== "conversations" ? "No session is like that" : "Nothing is on the tape yet"}>
           {q || tags.length ? <p>Fewer words or filters find more.</p> : <p>Point a client at the gateway, and its sessions appear here.</p>}
         </Empty>
       ) : (
@@ -195,8 +206,8 @@ export function Sessions() {
                   <span>{[row.user ?? row.owner, row.workflow, ...row.models].filter(Boolean).map((part) => visible(String(part))).join(" · ") || "—"}</span>
                 </span>
                 <span class="figures mono">
-                  <span title="requests">{row.requests} req</span>
-                  <span title="tokens">{row.tokens.toLocaleString("en")} tok</span>
+                  <span title="requests">{least(row)}{row.requests} req</span>
+                  <span title="tokens">{least(row)}{row.tokens.toLocaleString("en")} tok</span>
                 </span>
                 <span class="session-marks">
                   {row.kind !== "conversation" ? <Badge level="plain">{NAMES[row.kind]}</Badge> : null}
@@ -220,7 +231,7 @@ export function Sessions() {
       {total > LIMIT ? (
         <div class="pager">
           <button type="button" disabled={!wanted.offset} onClick={() => change({ offset: Math.max(0, wanted.offset - LIMIT) })}>newer</button>
-          <span>{wanted.offset + 1}–{Math.min(total, wanted.offset + LIMIT)} of {total.toLocaleString("en")}</span>
+          <span>{wanted.offset + 1}–{Math.min(total, wanted.offset + LIMIT)} of {total.toLocaleString("en")}{page.data?.completeness.unread ? " so far" : ""}</span>
           <button type="button" disabled={wanted.offset + LIMIT >= total} onClick={() => change({ offset: wanted.offset + LIMIT })}>older</button>
         </div>
       ) : null}
