@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -268,14 +267,6 @@ def broken(act: Act, **options: Any) -> Iterator[BrokenUpstream]:
     finally:
         stop[0]()
         thread.join()
-
-
-def free_port() -> int:
-    """A port on which nobody listens."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def chunk(text: str = "", *, index: int = 0, finish: str | None = None, **extra: Any) -> bytes:

@@ -30,6 +30,7 @@ from schemas.batches import Batch, Owner
 from schemas.errors import ConflictError
 from schemas.events import SequenceFinished
 from schemas.settings import GatewaySettings, Settings
+from scripts.native.processes import free_port
 from store.control import open_control
 from tests.batch_case import (
     AT_WORK,
@@ -50,7 +51,7 @@ from tests.batch_case import (
     written,
 )
 from tests.conftest import KafkaService, MinioService, VllmService, distributed
-from tests.gateway_rig import Rig, broken, free_port
+from tests.gateway_rig import Rig, broken
 from tests.program import until
 from tests.test_gateway import payloads
 from tokentape.cli import main

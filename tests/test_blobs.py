@@ -18,11 +18,12 @@ from replay.fold import fold
 from schemas.errors import CorruptStore, UsageError
 from schemas.events import RequestContent, RequestSubmitted
 from schemas.settings import BlobSettings, ColdSettings, GatewaySettings, LogSettings, RecorderSettings, Settings
+from scripts.native.processes import free_port
 from store.blobs import MARK, BlobStore, key_of, with_blobs
 from store.objects import open_store
 from store.rows import StoredEvent
 from tests.conftest import MinioService
-from tests.gateway_rig import DONE, Peer, Rig, broken, chunk, free_port
+from tests.gateway_rig import DONE, Peer, Rig, broken, chunk
 from tests.program import Program, until
 from tests.test_objects import nobody_at, settings_of
 

@@ -13,8 +13,8 @@ from replay.engines.apart import Hosted
 from replay.engines.cluster import Cluster, room
 from schemas.errors import UsageError
 from schemas.settings import Settings
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import free_port
 from tests.program import Program
 from tests.traffic_rig import Traffic, ask
 

@@ -16,10 +16,10 @@ from kafka import KafkaAdminClient
 
 from schemas.errors import CorruptStore, LogUnavailable, SettingsError
 from schemas.settings import LogSettings, Settings
+from scripts.native.processes import free_port
 from store.control import ControlLog, ControlView, open_control
 from tests.conftest import KafkaService
 from tests.control_case import ControlCase, Opener
-from tests.gateway_rig import free_port
 from tests.program import until
 from tests.signing import lose_end
 

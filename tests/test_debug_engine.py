@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
 from tests.dap import Editor
-from tests.gateway_rig import free_port
 from tests.program import ROOT
 from tokentape import debugging
 from tokentape.cli import main

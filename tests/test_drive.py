@@ -18,8 +18,9 @@ from replay.drive.driver import Driving, drive
 from replay.drive.report import report_of
 from replay.drive.traces import Row, read_trace
 from schemas.settings import Settings
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import DONE, Peer, Rig, broken, chunk, free_port
+from tests.gateway_rig import DONE, Peer, Rig, broken, chunk
 from tests.program import ROOT
 from tests.traffic_rig import Traffic, ask
 

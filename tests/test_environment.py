@@ -17,8 +17,9 @@ from schemas.environment import capture, classify, compare
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import PROBE_TEXT, VERSION, Ask, item, kind_of, questions
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import HELLO, Peer, broken, chunk, free_port, running
+from tests.gateway_rig import HELLO, Peer, broken, chunk, running
 from tests.program import until
 
 ITEMS = st.dictionaries(st.sampled_from(["models", "version", "cache.block_size", "probe.choices", "kind"]), st.text(max_size=4))

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from schemas.settings import GatewaySettings, JobsSettings, RecorderSettings, Settings
+from schemas.settings import ApiSettings, GatewaySettings, JobsSettings, RecorderSettings, Settings
+from scripts.native.processes import free_port
 from store.log import open_log
 from tests.conftest import KafkaService, MinioService, distributed
 from tests.eventgen import Producer, conversation
 from tests.faults import Crowd, differences, talkative, watched
-from tests.gateway_rig import free_port
 from tests.program import Program, until
 
 
@@ -24,7 +24,12 @@ def recording(settings: Settings, upstream: str) -> Settings:
     """Settings under which nothing acknowledged may be lost: strict, a gateway on a port that stays, jobs that come often."""
     gateway = GatewaySettings(port=free_port(), upstream=upstream)
     return settings.model_copy(
-        update={"gateway": gateway, "recorder": RecorderSettings(mode="strict"), "jobs": JobsSettings(merge_s=1.0, tier_s=0, verify_s=0)}
+        update={
+            "gateway": gateway,
+            "api": ApiSettings(port=0),
+            "recorder": RecorderSettings(mode="strict"),
+            "jobs": JobsSettings(merge_s=1.0, tier_s=0, verify_s=0),
+        }
     )
 
 

@@ -41,9 +41,10 @@ from schemas.events import (
 from schemas.registry import SchemaRegistry
 from schemas.requests import dump, read_chat, splice
 from schemas.settings import ColdSettings, GatewaySettings, LogSettings, Settings
+from scripts.native.processes import free_port
 from store.log import open_log
 from tests.conftest import VllmService
-from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, free_port, running
+from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Act, Peer, Rig, broken, chunk, running
 from tests.program import until
 
 GET_WEATHER: Any = {

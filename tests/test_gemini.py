@@ -15,8 +15,9 @@ from pydantic import SecretStr
 
 from schemas.events import GenerationFailed, GenerationFinished, RequestSubmitted, TokenChunk
 from schemas.settings import UpstreamSettings
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import DEADLINE_S, DONE, Peer, Rig, broken, chunk, free_port, running
+from tests.gateway_rig import DEADLINE_S, DONE, Peer, Rig, broken, chunk, running
 from tests.test_gateway import ids_of, payloads, text_of
 from tests.test_keys import guarded
 

@@ -12,8 +12,9 @@ import orjson
 import pytest
 
 from schemas.events import GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted, ToolCall
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Peer, Rig, broken, chunk, free_port, running
+from tests.gateway_rig import DEADLINE_S, DONE, HELLO, Peer, Rig, broken, chunk, running
 from tests.test_gateway import ids_of, payloads, text_of
 
 WEATHER: Any = {

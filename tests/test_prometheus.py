@@ -16,8 +16,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from schemas.settings import Settings
+from scripts.native.processes import free_port
 from scripts.native.tools import prometheus
-from tests.gateway_rig import HELLO, free_port, running
+from tests.gateway_rig import HELLO, running
 from tests.lender import say
 from tests.program import ROOT, until
 from tokentape.api.metrics import Metrics

@@ -23,10 +23,11 @@ from schemas import events as e
 from schemas.errors import EngineUnavailable
 from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
+from scripts.native.processes import free_port
 from store.log import open_log
 from tests.conftest import VllmService
 from tests.flaky_proxy import Proxy
-from tests.gateway_rig import Peer, broken, free_port
+from tests.gateway_rig import Peer, broken
 from tests.program import Program, until
 from tests.recording import events_of, opened
 from tests.tape import Tape, finish

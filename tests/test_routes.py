@@ -19,8 +19,9 @@ import pytest
 from schemas.errors import SettingsError
 from schemas.events import EnvironmentCaptured, GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted
 from schemas.settings import GatewaySettings, RecorderSettings, Settings, UpstreamSettings
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk, free_port
+from tests.gateway_rig import HELLO, Peer, Rig, broken, chunk
 from tests.program import until
 from tests.test_gateway import payloads
 from tokentape.config import load

@@ -17,8 +17,9 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from schemas.events import GenerationFinished, RequestSubmitted
+from scripts.native.processes import free_port
 from tests.conftest import VllmService
-from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, free_port, running
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running
 from tests.program import until
 from tests.test_gateway import payloads
 from tests.test_metrics import measured

@@ -7,6 +7,7 @@ good. Whatever is stopped here was checked that way first.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,6 +19,9 @@ from pathlib import Path
 
 POLL_S = 0.1
 """Pause between two looks at a process or a port; short beside the fastest start (2 s)."""
+
+
+PORTS = (20_000, 32_000)
 
 
 class ServiceError(Exception):
@@ -131,10 +135,13 @@ def wait(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago; who binds it must still expect to lose a race."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of 127.0.0.1 that was free a moment ago; who binds it must still expect to lose a race.
+
+    It lies below those that systems give to connections that go out, any of which could take it meanwhile.
+    """
+    while port_in_use(port := random.randrange(*PORTS)):
+        continue
+    return port
 
 
 def port_in_use(port: int) -> bool:
