@@ -30,6 +30,10 @@ pytest.register_assert_rewrite(*sorted(_helpers - sys.modules.keys()))
 for _name in [name for name in os.environ if name.startswith("TOKENTAPE_") and name not in ("TOKENTAPE_SERVICES", "TOKENTAPE_CACHE")]:
     del os.environ[_name]  # settings of the person who runs the tests are not settings of the tests
 _shared_state = os.environ.pop("TOKENTAPE_SERVICES", None)
+
+# Engines of several tests share few cores with the tests: threads that wait for one another by spinning would take most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 _loans = pytest.StashKey[Path]()
 _lender = pytest.StashKey[Lender]()
 

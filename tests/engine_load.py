@@ -1,6 +1,6 @@
 """A load on a real vLLM with capture on: staggered arrivals, shared prefixes, aborts, n > 1, stop strings, priorities, small cache.
 
-    python -m tests.engine_load MODEL OUT.json [--requests N] [--max-seqs N] [--blocks N] [--free] [--gap SECONDS] [--engine JSON]
+    python -m tests.engine_load MODEL OUT.json [--requests N] [--free] [--gap SECONDS] [--longest N] [--engine JSON]
 
 Runs in a process of its own, with the settings of the installation in its environment, and writes what its clients got.
 """
@@ -45,7 +45,7 @@ def make_model(folder: Path, *, hidden: int = 512, layers: int = 4, intermediate
     tokenizer.save_pretrained(folder)
 
 
-def workload(requests: int, gap_s: float, seed: int = 1) -> list[dict[str, Any]]:
+def workload(requests: int, gap_s: float, seed: int = 1, longest: int = 192) -> list[dict[str, Any]]:
     """Requests as (id, prompt ids, sampling parameters, priority, seconds since the one before, tokens after which it is aborted)."""
     draw = random.Random(seed)
     prefixes = [[draw.randrange(10, 500) for _ in range(192)] for _ in range(4)]
@@ -53,7 +53,7 @@ def workload(requests: int, gap_s: float, seed: int = 1) -> list[dict[str, Any]]
     for i in range(requests):
         prompt = draw.choice(prefixes)[: draw.choice([64, 128, 192])] if i % 3 else []
         prompt = prompt + [draw.randrange(10, 500) for _ in range(draw.randint(8, 160))]
-        parameters: dict[str, Any] = {"max_tokens": draw.randint(48, 192), "logprobs": 1, "temperature": 0.0}
+        parameters: dict[str, Any] = {"max_tokens": draw.randint(longest // 4, longest), "logprobs": 1, "temperature": 0.0}
         if i % 2:
             parameters |= {"temperature": 1.0, "seed": 1000 + i}
         if i % 10 == 3:
@@ -140,12 +140,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--gap", type=float, default=0.05)
+    parser.add_argument("--longest", type=int, default=192, help="tokens of an answer at most")
     parser.add_argument("--free", action="store_true")
     parser.add_argument("--engine", type=json.loads, default={})
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments = engine_arguments(given.model, record=not given.free, **given.engine)
-    got, took = asyncio.run(serve(arguments, workload(given.requests, given.gap)))
+    got, took = asyncio.run(serve(arguments, workload(given.requests, given.gap, longest=given.longest)))
     given.out.write_text(json.dumps({"seconds": took, "got": got}))
 
 

@@ -32,6 +32,7 @@ from store.ledger.note import Signer
 from store.ledger.rotation import rotate
 from tests.api_rig import Api, put, serving
 from tests.debug_rig import Debugged, debugging
+from tests.program import until
 from tests.tape import EVIL, QUESTION, SYSTEM, Tape, engine_run, environment, finish, incident, stream
 from tests.test_compare import Scorer, Sink
 from tests.tiered import tiered
@@ -212,8 +213,8 @@ def test_every_view(site: Site, dark: bool) -> None:
         if not dark:
             page.set_viewport_size({"width": 400, "height": 860})
             _look(page, f"view-{key}-narrow")
-            # Charts are drawn anew once they are told of their new size.
-            page.wait_for_function("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+            # Charts are drawn anew once they are told of their new size. (`wait_for_function` polls by eval, which the page forbids.)
+            until(lambda: page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"))
             page.set_viewport_size({"width": 1440, "height": 900})
     page.close()
 
