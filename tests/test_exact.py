@@ -57,6 +57,7 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     make_model(model, hidden=256, layers=2, intermediate=704)
     env = {name: value for name, value in os.environ.items() if not name.startswith("TOKENTAPE_")}
     env |= {"TOKENTAPE_DATA": str(data), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker beside the scheduler, as with one GPU, and not in a process of its own
     small = json.dumps({"num_gpu_blocks_override": 24, "max_model_len": 640})  # of which eight at once need far more
     traffic = ["--requests", "12", "--gap", "0.02", "--longest", "96", "--engine", small]
     subprocess.run([sys.executable, "-m", "tests.engine_load", str(model), str(out), *traffic], env=env, check=True)
