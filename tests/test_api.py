@@ -18,9 +18,11 @@ import pytest
 
 from ingest.gateway.keys import ROLES, Role
 from schemas.errors import StoreUnavailable, TokentapeError
+from schemas.requests import dump, load
 from schemas.settings import ApiSettings, GatewaySettings, Settings
 from tests.api_rig import DEADLINE_S, Api, put, serving
 from tests.conftest import KafkaService, MinioService, distributed
+from tests.gateway_rig import Peer, broken
 from tests.program import ROOT, until
 from tests.tape import QUESTION, Tape, incident
 from tokentape.api.app import ROUTES
@@ -393,6 +395,28 @@ def test_engines_that_only_an_admin_may_name(guarded: Api) -> None:
 
     assert "only an admin" in refused["detail"]
     assert "is no engine" in job["detail"]
+
+
+def test_a_replay_whose_engine_dies(guarded: Api) -> None:
+    """What was scored before keeps its verdict, the rest is inconclusive and says why, and the job ends."""
+
+    async def once(peer: Peer) -> None:
+        if len(upstream.bodies) > 1:
+            return  # the connection ends, as that of a process that was killed
+        prompt = load(peer.body)["prompt"]
+        scores = [None, *({str(token): {"logprob": -1.0, "rank": 1}} for token in prompt[1:])]
+        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": scores}
+        await peer.whole(b"200 OK", b"application/json", dump({"object": "text_completion", "model": "tiny", "choices": [choice]}))
+
+    admin = guarded.by("admin", owner="root")
+    with broken(once) as upstream:
+        job = admin.job(admin("POST", f"{ONE}/replay", {"compare_with": upstream.url}, status=202))
+    said = [sequence for generation in job["result"]["generations"] for sequence in generation["sequences"]]
+
+    assert (job["state"], job["progress"]) == ("done", {"done": 5, "total": 5})
+    assert [sequence["scored"] for sequence in said] == [64, 0, 0, 0, 0]
+    assert {sequence["verdict"] for sequence in said[1:]} == {"inconclusive"}
+    assert all("does not answer" in sequence["reason"] and upstream.url in sequence["reason"] for sequence in said[1:])
 
 
 @pytest.mark.parametrize(

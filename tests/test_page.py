@@ -24,9 +24,10 @@ from replay.engines.base import Scored
 from replay.fold import fold
 from replay.taped import taped
 from schemas import events as e
-from schemas.settings import ApiSettings, Settings
+from schemas.settings import ApiSettings, Settings, SqlSettings
 from scripts.native import tools
 from store.directory import SessionDirectory
+from store.fences import FileLock, fence_path
 from store.indexer import Indexer
 from store.ledger.note import Signer
 from store.ledger.rotation import rotate
@@ -624,6 +625,81 @@ def test_a_page_that_is_not_let_in(site: Site) -> None:
     expect(other.locator(".rail-foot")).to_contain_text("api:somebody")
     other.close()
     page.close()
+
+
+def _one(title: str) -> Tape:
+    """A session that has only begun."""
+    tape = Tape(title)
+    tape.add(e.SessionOpened(content=e.SessionContent(title=title)), 0)
+    return tape
+
+
+def test_the_indexer_is_away(site: Site, tmp_path: Path) -> None:
+    """While an indexer holds what it does not index the page shows what there was, and how much waits; then it goes on by itself."""
+    settings = Settings(data=tmp_path, api=ApiSettings(port=0))
+    put(settings, [stored.event for stored in _one("the first").events])
+    with Installation(settings) as installation:
+        installation.freshen()
+    locks = [FileLock.take(fence_path(tmp_path / "hot", partition), f"{partition:016x}") for partition in range(settings.log.partitions)]
+    with serving(settings) as api:
+        own = Site(site.made, api, site.browser)
+        page, health = own.open(), own.open("health")
+        expect(page.locator(".sessions li")).to_have_count(1)
+        put(settings, [stored.event for stored in _one("the second").events])
+        expect(health.locator(".tile", has_text="behind the log")).to_contain_text("1 event")
+        _look(health, "health-indexer-away")
+        expect(page.locator(".sessions li")).to_have_count(1)
+        for lock in filter(None, locks):
+            lock.release()
+        expect(page.locator(".sessions li")).to_have_count(2)
+        expect(health.locator(".tile", has_text="behind the log")).to_contain_text("0 events")
+        for tab in (page, health):
+            tab.close()
+
+    assert None not in locks
+    assert own.complaints == []
+
+
+def test_a_page_left_open_for_a_day(site: Site, tmp_path: Path) -> None:
+    """What is recorded a day later comes to a list and to a session that were open all the time, and neither has grown."""
+    settings = Settings(data=tmp_path, api=ApiSettings(port=0))
+    tape = _one("left open")
+    put(settings, [stored.event for stored in tape.events])
+    with serving(settings) as api:
+        own = Site(site.made, api, site.browser)
+        tabs = own.open(), own.open(f"session/{uuid.UUID(bytes=tape.session_id)}")
+        for tab in tabs:
+            tab.clock.install()
+            tab.reload()
+            expect(tab.locator("main")).to_contain_text("left open")
+        before = [tab.evaluate("document.querySelectorAll('*').length") for tab in tabs]
+        for _ in range(24):
+            for tab in tabs:
+                tab.clock.fast_forward("01:00:00")
+        after = [tab.evaluate("document.querySelectorAll('*').length") for tab in tabs]
+        tape.request("late", [QUESTION], 86_400_000)
+        put(settings, [stored.event for stored in tape.events[1:]])
+        expect(tabs[0].locator(".figures")).to_contain_text("1 req")
+        expect(tabs[1].locator("main")).to_contain_text(str(QUESTION["content"])[:20])
+        for tab in tabs:
+            tab.close()
+
+    assert after == before
+    assert own.complaints == []
+
+
+def test_a_query_that_takes_too_long(site: Site) -> None:
+    """It is stopped, and the page says after how long and what to do."""
+    settings = site.made.rig.settings.model_copy(update={"api": ApiSettings(port=0), "sql": SqlSettings(timeout_s=1.0)})
+    with serving(settings) as api:
+        page = Site(site.made, api, site.browser).open("sql")
+        editor = page.get_by_label("SQL statement")
+        editor.fill("SELECT count(*) FROM events a, events b, events c, events d, events e, events f WHERE a.kind < f.kind")
+        editor.press("Control+Enter")
+        expect(page.get_by_role("alert")).to_contain_text("stopped after 1 s")
+        expect(page.get_by_role("alert")).to_contain_text("raise sql.timeout_s")
+        _look(page, "sql-too-long")
+        page.close()
 
 
 def test_what_the_page_is_served_with(site: Site) -> None:
