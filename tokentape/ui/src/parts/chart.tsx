@@ -27,6 +27,9 @@ function decades(low: number, high: number): number[] {
   return Array.from({ length: Math.floor((to - from) / every) + 1 }, (_, i) => Number(`1e${from + i * every}`)).filter((value) => value >= low && value <= high);
 }
 
+// Steps of an axis that counts: there is nothing between two tokens.
+const WHOLE = Array.from({ length: 28 }, (_, i) => [1, 2, 5][i % 3]! * 10 ** Math.floor(i / 3));
+
 interface Drawn {
   name: string;
   label: string;
@@ -72,7 +75,7 @@ export function Plot({ name, label, x, lines, time = false, log = false, unit = 
           height,
           scales: { x: { time }, y: log ? { distr: 3 } : { range: (_, low, high) => [Math.min(0, low), high > 0 ? high * 1.08 : 1] } },
           tzDate: (ts) => uPlot.tzDate(new Date(ts * 1000), "UTC"),
-          axes: [axes, { ...axes, size: 70, ...(log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, splits) => splits, values: (_, splits) => splits.map((value) => `${value >= 0.001 && value < 10_000 ? value : value.toExponential(0)}${unit}`) } : { values: (_, splits) => said(splits) }) }],
+          axes: [!time && x.every(Number.isInteger) ? { ...axes, incrs: WHOLE } : axes, { ...axes, size: 70, ...(log ? { splits: (_, __, low, high) => decades(low, high), filter: (_, splits) => splits, values: (_, splits) => splits.map((value) => `${value >= 0.001 && value < 10_000 ? value : value.toExponential(0)}${unit}`) } : { values: (_, splits) => said(splits) }) }],
           series: [{ label, value: (_, value) => (value === null ? "–" : time ? new Date(value * 1000).toISOString().slice(0, 19) : value.toLocaleString("en")) }, ...series],
           cursor: { drag: { x: false, y: false } },
           hooks: {
