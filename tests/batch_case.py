@@ -402,6 +402,23 @@ class BatchCase:
         )
         assert texts_of(lines).keys() == done
 
+    def test_input_that_is_no_request_any_more(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
+        """A log is lost, and a limit was lowered under the input file's lines: the batch ends as failed and names line and limit."""
+        own = apart(settings, "limit")
+        with desk_at(own) as desk:
+            batch = submit_at(desk, written(own, *(request(f"r{i}", f"r{i}", more={"user": "u" * 1024}) for i in range(12))))
+            done = self._begun(desk, batch, own, upstream, forks)
+            remove(own, "m")
+            later = configured(own, upstream.url)
+            pid = forks.begin(later.model_copy(update={"gateway": later.gateway.model_copy(update={"body_bytes_max": 1024})}))
+            end = until(lambda: desk.facts.ended(batch.batch_id), 60.0)
+            kill(pid)
+            lines = results_at(desk, batch)
+
+        assert (end.status, end.counts.completed) == ("failed", 6)
+        assert str(end.error).startswith("line 1 of the input file is no request by the settings of now: over 1024 bytes")
+        assert texts_of(lines).keys() == done
+
     def test_log_lost_under_a_gateway(self, rig: Rig, settings: Settings, upstream: Upstream) -> None:
         """The log is removed while a gateway works on it: the batch comes to its end, and so does what is submitted afterwards."""
         client = rig.client()

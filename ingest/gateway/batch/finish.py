@@ -53,7 +53,7 @@ def finish(desk: BatchDesk, batch: Batch) -> None:
 
 
 def give_up(desk: BatchDesk, batch: Batch, fault: str) -> None:
-    """Say that a batch has failed whose input file is gone, with the results that there are. Two that do it at once do no harm."""
+    """Say that a batch has failed whose input file is gone or cannot be read, with the results there are. Two at once do no harm."""
     error = f"{fault}: its requests without a result cannot be asked any more; submit them again"
     with desk.scratch() as folder:
         results = [result_of(batch, number) for number in results_of(desk, batch)]

@@ -95,9 +95,18 @@ class Faults:
 
 
 def lines(path: Path, settings: Settings, urls: Collection[str]) -> Iterator[Line]:
-    """The requests of a file that was surveyed."""
+    """The requests of a file that was surveyed.
+
+    Raises:
+        UsageError: by settings that changed since then a line is none any more.
+    """
     for number, data in _numbered(path, settings.gateway.body_bytes_max):
-        yield _line(number, data, settings, urls)
+        try:
+            line = _line(number, data, settings, urls)
+        except ValueError as error:
+            fault = f"line {number} of the input file is no request by the settings of now: {error}"
+            raise UsageError(fault, operation="read batch") from error
+        yield line
 
 
 def _numbered(path: Path, bytes_max: int) -> Iterator[tuple[int, bytes]]:

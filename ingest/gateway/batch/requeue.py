@@ -68,7 +68,8 @@ def requeue(desk: BatchDesk, batch: Batch) -> None:
     """Append what a batch waits for anew, unless somebody who lives is at it. Where this is killed, whoever comes next does it.
 
     Raises:
-        UnknownName: the input file is gone. ConflictError: the batch has ended, or another process appends it, meanwhile.
+        UnknownName: the input file is gone. UsageError: a line of it is no request by the settings of now.
+        ConflictError: the batch has ended, or another process appends it, meanwhile.
         Unavailable, LogChanged: a log, the control log or the object store does not answer; try again.
     """
     submission = Submission(desk.facts, batch.batch_id, desk.settings)

@@ -32,7 +32,7 @@ from ingest.gateway.endpoints.base import Endpoint
 from ingest.gateway.exchange import Exchange
 from ingest.gateway.parts import Parts
 from schemas.batches import ENDED, Batch, Counts, WorkItem
-from schemas.errors import AlreadyExists, CorruptStore, LogChanged, TokentapeError, UnknownName
+from schemas.errors import AlreadyExists, CorruptStore, LogChanged, TokentapeError, UsageError
 from schemas.requests import dump
 from store.work import WorkLog
 
@@ -418,7 +418,7 @@ class Worker:
         try:
             try:
                 call(self._desk, batch)
-            except UnknownName as error:
+            except UsageError as error:
                 give_up(self._desk, batch, error.fault)
         except TokentapeError as error:
             log.warning("the end of a batch waits", batch=batch.batch_id, error=str(error))
