@@ -30,8 +30,8 @@ setup: .venv/stamp ## make .venv and install everything that is locked, vLLM for
 up: setup ## run tokentape: gateway, API and page, indexer, scheduler
 	@$(BIN)/tokentape up
 
-demo: setup ## show all of it on real input (DEPLOYMENT=embedded or distributed)
-	@$(PYTHON) -m scripts.demo --deployment $(DEPLOYMENT)
+demo: setup ## show all of it on real input (DEPLOYMENT=embedded or distributed; OPEN=1 opens the page at the end)
+	@$(PYTHON) -m scripts.demo --deployment $(DEPLOYMENT) $(if $(OPEN),--open)
 
 # Users need no Node: the bundle is committed, and a test finds one that was not built from these sources.
 page: ## build the page anew from tokentape/ui (needs Node and npm)

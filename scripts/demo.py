@@ -1,6 +1,6 @@
 """The main job in front of you: real clients, real vLLM, the tape, SQL, time travel, cold tier, proof and replay.
 
-    make demo [DEPLOYMENT=embedded|distributed]
+    make demo [DEPLOYMENT=embedded|distributed] [OPEN=1]
 
 Each step prints the command line that it runs; retype any of them afterwards, from the same folder.
 """
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
+import webbrowser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = Path("demo-output")
 CONFIG = OUTPUT / "demo.toml"
 TOKENTAPE = Path(".venv/bin/tokentape")
+PAGE_PORT = 8401
 BOLD, DIM, GREEN, RED, CYAN, OFF = (
     ("\033[1m", "\033[2m", "\033[32m", "\033[31m", "\033[36m", "\033[0m") if sys.stdout.isatty() else ("",) * 6
 )
@@ -103,29 +105,29 @@ def write_config(deployment: str, upstream: str, services: dict[str, dict[str, s
 
 
 @contextlib.contextmanager
-def gateway() -> Iterator[str]:
-    """`tokentape up` while the block runs; yields the URL of the gateway."""
-    command = [str(TOKENTAPE), "--config", str(CONFIG), "up"]
+def running(part: str, *arguments: str) -> Iterator[str]:
+    """`tokentape up` while the block runs; yields the URL of one of its parts."""
+    command = [str(TOKENTAPE), "--config", str(CONFIG), *arguments]
     say(f"\n{BOLD}$ {shlex.join(command)} &{OFF}")
     with (OUTPUT / "up.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        yield _url(process)
+        yield _url(process, part)
     finally:
         process.terminate()
         process.wait(60)
 
 
-def _url(process: subprocess.Popen[bytes]) -> str:
-    """Wait until the gateway says where it listens."""
+def _url(process: subprocess.Popen[bytes], part: str) -> str:
+    """Wait until a part says where it listens."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        for path in (OUTPUT / "data" / "run").glob("gateway-*.json"):
+        for path in (OUTPUT / "data" / "run").glob(f"{part}-*.json"):
             with contextlib.suppress(ValueError, KeyError):
                 return str(json.loads(path.read_text())["url"])
         time.sleep(0.1)
     tail = (OUTPUT / "up.log").read_text(errors="replace").splitlines()[-3:]
-    raise ServiceError(f"the gateway did not start: {' | '.join(tail)}")
+    raise ServiceError(f"the {part} did not start: {' | '.join(tail)}")
 
 
 def conversations(url: str) -> str:
@@ -394,8 +396,16 @@ def models() -> tuple[Path, Path]:
     return original.resolve(), changed.resolve()
 
 
-def run(deployment: str) -> None:
-    """All steps."""
+def page(session: str) -> None:
+    """Serve the page, open a browser on the session, where there is one, and wait for Ctrl-C."""
+    with running("api", "--set", f"api.port={PAGE_PORT}", "up", "--only", "api") as url, contextlib.suppress(KeyboardInterrupt):
+        say(f"The page: {url}/#/session/{session}   (Ctrl-C ends it)")
+        webbrowser.open(f"{url}/#/session/{session}")
+        threading.Event().wait()
+
+
+def run(deployment: str, *, show: bool = False) -> None:
+    """All steps; `show` opens the page at the end."""
     began = time.monotonic()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
@@ -420,7 +430,7 @@ def run(deployment: str) -> None:
         stack.callback(second.finish)
         write_config(deployment, upstream, addresses)
         heading(2, "Clients talk to it through the gateway")
-        with gateway() as url:
+        with running("gateway", "up") as url:
             session = conversations(url)
             second.start()
             debug(url)
@@ -430,22 +440,26 @@ def run(deployment: str) -> None:
             heading(14, "How it stands")
             tokentape("status")
             tokentape("jobs", "history")
-    made = sum(path.stat().st_size for path in (OUTPUT / "data").rglob("*") if path.is_file())
-    say(f"\n{BOLD}done in {time.monotonic() - began:.0f} s.{OFF}")
-    say(f"The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger.")
+        made = sum(path.stat().st_size for path in (OUTPUT / "data").rglob("*") if path.is_file())
+        say(f"\n{BOLD}done in {time.monotonic() - began:.0f} s.{OFF}")
+        say(f"The tape is {OUTPUT}/data ({made / 1e6:.1f} MB): log/, hot/, cold/ and the ledger.")
+        if show:
+            page(session)
     if deployment == "embedded":
         say(f"Nothing runs any more, and everything still answers: {TOKENTAPE} --config {CONFIG} timeline {session}")
-        page = f"{TOKENTAPE} --config {CONFIG} --set api.port=8401 up --only api"
-        say(f"To look at it: {page}   then http://127.0.0.1:8401/#/session/{session}")
+        served = f"{TOKENTAPE} --config {CONFIG} --set api.port={PAGE_PORT} up --only api"
+        say(f"To look at it: {served}   then http://127.0.0.1:{PAGE_PORT}/#/session/{session}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 with one line when something cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deployment", choices=("embedded", "distributed"), default="embedded")
+    parser.add_argument("--open", action="store_true", help="open the page at the end, and serve it until Ctrl-C")
+    given = parser.parse_args(argv)
     os.chdir(ROOT)
     try:
-        run(parser.parse_args(argv).deployment)
+        run(given.deployment, show=given.open)
     except (ServiceError, subprocess.CalledProcessError) as error:
         print(f"{RED}demo: {error}{OFF}", file=sys.stderr)
         return 1

@@ -12,8 +12,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
+
+from scripts import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("schemas", "store", "ingest", "replay", "lifecycle", "tokentape")
@@ -105,6 +108,27 @@ def test_locks_agree_on_versions() -> None:
             versions.setdefault(name, set()).add(frozenset(several))
 
     assert {name: several for name, several in versions.items() if len(several) > 1} == {}
+
+
+def test_the_demo_opens_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the demo the page is served on its tape, a browser is sent to the session, and Ctrl-C ends all of it."""
+    monkeypatch.setattr(demo, "TOKENTAPE", ROOT / ".venv" / "bin" / "tokentape")
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "demo.toml")
+    monkeypatch.setattr(demo, "PAGE_PORT", 0)
+    (tmp_path / "demo.toml").write_text(f'data = "{tmp_path / "data"}"\n')
+    opened: list[httpx.Response] = []
+
+    def browser(url: str) -> None:
+        opened.append(httpx.get(url))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("webbrowser.open", browser)
+    demo.page("01990000-0000-7000-8000-00000000cafe")
+
+    assert [answer.status_code for answer in opened] == [200]
+    assert "<title>tokentape" in opened[0].text
+    assert list((tmp_path / "data" / "run").glob("*.json")) == []
 
 
 @pytest.mark.parametrize("target", ["setup", "up", "demo", "test", "lint", "bench", "services-up", "services-down", "lock", "help"])
