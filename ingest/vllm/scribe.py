@@ -256,8 +256,8 @@ class Scribe:
                 sequence = self._sequences[number]
                 row = self._rows[place] if scores and sequence.alternatives is not None and size == 1 else None
                 score = () if row is None else (scores[row],)
-                asked = sequence.alternatives if row is not None else None
-                beside = [_alternatives(others, self._rows[place], asked)] if others and asked else []
+                asked = sequence.alternatives
+                beside = [_alternatives(others, row, asked)] if others and asked and row is not None else []
                 self._said(sequence, at_ns, tokens[at : at + size], score, beside)
             at += size
 
