@@ -32,8 +32,7 @@ class Compaction:
         done = Done()
         with self.tiering.alone(wait_s=WAIT_S):
             self.tiering.reconcile_alone()
-            register = Register(self.tiering.ledger)
-            register.refresh()
+            register = Register.of(self.tiering.ledger)
             with rewriting(self.tiering, register) as run:
                 run.sweep()
                 for group in self._groups():

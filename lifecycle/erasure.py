@@ -67,7 +67,7 @@ class Erasures:
         if not reason.strip():
             raise UsageError("an erasure needs a reason", operation="erase", hint="--reason 'asked to be forgotten'")
         subject: dict[str, Any] = {"sessions": list(sessions), "actor": actor}
-        register = self._register()
+        register = Register.of(self.tiering.ledger)
         with rewriting(self.tiering, register) as run:
             subject = self._resolved(run, subject)
             self._check_holds(run, _selector(subject))
@@ -83,7 +83,7 @@ class Erasures:
         Raises:
             UsageError: no such event.
         """
-        with rewriting(self.tiering, self._register()) as run:
+        with rewriting(self.tiering, Register.of(self.tiering.ledger)) as run:
             subject = self._resolved(run, {"sessions": list(sessions), "actor": actor})
             condition = _selector(subject).condition(run.matching)
             with run.everything() as events:
@@ -105,7 +105,7 @@ class Erasures:
             UnknownName: there is none of that id. UsageError: it was requested by the same custodian, or is approved already.
             ConflictError: a hold keeps part of it, or a lock forbids it until a date.
         """
-        register = self._register()
+        register = Register.of(self.tiering.ledger)
         erasure = find(register, text)
         if erasure.state != "requested":
             raise UsageError(
@@ -123,7 +123,7 @@ class Erasures:
 
     def follow_up(self, *, dry_run: bool = False) -> dict[str, Any]:
         """Carry on what is approved and not finished: what a lock kept, what was interrupted, what was pending."""
-        open_ = [e.erasure_id for e in self._register().erasures.values() if e.state in ("approved", "applied")]
+        open_ = [e.erasure_id for e in Register.of(self.tiering.ledger).erasures.values() if e.state in ("approved", "applied")]
         summary: dict[str, Any] = {"open": len(open_), "finished": 0, "waiting": []}
         for erasure_id in [] if dry_run else open_:
             try:
@@ -147,7 +147,7 @@ class Erasures:
                 "pending": list(erasure.entries["applied"].body["pending"]) if erasure.state == "applied" else [],
                 **_told(facts.get(erasure.erasure_id)),
             }
-            for erasure in self._register().erasures.values()
+            for erasure in Register.of(self.tiering.ledger).erasures.values()
         ]
 
     def certificate(self, text: str) -> bytes:
@@ -156,7 +156,7 @@ class Erasures:
         Raises:
             UnknownName: there is none of that id. UsageError: it has not been carried out.
         """
-        erasure = find(self._register(), text)
+        erasure = find(Register.of(self.tiering.ledger), text)
         if erasure.state not in ("applied", "finished"):
             raise UsageError(
                 f"it is only {erasure.state}", operation="erase certificate", place=id_text(erasure.erasure_id), hint="approve it first"
@@ -169,7 +169,7 @@ class Erasures:
         """Erase what is there; doing it again erases what came since, and looks after what was pending."""
         with self.tiering.alone(wait_s=WAIT_S):
             self.tiering.run_alone(all_days=True)
-            register = self._register()
+            register = Register.of(self.tiering.ledger)
             erasure = register.erasures[erasure_id]
             subject = self._subject(erasure)
             with rewriting(self.tiering, register) as run:
@@ -348,11 +348,6 @@ class Erasures:
             content=ErasureContent(reason=subject.get("reason")),
         )
         self.tiering.sink.record(SessionContext(new_id(), settings.tenant, "lifecycle", "job:erasure", settings.retention_class), event)
-
-    def _register(self) -> Register:
-        register = Register(self.tiering.ledger)
-        register.refresh()
-        return register
 
 
 def find(register: Register, text: str) -> Erasure:

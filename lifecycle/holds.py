@@ -46,8 +46,7 @@ class Holds:
         """
         _check(selector, reason)
         hold_id = new_id().hex()
-        register = Register(self.tiering.ledger)
-        register.refresh()
+        register = Register.of(self.tiering.ledger)
         with rewriting(self.tiering, register) as run:
             events = self._count(run, selector)
             if not events:
@@ -86,8 +85,7 @@ class Holds:
         """
         if not reason.strip():
             raise UsageError("a release needs a reason", operation="hold release", hint="--reason 'what allows it'")
-        register = Register(self.tiering.ledger)
-        register.refresh()
+        register = Register.of(self.tiering.ledger)
         hold = find(register, text)
         digest = hashlib.sha256(hold.hold_id.encode() + reason.encode()).hexdigest()
         entry = self.tiering.ledger.append(HOLD_RELEASED, {"hold_id": hold.hold_id, "by": by, "reason_sha256": digest})
@@ -99,8 +97,7 @@ class Holds:
 
     def standing(self) -> list[dict[str, Any]]:
         """Every hold that stands: what, who, why, since."""
-        register = Register(self.tiering.ledger)
-        register.refresh()
+        register = Register.of(self.tiering.ledger)
         reasons = self.control.latest(KIND)
         return [
             {

@@ -6,8 +6,10 @@ not at all, so whatever hold has a smaller number was seen by it.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lifecycle.selectors import Selector
 from store.ledger import Entry, Ledger
@@ -48,10 +50,9 @@ class Erasure:
 
 
 @dataclass
-class Register:
+class Standing:
     """What stands after the first `size` entries."""
 
-    ledger: Ledger
     size: int = 0
     holds: dict[str, Hold] = field(default_factory=dict)
     released: set[str] = field(default_factory=set)
@@ -61,13 +62,9 @@ class Register:
     gone: set[str] = field(default_factory=set)
     """Keys of objects that entries say were removed."""
 
-    def refresh(self) -> list[Entry]:
-        """Read on; the new entries.
-
-        Raises:
-            ProofError: the ledger is not intact. StoreUnavailable: the store does not answer.
-        """
-        entries = list(self.ledger.entries(self.size))
+    def read_on(self, ledger: Ledger) -> list[Entry]:
+        """Take what was entered since; the new entries. Raises as `Register.refresh`."""
+        entries = list(ledger.entries(self.size))
         for entry in entries:
             self._take(entry)
         self.size += len(entries)
@@ -88,3 +85,38 @@ class Register:
             erasure = self.erasures.setdefault(body["erasure_id"], Erasure(body["erasure_id"]))
             erasure.entries[entry.type.removeprefix("erasure_")] = entry
         self.gone.update(body.get("erased", ()))
+
+
+@dataclass
+class Register(Standing):
+    """What stands for one run: it changes only when this run reads on."""
+
+    ledger: Ledger = field(kw_only=True)
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Register:
+        """What stands now. A `Ledger`'s entries are read once a process, and only what came since the last time later on.
+
+        Verification does not come this way: it reads every entry from the store each time.
+
+        Raises:
+            ProofError: the ledger is not intact. StoreUnavailable: the store does not answer.
+        """
+        with _READING:
+            known = _KNOWN.setdefault(ledger, Standing())
+            known.read_on(ledger)
+            erasures = {key: Erasure(key, dict(erasure.entries)) for key, erasure in known.erasures.items()}
+            holds, released, gone = dict(known.holds), set(known.released), set(known.gone)
+            return cls(known.size, holds, released, erasures, known.policies, gone, ledger=ledger)
+
+    def refresh(self) -> list[Entry]:
+        """Read on; the new entries.
+
+        Raises:
+            ProofError: the ledger is not intact. StoreUnavailable: the store does not answer.
+        """
+        return self.read_on(self.ledger)
+
+
+_KNOWN: WeakKeyDictionary[Ledger, Standing] = WeakKeyDictionary()
+_READING = threading.Lock()

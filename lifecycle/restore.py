@@ -289,8 +289,7 @@ class _Run:
 
 def _hold(tiering: Tiering) -> None:
     """Put objects under the store's own legal hold again, which no backup shows; the ledger's holds stand without it."""
-    register = Register(tiering.ledger)
-    register.refresh()
+    register = Register.of(tiering.ledger)
     if register.holds:
         with contextlib.suppress(UsageError), rewriting(tiering, register) as run:
             run.hold_objects(tiering.catalog.snapshot().segments)

@@ -95,8 +95,7 @@ class Retention:
         Raises:
             CorruptStore: a segment is not there or cannot be read.
         """
-        register = Register(self.tiering.ledger)
-        register.refresh()
+        register = Register.of(self.tiering.ledger)
         with rewriting(self.tiering, register) as run:
             return list(self._due(run))
 
@@ -111,8 +110,7 @@ class Retention:
         done = Done()
         with self.tiering.alone(wait_s=WAIT_S):
             self.tiering.run_alone()
-            register = Register(self.tiering.ledger)
-            register.refresh()
+            register = Register.of(self.tiering.ledger)
             version = self._enter_policies(register)
             with rewriting(self.tiering, register) as run:
                 swept = run.sweep()

@@ -37,6 +37,12 @@ SMALLEST = np.float32(4.6566127342e-10)
 """The step of Triton's uniform numbers, and what vLLM takes in place of a zero."""
 
 
+_LEAST = np.finfo(np.float32).eps / np.float32(2)
+"""What PyTorch takes in place of 0, which a uniform number of 1 would give."""
+CUDA_LOG_OFF = np.float32(2**-21.41)
+"""How far `__logf` may be off between 0.5 and 2, by the CUDA C++ Programming Guide."""
+
+
 class Stream(NamedTuple):
     """What a sequence's draws go by. `vocabulary` is how many tokens the engine draws among, 0 where it does not tell."""
 
@@ -63,30 +69,38 @@ class Noise(NamedTuple):
     start: Callable[[Stream], Draw | str]
 
 
-def _drawn(gumbel: Callable[[int, Ids], Floats]) -> Draw:
-    """The choice by Gumbel noise of a step, counted from 0, and of tokens that are in question."""
+def _drawn(gumbel: Callable[[int, Ids, npt.NDArray[np.bool_]], Floats]) -> Draw:
+    """The choice by Gumbel noise of a step, counted from 0, and of tokens that are in question; the mask is of the favoured one."""
     steps = count()
 
     def draw(logits: Floats, favoured: int, favour: float) -> int:
         tokens = np.flatnonzero(logits > -np.inf)
-        scores = logits[tokens] + gumbel(next(steps), tokens)
-        scores[tokens == favoured] += np.float32(favour)
+        own = tokens == favoured
+        scores = logits[tokens] + gumbel(next(steps), tokens, own)
+        scores[own] += np.float32(favour)
         return int(tokens[scores.argmax()])
 
     return draw
 
 
 def _exponential_on_cuda(stream: Stream) -> Draw:
-    """V1, `random_sample`: `torch.Tensor.exponential_` of a CUDA generator, whose counter moves by four a step."""
+    """V1, `random_sample`: `torch.Tensor.exponential_` of a CUDA generator, whose counter moves by four a step.
 
-    return _drawn(lambda step, tokens: -np.log(cuda_exponential(stream.seed, step, tokens)))
+    The smallest draws win, and those are the ones that a GPU's logarithm is off by: the favoured token has the doubt.
+    """
+
+    def gumbel(step: int, tokens: Ids, own: npt.NDArray[np.bool_]) -> Floats:
+        off = np.where(own, -CUDA_LOG_OFF, CUDA_LOG_OFF)
+        noise: Floats = -np.log(np.maximum(cuda_exponential(stream.seed, step, tokens) + off, _LEAST))
+        return noise
+
+    return _drawn(gumbel)
 
 
 def cuda_exponential(seed: int, step: int, tokens: Ids) -> Floats:
     """What `exponential_` gives at these places in its call `step` with a fresh generator of this seed."""
     uniform = philox(seed, step, 0, tokens, 0).astype(np.float32) * np.float32(2**-32) + np.float32(2**-33)
-    least = np.finfo(np.float32).eps / np.float32(2)  # in place of 0, which a number of 1 would give
-    return np.where(uniform >= 1 - least, least, -np.log(uniform)).astype(np.float32)
+    return np.where(uniform >= 1 - _LEAST, _LEAST, -np.log(uniform)).astype(np.float32)
 
 
 def _exponential_on_cpu(stream: Stream) -> Draw | str:
@@ -95,7 +109,7 @@ def _exponential_on_cpu(stream: Stream) -> Draw | str:
         return "its noise goes by the size of the vocabulary, which this engine does not tell"
     rows = cpu_exponential(stream.seed, stream.vocabulary)
 
-    def gumbel(step: int, tokens: Ids) -> Floats:
+    def gumbel(_: int, tokens: Ids, __: npt.NDArray[np.bool_]) -> Floats:
         with np.errstate(divide="ignore"):
             noise: Floats = -np.log(next(rows)[tokens])
         return noise
@@ -147,7 +161,7 @@ def _gumbel_on_v2(uniform: Callable[[int, int, Ids], Floats]) -> Callable[[Strea
     """V2, `gumbel_sample`: the noise goes by the position of the token that the engine reads, so it needs no generator."""
 
     def start(stream: Stream) -> Draw:
-        def gumbel(step: int, tokens: Ids) -> Floats:
+        def gumbel(step: int, tokens: Ids, _: npt.NDArray[np.bool_]) -> Floats:
             with np.errstate(divide="ignore"):  # a number may round to 1: noise without end, as in the kernel
                 noise: Floats = -np.log(-np.log1p(-uniform(stream.seed, stream.prompt_tokens - 1 + step, tokens)))
             return noise

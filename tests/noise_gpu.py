@@ -20,7 +20,7 @@ import numpy as np
 from replay.engines.base import Forced, Generated, Request, Scored
 from replay.engines.vllm import VllmEngine
 from replay.measurement import TOLERANCE_DRIFTS, TOLERANCE_NATS, measure
-from replay.noise import KNOWN, Noise, cuda_exponential, possible
+from replay.noise import CUDA_LOG_OFF, KNOWN, Noise, cuda_exponential, possible
 from replay.sampling import made_again, sampler_of
 from schemas.probe import item
 from tests.engine_load import make_model
@@ -30,7 +30,7 @@ RUNNERS = {"0": "vllm-0.24-v1-cuda", "1": "vllm-0.31-v2-cuda"}
 SIZES = (512, 32_000, 128_256, 151_936, 262_144)
 """Vocabularies of models that are in use."""
 WITHIN = 1e-5
-"""Relative: a GPU's fast logarithm differs in the last bits."""
+"""Relative, beside `CUDA_LOG_OFF`: a GPU's fast logarithm differs in the last bits."""
 RIGHT_SHARE, WRONG_SHARE = 0.99, 0.5
 """Of the tokens, how many the right seed has to make again at least, and another at most: it draws many likely ones too."""
 REQUESTS, TOKENS = 32, 64
@@ -54,7 +54,7 @@ def exponentials() -> list[dict[str, Any]]:
         for step in range(5):
             theirs = batch[1].exponential_(generator=generator).cpu().numpy()
             ours = cuda_exponential(7, step, np.arange(size))
-            off.append(float(np.abs(ours / theirs - 1).max()))
+            off.append(float((np.abs(ours - theirs) / (CUDA_LOG_OFF + WITHIN * theirs)).max()))
         another = cuda_exponential(8, 0, np.arange(size))
         found.append({"size": size, "off_max": max(off), "another_seed_off_median": float(np.median(np.abs(another / theirs - 1)))})
     return found
@@ -137,9 +137,7 @@ def main() -> None:
 
 def _faults_of_numbers(exponential: list[dict[str, Any]], kernels: dict[str, Any]) -> list[str]:
     faults = [
-        f"exponential_ of {each['size']} differs"
-        for each in exponential
-        if each["off_max"] > WITHIN or each["another_seed_off_median"] < 0.1
+        f"exponential_ of {each['size']} differs" for each in exponential if each["off_max"] > 1 or each["another_seed_off_median"] < 0.1
     ]
     if kernels.get("philox_numbers") != kernels.get("philox_equal") or "error" in kernels:
         faults.append("Triton's Philox differs")

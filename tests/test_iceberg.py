@@ -91,7 +91,7 @@ def test_readers_stop_before_objects_go(local: Tiered) -> None:
         seen.append((local.objects.head(segments[0].key) is not None, read(table).num_rows))
 
     tiering = local.tiering(withdraw=withdraw)
-    register = Register(local.ledger)
+    register = Register.of(local.ledger)
     with tiering.alone(), rewriting(tiering, register) as run:
         run.apply(lambda: Change("retention", (segments[0],), whole=True), Done())
 

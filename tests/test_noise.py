@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from replay.engines.base import Alternatives
-from replay.noise import KNOWN, Stream, cpu_exponential, murmur3, named, philox, possible, unknown
+from replay.noise import CUDA_LOG_OFF, KNOWN, Stream, cpu_exponential, cuda_exponential, murmur3, named, philox, possible, unknown
 from replay.sampling import Sampler, made_again
 from tests.program import ROOT
 from tests.tape import environment
@@ -91,6 +91,26 @@ def test_another_seed_draws_other_tokens(noise: object) -> None:
     assert [None] + [True] * 39 == again(9)
     assert again(10).count(True) < 10
     assert (again(9, 8).count(True) < 10) == (known.runner == "v2")
+
+
+def test_the_doubt_of_a_gpus_logarithm_is_for_the_recorded_token() -> None:
+    """Among many tokens the smallest draws win, of which a GPU's fast logarithm is some per cent off; another seed still wins nothing."""
+    noise, size, steps = named("vllm-0.24-v1-cuda"), 150_000, 40
+    assert noise is not None
+    flat = Alternatives(np.arange(size), np.full(size, -np.log(size), np.float32), whole=True)
+    said = []
+    for step in range(steps):
+        exact = cuda_exponential(3, step, np.arange(size))
+        two = np.argsort(exact)[:2]
+        off = CUDA_LOG_OFF * np.where(np.arange(size) == two[1], -1, 1)
+        said.append(int((exact + off).argmin()))
+
+    def again(seed: int) -> list[bool | None] | str:
+        sampler = Sampler(seed, 1.0, 0, 1.0, 0.0)
+        return made_again(said, [flat] * steps, sampler, noise, prompt_tokens=1, vocabulary=size, tolerance=1e-6)
+
+    assert [True] * steps == again(3)
+    assert [False] * steps == again(4)
 
 
 def test_noise_functions_are_offered_by_version_runner_and_device() -> None:
