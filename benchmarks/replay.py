@@ -44,12 +44,12 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(what: str, rates: list[float], beside: str, others: list[float], reach: str) -> dict[str, Any]:
-    ratio = statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
+    ratio = statistics.median(rate / other for rate, other in zip(rates, others, strict=False))
     values = {"value": statistics.median(rates), "unit": "tok/s", "beside": beside, "beside_value": statistics.median(others)}
     return {"what": what, **values, "ratio": ratio, "reach": reach}
 
 
-def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
+def _measure(given: argparse.Namespace, data: Path) -> None:
     from replay.batch import Batch
     from replay.engines.apart import Apart
     from replay.engines.base import Forced, Generated, Refused, Request
@@ -94,12 +94,12 @@ def _measure(given: argparse.Namespace, data: Path) -> dict[str, Any]:
                     assert summary.tokens == tokens, summary
                     installation.recorder.flush(60)
                 found.setdefault(name, []).append(tokens / (time.perf_counter() - began))
+            given.out.write_text(json.dumps(found))  # what there is, should the time end
     bare.close()
     for engine in hosted:
         engine.close()
     if cluster:
         cluster.close()
-    return found
 
 
 COMPLETIONS = "/v1/completions"
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        given.out.write_text(json.dumps(_measure(given, Path(folder))))
+        _measure(given, Path(folder))
 
 
 if __name__ == "__main__":

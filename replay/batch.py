@@ -12,12 +12,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from replay.calibration import Calibrations
-from replay.compare import Outcome, run_compare
-from replay.engines.base import Engine
+from replay.compare import Asking, Outcome, comparing
+from replay.engines.base import Engine, Refused, Scored
 from replay.gathering import Gathered
 from replay.memory import Memory
 from schemas.errors import EngineUnavailable, TokentapeError, UnknownSession
@@ -26,6 +27,8 @@ from store.rows import StoredEvent
 
 AHEAD = 32
 """Sessions read at once: one query costs tens of milliseconds, whatever it finds."""
+THREADS = 4
+"""Of each engine. What they do is short, and waiting for the engine takes none of them."""
 WORST = 5
 """Tokens named in a summary."""
 
@@ -63,8 +66,26 @@ class Summary:
         self.worst = sorted([*self.worst, *found], key=lambda token: -token.drift_max)[:WORST]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a thread does next: begin a session, or go on with one whose sequence has been answered."""
+
+    session: str
+    events: list[StoredEvent]
+    replay: Asking[Outcome] | None = None
+    answer: Future[Callable[[], Scored | Refused]] | None = None
+
+
+class _Desk:
+    """An engine with the sessions that are open on it; each `EngineUnavailable` takes one place from it."""
+
+    def __init__(self, engine: Engine, places: int) -> None:
+        self.engine, self.memory, self.places, self.open = Gathered(engine), Memory(), places, 0
+        self.answered: deque[_Step] = deque()
+
+
 class Batch:
-    """One run over `sessions`. `events_of` reads several at once; `told` hears of each outcome, in the thread of its replay."""
+    """One run over `sessions`. `events_of` reads several at once; `told` hears of each outcome, in some thread, one at a time."""
 
     def __init__(
         self,
@@ -77,15 +98,12 @@ class Batch:
         calibrations: Calibrations | None = None,
         told: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
-        self._waiting = deque(sessions)
-        self._unread = dict.fromkeys(self._waiting)
+        self._unread = deque(sessions)
         self._events_of, self._sink, self._run, self._actor = events_of, sink, run, actor
         self._calibrations, self._told = calibrations, told
-        self._lock = threading.Lock()
-        self._reading = threading.Lock()
-        self._read: dict[str, list[StoredEvent]] = {}
-        self._changed = threading.Condition(self._lock)
-        self._at_work = 0
+        self._changed = threading.Condition()
+        self._waiting: deque[_Step] = deque()
+        self._desks: list[_Desk] = []
         self._faults: list[BaseException] = []
         self.summary = Summary()
 
@@ -96,77 +114,123 @@ class Batch:
             EngineUnavailable: no engine is left; what was done stays done.
         """
         began = time.monotonic()
-        gathered = [Gathered(engine) for engine in engines]
-        share = min(at_once, math.ceil(len(self._waiting) / max(1, len(engines))))  # what is left is shared by all, and none is idle
-        threads = [
-            threading.Thread(target=self._work, args=(engine, memory), name=f"replay {number} {engine.name}", daemon=True)
-            for engine, memory in [(engine, Memory()) for engine in gathered]
-            for number in range(share)
+        share = min(at_once, math.ceil(len(self._unread) / max(1, len(engines))))  # what is left is shared by all, and none is idle
+        self._desks = [_Desk(engine, share) for engine in engines]
+        threads = [threading.Thread(target=self._read, name="replay reader", daemon=True)] if engines else []
+        threads += [
+            threading.Thread(target=self._work, args=(desk,), name=f"replay {number} {desk.engine.name}", daemon=True)
+            for desk in self._desks
+            for number in range(min(share, THREADS))
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        for engine in gathered:
-            engine.close()
+        for desk in self._desks:
+            desk.engine.close()
         self.summary.seconds = time.monotonic() - began
         if other := next((fault for fault in self._faults if not isinstance(fault, EngineUnavailable)), None):
             raise other
-        if self._waiting:
+        if left := len(self._unread) + len(self._waiting):
             done = self.summary.verdicts.total()
-            fault = f"no engine is left after {done} sessions, {len(self._waiting)} wait: {self._faults[-1] if self._faults else 'none'}"
+            fault = f"no engine is left after {done} sessions, {left} wait: {self._faults[-1] if self._faults else 'none'}"
             raise EngineUnavailable(fault, operation="replay-batch", hint="start an engine and run the same command again: it goes on")
         return self.summary
 
-    def _work(self, engine: Engine, memory: Memory) -> None:
-        while (session := self._next()) is not None:
+    # Reading
+
+    def _read(self) -> None:
+        """Read the tapes of sessions ahead of who wants them."""
+        try:
+            while ahead := self._next_unread():
+                found = self._events_of(ahead)
+                with self._changed:
+                    self._waiting.extend(_Step(session, found.get(session, [])) for session in ahead)
+                    for _ in ahead:
+                        self._unread.popleft()
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._faults.append(error)
+                self._changed.notify_all()
+            if not isinstance(error, TokentapeError):
+                raise
+
+    def _next_unread(self) -> list[str]:
+        """The sessions to be read next; nothing when all are read, or nobody is left who wants any."""
+        with self._changed:
+            while self._unread and len(self._waiting) >= AHEAD and not self._over():
+                self._changed.wait()
+            return [] if self._over() else list(itertools.islice(self._unread, AHEAD))
+
+    # Replaying
+
+    def _work(self, desk: _Desk) -> None:
+        while (step := self._next(desk)) is not None:
             try:
-                self._one(engine, session, memory)
+                self._advance(desk, step)
+            except StopIteration as end:
+                self._done(desk, outcome=end.value)
             except UnknownSession:  # erased since it was listed
-                self._done(unknown=1)
+                self._done(desk)
             except BaseException as error:
-                self._done(again=session, fault=error)
+                self._done(desk, again=_Step(step.session, step.events), fault=error)
                 if not isinstance(error, TokentapeError):
                     raise
-                return
-            else:
-                self._done()
 
-    def _next(self) -> str | None:
-        """The next session; None when none is left. One that is at work may come back, so its end is waited for."""
+    def _next(self, desk: _Desk) -> _Step | None:
+        """What is to be done on a desk; None when nothing will be any more. A session that is open anywhere may come back."""
         with self._changed:
-            while not self._waiting and self._at_work and not self._stopped():
+            while not self._over():
+                if self._waiting and desk.open < desk.places:  # first of all the engine has to have work
+                    desk.open += 1
+                    self._changed.notify_all()  # the reader, too
+                    return self._waiting.popleft()
+                if desk.answered:
+                    return desk.answered.popleft()
+                if not desk.open and not desk.places:
+                    return None
                 self._changed.wait()
-            if not self._waiting or self._stopped():
-                return None
-            self._at_work += 1
-            return self._waiting.popleft()
+            return None
 
-    def _done(self, *, unknown: int = 0, again: str | None = None, fault: BaseException | None = None) -> None:
+    def _over(self) -> bool:
+        """Nothing is left to do, or nobody to do it, or something failed that is no engine's fault."""
+        if any(not isinstance(fault, EngineUnavailable) for fault in self._faults):
+            return True
+        if any(desk.open for desk in self._desks):
+            return False
+        return not (self._unread or self._waiting) or not any(desk.places for desk in self._desks)
+
+    def _advance(self, desk: _Desk, step: _Step) -> None:
+        """Take a replay to where it needs the engine again. Raises StopIteration at its end, and whatever stops it."""
+        replay = step.replay
+        if replay is None or step.answer is None:
+            run, known = self._run, self._calibrations
+            replay = comparing(step.events, desk.engine, self._sink, actor=self._actor, calibrations=known, run=run, memory=desk.memory)
+            forced = next(replay)
+        elif error := step.answer.exception():
+            forced = replay.throw(error)
+        else:
+            forced = replay.send(step.answer.result()())
+        answer = desk.engine.forcing(forced)
+        on = _Step(step.session, step.events, replay, answer)
+        answer.add_done_callback(lambda _: self._answered(desk, on))
+
+    def _answered(self, desk: _Desk, step: _Step) -> None:
         with self._changed:
-            self._at_work -= 1
-            self.summary.unknown += unknown
-            if again is not None and fault is not None:
-                self._waiting.appendleft(again)
-                self._faults.append(fault)
+            desk.answered.append(step)
             self._changed.notify_all()
 
-    def _stopped(self) -> bool:
-        return any(not isinstance(fault, EngineUnavailable) for fault in self._faults)
-
-    def _one(self, engine: Engine, session: str, memory: Memory) -> None:
-        events = self._events(session)
-        outcome = run_compare(events, engine, self._sink, actor=self._actor, calibrations=self._calibrations, run=self._run, memory=memory)
-        with self._lock:
-            self.summary.add(outcome)
-            self._told(outcome)
-
-    def _events(self, session: str) -> list[StoredEvent]:
-        """The session's events, read together with those of the sessions that come next; none where it is not known any more."""
-        with self._reading:  # the reader of events is one connection
-            while session not in self._read:
-                ahead = list(itertools.islice(self._unread, AHEAD)) if session in self._unread else [session]  # one that came back
-                for name in ahead:
-                    self._unread.pop(name, None)
-                self._read |= {name: [] for name in ahead} | dict(self._events_of(ahead))
-            return self._read.pop(session)
+    def _done(self, desk: _Desk, *, outcome: Outcome | None = None, again: _Step | None = None, fault: BaseException | None = None) -> None:
+        with self._changed:
+            desk.open -= 1
+            if outcome is not None:
+                self.summary.add(outcome)
+                self._told(outcome)
+            elif again is not None and fault is not None:
+                desk.places -= 1
+                self._waiting.appendleft(again)
+                self._faults.append(fault)
+            else:
+                self.summary.unknown += 1
+            self._changed.notify_all()

@@ -7,14 +7,14 @@ recorded in a session of its own; the session that it replays is only read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
 from replay.draws import judged_by_draws
 from replay.drift import Judgement, Verdict, judge, worst
-from replay.engines.base import Engine, Refused, Request, Scored
+from replay.engines.base import Engine, Forced, Refused, Request, Scored
 from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
 from replay.measurement import alternatives_for
@@ -30,6 +30,10 @@ from schemas.errors import EngineUnavailable, UnknownSession, UsageError
 from schemas.requests.recorded import CHAT, as_generation
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
+
+T = TypeVar("T")
+Asking: TypeAlias = Generator[Forced, Scored | Refused, T]
+"""What comes to a T by asking an engine: it yields what is to be forced, and is sent the answer."""
 
 NOT_BENDING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
@@ -116,7 +120,36 @@ def _judgement_document(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def run_compare(
+class Options(TypedDict, total=False):
+    """How a session is compared; see `comparing`."""
+
+    strict: bool
+    actor: str
+    until: Until | None
+    calibrations: Calibrations | None
+    run: str | None
+    memory: Memory | None
+    on_sequence: Callable[[bytes, SequenceOutcome], None] | None
+
+
+def run_compare(events: Iterable[StoredEvent], engine: Engine, sink: EventSink, **options: Unpack[Options]) -> Outcome:
+    """Compare one session with an engine, which is waited for. Options, what is recorded and what is raised as of `comparing`."""
+    asks = comparing(events, engine, sink, **options)
+    try:
+        forced = next(asks)
+        while True:
+            try:
+                scored = engine.force(forced.request, forced.prompt_token_ids, forced.token_ids)
+            except EngineUnavailable as error:
+                forced = asks.throw(error)
+            else:
+                forced = asks.send(scored)
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        return outcome
+
+
+def comparing(
     events: Iterable[StoredEvent],
     engine: Engine,
     sink: EventSink,
@@ -128,8 +161,11 @@ def run_compare(
     run: str | None = None,
     memory: Memory | None = None,
     on_sequence: Callable[[bytes, SequenceOutcome], None] | None = None,
-) -> Outcome:
+) -> Asking[Outcome]:
     """Compare one session with an engine and record the replay in a session of its own.
+
+    What the engine has to be forced to say is yielded, its answer is sent, and an `EngineUnavailable` is thrown: so one thread
+    has many sessions on the way.
 
     With a calibration of the recorded environment the chance of a false *model differs* or *sampling differs* is at most
     `FALSE_ALARM`, for the session as for each of its sequences: n sequences are tested at an n-th of it each. `on_sequence` is
@@ -151,7 +187,10 @@ def run_compare(
     tests = sum(1 for g in subjects for sequence in g.sequences if sequence.tokens)
     replay = _Run(state, engine, sink, strict, present, recorded, _context(state, actor), memory, calibrations, tests, run)
     replay.start(state.last.event_id)
-    outcomes = [] if replay.refused else [replay.generation(generation, on_sequence) for generation in subjects]
+    outcomes = []
+    for generation in subjects if not replay.refused else ():
+        outcome = yield from replay.generation(generation, on_sequence)
+        outcomes.append(outcome)
     return replay.finish(outcomes, len(state.generations) - len(subjects), (time.monotonic_ns() - begun) // 1000)
 
 
@@ -218,20 +257,20 @@ class _Run:
             )
         )
 
-    def generation(self, generation: Generation, on_sequence: Callable[[bytes, SequenceOutcome], None] | None) -> GenerationOutcome:
+    def generation(self, generation: Generation, on_sequence: Callable[[bytes, SequenceOutcome], None] | None) -> Asking[GenerationOutcome]:
         """Compare and record each sequence of a generation."""
         outcomes = []
         for sequence in generation.sequences:
             if not sequence.tokens:
                 continue
-            outcome = self._sequence(generation, sequence)
+            outcome = yield from self._sequence(generation, sequence)
             self._record(_compared(self.replay_id, generation.generation_id, outcome))
             if on_sequence:
                 on_sequence(generation.generation_id, outcome)
             outcomes.append(outcome)
         return GenerationOutcome(generation.generation_id, worst(o.judgement.verdict for o in outcomes), tuple(outcomes))
 
-    def _sequence(self, generation: Generation, sequence: Sequence) -> SequenceOutcome:
+    def _sequence(self, generation: Generation, sequence: Sequence) -> Asking[SequenceOutcome]:
         tape = taped(sequence)
         asked = generation.request
         model, endpoint = (asked.model, asked.endpoint) if asked else (None, CHAT)
@@ -245,7 +284,9 @@ class _Run:
             prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
             if why := self._down or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
                 return _inconclusive(sequence, why)
-            scored = self.engine.force(request, prompt.token_ids, tape.token_ids)
+            calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
+            floor = self._floor(request.model, calibration)  # before it has work: to measure one it has to be idle
+            scored = yield Forced(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
             if self._run is not None:
                 self._record(e.SessionClosed(reason="the engine failed"))
@@ -254,9 +295,7 @@ class _Run:
             return _inconclusive(sequence, self._down)
         if isinstance(scored, Refused):
             return _inconclusive(sequence, scored.reason)
-        greedy = is_greedy(document)
-        calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
-        floor, alarm = self._floor(request.model, calibration), self._false_alarm
+        greedy, alarm = is_greedy(document), self._false_alarm
         judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
         if self._calibration and not calibration:
             measured = count(self._calibration.tokens_median, "token")

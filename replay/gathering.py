@@ -1,7 +1,7 @@
 """One engine for many replays at once: it works on what all of them ask, as much of it at a time as it can.
 
-An engine is far faster at a batch than at one sequence after the other, and a replay only knows its own session. So each
-replay asks in a thread of its own and waits. An engine that takes sequences in while it is at work (`Continuous`) gets each
+An engine is far faster at a batch than at one sequence after the other, and a replay only knows its own session. So the
+engine has a thread of its own, which everybody asks. An engine that takes sequences in while it is at work (`Continuous`) gets each
 as soon as it is asked for, and has a full batch all the time; any other gets what waits when it is free again, as in the
 group commit of a log.
 """
@@ -13,9 +13,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Request, Scored
+from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Request, Scored, same
 from schemas import events as e
 
 T = TypeVar("T")
@@ -77,8 +78,13 @@ class Gathered:
 
     def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
         """See `Engine.force_all`."""
-        said = self._gather("force_all", several)
-        return [each() for each in said] if self._continuous else said
+        return [read() for read in self._gather("force_all", several)]
+
+    def forcing(self, forced: Forced) -> Future[Callable[[], Scored | Refused]]:
+        """As `force`, without waiting: what reads the answer out, once it is there."""
+        call = _Call("force_all", forced, Future())
+        self._calls.put(call)
+        return call.answer
 
     def close(self) -> None:
         """End the thread that asks; may be called twice. Nobody may wait any more."""
@@ -131,7 +137,7 @@ class Gathered:
                 call.answer.set_exception(error)
                 continue
             if isinstance(name, Refused):
-                call.answer.set_result(lambda refused=name: refused)
+                call.answer.set_result(partial(same, name))
             else:
                 self._begun[name] = call
         if self._begun:
@@ -158,4 +164,4 @@ class Gathered:
                 call.answer.set_exception(error)
         else:
             for call, answer in zip(calls, answers, strict=True):
-                call.answer.set_result(answer)
+                call.answer.set_result(partial(same, answer) if ask == "force_all" else answer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from replay.batch import Batch
+from replay.batch import AHEAD, Batch
 from replay.engines.base import Forced, Generated, Refused, Request, Scored
 from replay.engines.openai import OpenAIEngine
 from replay.gathering import Gathered
@@ -30,7 +30,7 @@ from tests.flaky_proxy import Proxy
 from tests.gateway_rig import Peer, broken
 from tests.program import Program, until
 from tests.recording import events_of, opened
-from tests.tape import Tape, finish
+from tests.tape import Tape, environment, finish
 from tests.test_compare import Scorer, Sink, scored, taped
 
 SESSIONS = 210
@@ -259,6 +259,37 @@ def test_a_continuous_engine_takes_in_while_it_works() -> None:
     gathered.close()
 
     assert engine.most == 3
+
+
+def test_the_engine_has_all_that_it_may_have() -> None:
+    """Sessions are read and begun while none is answered, many more than are read at once; what needs an idle engine comes first."""
+
+    class Full(Scorer):
+        def __init__(self) -> None:
+            super().__init__(lambda ids: scored([]), environment())
+            self.begun: list[Forced] = []
+            self.idle_asked = 0
+
+        def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+            assert not self.begun
+            self.idle_asked += 1
+            return super().generate_all(requests)
+
+        def begin(self, forced: Forced) -> int:
+            self.begun.append(forced)
+            return len(self.begun) - 1
+
+        def step(self) -> list[tuple[int, Callable[[], Scored]]]:
+            if len(self.begun) < len(sessions):
+                return []
+            return [(i, partial(scored, [-1.0] * len(forced.token_ids))) for i, forced in enumerate(self.begun)]
+
+    engine, events = Full(), taped([-1.0] * 20).events
+    sessions = [str(number) for number in range(5 * AHEAD)]
+    summary = Batch(sessions, lambda names: dict.fromkeys(names, events), Sink(), run="r").run([engine], at_once=len(sessions))
+
+    assert {"identical": len(sessions)} == dict(summary.verdicts)
+    assert engine.idle_asked
 
 
 def test_a_session_that_comes_back_finds_an_engine() -> None:

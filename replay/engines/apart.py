@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from replay.engines.base import Forced, Generated, Refused, Request, Scored
+from replay.engines.base import Forced, Generated, Refused, Request, Scored, same
 from schemas.errors import EngineUnavailable, TokentapeError
 from schemas.events import EnvironmentCaptured
 
@@ -118,7 +118,7 @@ class Hosted:
         """Take a sequence in; whatever comes of it is told by `step`."""
         own = self.call("begin", forced)
         if isinstance(own, Refused):
-            self._done.append((name, partial(_same, own)))
+            self._done.append((name, partial(same, own)))
         elif isinstance(own, TokentapeError):
             self._fault = own
         else:
@@ -152,10 +152,6 @@ class Hosted:
     def close(self) -> None:
         """End the engine."""
         self._engine.close()
-
-
-def _same(answer: Refused) -> Refused:
-    return answer
 
 
 class Apart(Elsewhere):

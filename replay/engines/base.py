@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from schemas.events import EnvironmentCaptured
 from schemas.requests.recorded import CHAT
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,11 @@ class Refused:
     """The engine answered, but cannot do this: a reason a person can act on. Not an outage, which is EngineUnavailable."""
 
     reason: str
+
+
+def same(answer: T) -> T:
+    """An answer as it is, where something that reads it out is wanted: `partial(same, answer)`, which can be pickled."""
+    return answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ DONE = (
 )
 """Sessions that a run has replayed, and what came of each."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+ON_SERVER, OF_ITS_OWN = 32, 768
+"""Sessions beside one another: others use a server too; an engine of a run's own gets more than it takes in at once, and never waits."""
 
 
 @click.command("replay-batch")
@@ -38,7 +40,11 @@ NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 )
 @click.option("--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32.")
 @click.option("--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: its folder.")
-@click.option("--at-once", default=32, show_default=True, type=click.IntRange(1, 1024), help="Sessions beside one another on each engine.")
+@click.option(
+    "--at-once",
+    type=click.IntRange(1, 1024),
+    help=f"Sessions beside one another on each engine; by default {ON_SERVER} on a server, {OF_ITS_OWN} on an engine of its own.",
+)
 @click.option("--ray", metavar="ADDRESS|local", help="Load vllm:MODEL into actors of a Ray cluster, an engine each; local starts one here.")
 @click.option("--actors", type=click.IntRange(1), help="--ray: how many.  [default: as many as the cluster's GPUs serve, without any 1]")
 @click.option("--run", metavar="NAME", help="Name of the run; a run of that name goes on where it stopped.  [default: the time]")
@@ -56,7 +62,7 @@ def replay_batch(
     engines: tuple[str, ...],
     options: tuple[str, ...],
     model: str | None,
-    at_once: int,
+    at_once: int | None,
     ray: str | None,
     actors: int | None,
     run: str | None,
@@ -106,7 +112,7 @@ def _compare_all(
     where: str,
     engines: tuple[str, ...],
     opened: Callable[[], list[Engine]],
-    at_once: int,
+    at_once: int | None,
     run: str | None,
     fmt: str,
 ) -> None:
@@ -139,7 +145,7 @@ def _compare_all(
                 told=told,
             )
             try:
-                summary = batch.run(opened() if left else [], at_once=at_once)
+                summary = batch.run(opened() if left else [], at_once=at_once or (OF_ITS_OWN if in_process else ON_SERVER))
             finally:
                 if batch.summary.verdicts:
                     _print(name, batch.summary, earlier, fmt)
