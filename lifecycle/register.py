@@ -6,12 +6,14 @@ not at all, so whatever hold has a smaller number was seen by it.
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lifecycle.selectors import Selector
+from lifecycle.tiering import REWRITTEN, segments_of
 from store.ledger import Entry, Ledger
 
 HOLD_PLACED, HOLD_RELEASED, POLICIES = "hold_placed", "hold_released", "policies"
@@ -49,6 +51,15 @@ class Erasure:
         return str(self.entries[step].body["by"]) if step in self.entries else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """By which version of the policies a segment was rewritten, and when: nothing is left in it of what `names` wanted gone."""
+
+    version: int
+    names: frozenset[str]
+    at: dt.datetime
+
+
 @dataclass
 class Standing:
     """What stands after the first `size` entries."""
@@ -61,6 +72,8 @@ class Standing:
     """Number and SHA-256 of the version of the policies that was entered last."""
     gone: set[str] = field(default_factory=set)
     """Keys of objects that entries say were removed."""
+    settled: dict[str, Settled] = field(default_factory=dict)
+    """By segment: those that a retention run made, and that no hold kept anything in."""
 
     def read_on(self, ledger: Ledger) -> list[Entry]:
         """Take what was entered since; the new entries. Raises as `Register.refresh`."""
@@ -84,7 +97,25 @@ class Standing:
         elif entry.type.startswith("erasure_"):
             erasure = self.erasures.setdefault(body["erasure_id"], Erasure(body["erasure_id"]))
             erasure.entries[entry.type.removeprefix("erasure_")] = entry
+        elif entry.type == REWRITTEN:
+            self._settle(entry)
         self.gone.update(body.get("erased", ()))
+
+    def _settle(self, entry: Entry) -> None:
+        """What retention made is settled, and what another rewriting makes of nothing but settled segments."""
+        body: Any = entry.body
+        before = [self.settled.pop(key, None) for key in body["erased"]]
+        known = [each for each in before if each is not None]
+        if "policies" in body:
+            settled = Settled(body["policies"], frozenset(body["names"]), entry.recorded_at)
+        elif len(known) == len(before) and len({each.version for each in known}) == 1:
+            names = frozenset.intersection(*(each.names for each in known))
+            settled = Settled(known[0].version, names, min(each.at for each in known))
+        else:
+            return
+        for segment in segments_of(entry):
+            if not any(hold.selector.may_touch(segment) for hold in self.holds.values()):
+                self.settled[segment.key] = settled
 
 
 @dataclass
@@ -107,7 +138,7 @@ class Register(Standing):
             known.read_on(ledger)
             erasures = {key: Erasure(key, dict(erasure.entries)) for key, erasure in known.erasures.items()}
             holds, released, gone = dict(known.holds), set(known.released), set(known.gone)
-            return cls(known.size, holds, released, erasures, known.policies, gone, ledger=ledger)
+            return cls(known.size, holds, released, erasures, known.policies, gone, dict(known.settled), ledger=ledger)
 
     def refresh(self) -> list[Entry]:
         """Read on; the new entries.

@@ -33,6 +33,9 @@ APPLIED = "retention_applied"
 
 WHY = "retention"
 
+CLOCKS_DAYS = 2.0
+"""By how much the clock that entered something may have been ahead of the one that the run went by."""
+
 
 @dataclass(frozen=True, slots=True)
 class Due:
@@ -137,7 +140,7 @@ class Retention:
     def _due_in(self, run: Rewriting, policies: Policies, segment: Segment) -> Due | None:
         age = age_of(segment.day, self.now())
         verdict = policies.verdict(segment.tenant, segment.retention_class, age, run.matching.tagged)
-        if verdict is None:
+        if verdict is None or _settled(run.register, policies, segment, verdict.names):
             return None
         holds = [hold for hold in run.register.holds.values() if hold.selector.may_touch(segment)]
         held = " OR ".join(hold.selector.condition(run.matching) for hold in holds)
@@ -208,6 +211,16 @@ class Retention:
             self.tiering.sink.record(platform_session("lifecycle", "job:retention"), event)
         log.info("retention.applied", events=done.events, segments=done.segments, held=held, ledger_entry=entry.sequence)
         return entry.sequence
+
+
+def _settled(register: Register, policies: Policies, segment: Segment, names: tuple[str, ...]) -> bool:
+    """Whether a segment was made by a run that took from it all that these policies want gone; then it need not be read again."""
+    settled = register.settled.get(segment.key)
+    if settled is None or register.policies != (settled.version, policies.sha256) or not settled.names.issuperset(names):
+        return False
+    age = age_of(segment.day, settled.at) - CLOCKS_DAYS
+    kept = any(policy.min_days > age for policy in policies.matching(segment.tenant, segment.retention_class))
+    return not (kept or policies.tags)  # tags come and go
 
 
 def _kept_from(wanted: str, kept: str, held: str) -> str:

@@ -20,11 +20,12 @@ import pytest
 from lifecycle.compaction import Compaction
 from lifecycle.holds import Holds
 from lifecycle.retention import Retention
-from lifecycle.rewriting import CRASH_POINTS
+from lifecycle.rewriting import CRASH_POINTS, Rewriting
 from lifecycle.selectors import Selector
 from schemas.errors import ConflictError, CorruptStore, SettingsError, UnknownName, UsageError
 from schemas.events import HoldPlaced, HoldReleased, RetentionApplied
 from schemas.settings import RetentionPolicy, RetentionSettings, Settings
+from store.catalog import Segment
 from store.control import open_control
 from store.crashpoints import VARIABLE
 from store.log.base import Entry
@@ -122,6 +123,38 @@ class TestRetention:
         assert not any(_content(row).get("content") for row in table.to_pylist())
         assert retention(rig).apply()["contents"] == 0
         check(rig, {"erased-with-proof"})
+
+    def test_what_is_done_is_not_read_again(self, local: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A segment that retention made is settled until its policies change, also when it was merged; one with held rows is not."""
+        read: list[str] = []
+        counts = Rewriting.counts
+
+        def counted(run: Rewriting, segments: Sequence[Segment], conditions: Sequence[str]) -> tuple[int, ...]:
+            read.extend(segment.key for segment in segments)
+            return counts(run, segments, conditions)
+
+        monkeypatch.setattr(Rewriting, "counts", counted)
+        (held,) = talk(local, OLD, tenants=("zeta",))
+        talk(local, OLD, tenants=("acme",))
+        talk(local, OLD, tenants=("acme",))
+        hold = holds(local).place(Selector(sessions=(held,)), by="ada", reason="matter")["hold"]
+        policies(local, {"content_days": 10})
+
+        def run() -> tuple[int, set[str]]:
+            read.clear()
+            contents = retention(local).apply()["contents"]
+            return contents, {key.partition("tenant=")[2].partition("/")[0] for key in read}
+
+        assert run() == (22, {"acme", "zeta"})
+        assert run() == (0, {"zeta"})
+        assert Compaction(local.tiering()).run()["segments"] == 2
+        assert run() == (0, {"zeta"})
+        holds(local).release(hold, by="ada", reason="settled")
+        assert run() == (11, {"zeta"})
+        assert run() == (0, set())
+        policies(local, {"content_days": 11})
+        assert run() == (0, {"acme", "zeta"})
+        check(local, {"erased-with-proof"})
 
     def test_kind_and_tag_select_rows(self, local: Tiered) -> None:
         """Rows of a kind go alone; a tag decides for its sessions; the longest minimum beats the shortest maximum."""
