@@ -1,4 +1,4 @@
-"""A year of custody in minutes: policies, a hold, an erasure, retention day by day, and two verifiers that agree in the end.
+"""A year of custody in minutes: policies, a hold, an erasure, a new key, a restore, and two verifiers that agree in the end.
 
     make custody [DEPLOYMENT=embedded|distributed] [DAYS=365]
 
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,10 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
+from lifecycle.backup import Backup
 from lifecycle.holds import Holds
 from lifecycle.proving import Prover
+from lifecycle.restore import restore
 from lifecycle.scheduler import find
 from lifecycle.selectors import Selector
 from schemas import clock, events
@@ -43,6 +46,7 @@ from scripts.services import Services
 from store.control import ControlLog, open_control
 from store.ledger.rotation import rotate
 from store.sql import query
+from tokentape import __version__
 from tokentape.installation import Installation
 from tokentape.jobs import all_jobs, erasures_of, retention_of, tiering_of, verification
 
@@ -58,7 +62,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Year:
     """A run through `days` days; ages of the policies shrink with them, so that a short run sees all that a year does."""
 
-    installation: Installation
+    settings: Settings
     days: int
     say: Callable[[str], None]
     now: dt.datetime = field(default_factory=lambda: clock.now().replace(hour=0, minute=0, second=0, microsecond=0))
@@ -68,6 +72,18 @@ class Year:
     held: str = ""
     forgotten: str = ""
     first_checkpoint: bytes = b""
+    restored: str = ""
+
+    @cached_property
+    def installation(self) -> Installation:
+        """The installation; a new one after a restore."""
+        return Installation(self.settings, source="lifecycle")
+
+    def close(self) -> None:
+        """End the installation and what was opened of it."""
+        self.installation.close()
+        del self.installation
+        self.__dict__.pop("control", None)
 
     def run(self) -> dict[str, bool]:
         """Live through it; what must hold in the end, and whether it does."""
@@ -128,6 +144,19 @@ class Year:
         done = Holds(tiering_of(self.installation), self.control).place(Selector(sessions=(self.held,)), by="ada", reason="matter 4711")
         return f"session {self.held[:8]}, {done['events']} events, ledger entry {done['ledger_entry']}"
 
+    def restore(self) -> str:
+        """The machine is lost: its data directory comes back from the backup, beside the bucket as it is, and life goes on in it."""
+        backup = self.settings.data.parent / "backup"
+        self.installation.recorder.flush(60)
+        Backup(self.settings, backup, __version__, with_keys=True).run()
+        self.close()
+        shutil.rmtree(self.settings.data)
+        done = restore(self.settings, backup, __version__)
+        done.check()
+        self.restored = done.ledger_root
+        found = f"{done.ledger_size:,} ledger entries with the same root, {done.verified.events:,} events verified"
+        return f"{len(done.manifest.items):,} files back in {done.seconds:.1f} s, {found}"
+
     def release(self) -> str:
         """The matter is settled: what was kept beyond its time goes with the next run."""
         kept = self._rows(self.held)
@@ -176,6 +205,7 @@ class Year:
             "and went then": self._rows(self.held) == 0,
             "the person is forgotten, everywhere": states == ["finished"] and not self._rows(self.forgotten, "salt IS NOT NULL"),
             "the store holds the live segments and nothing else": {key for key, _ in installation.objects.remains("events/")} == live,
+            "what was lost came back from the backup": bool(self.restored),
             "verify finds nothing": found.exit_code == 0,
             "Go finds the same": (good, refused) == (PROVEN + 1, PROVEN + 1),
         }
@@ -203,9 +233,10 @@ CHAPTERS: list[tuple[float, str, Callable[[Year], str]]] = [
     (0.10, "hold", Year.hold),
     (0.30, "erasure", Year.erase),
     (0.50, "key rotation", Year.rotate),
+    (0.60, "restore", Year.restore),
     (0.75, "release", Year.release),
 ]
-"""What happens when this share of the year has passed. The rotation of a key and a restore are two more lines here."""
+"""What happens when this share of the year has passed."""
 
 COLUMNS = ("day", "recorded", "cold rows", "gone", "content gone", "holds", "segments", "bytes", "ledger")
 
@@ -276,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="custody-") as folder, contextlib.ExitStack() as stack:
             cold = _cold(given.deployment, Path(folder), stack)
-            with Installation(settings_of(Path(folder) / "data", cold, given.days), source="lifecycle") as installation:
-                holds = Year(installation, given.days, _say).run()
+            with contextlib.closing(Year(settings_of(Path(folder) / "data", cold, given.days), given.days, _say)) as year:
+                holds = year.run()
     except (ServiceError, TokentapeError) as error:
         print(f"custody: {error}", file=sys.stderr)
         return 1
