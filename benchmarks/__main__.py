@@ -50,10 +50,18 @@ def main() -> int:
         failed |= failure is not None
         table = markdown(name, rows, failure)
         print(f"\n{table}", flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.md").write_text(table, encoding="utf-8")
-        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows, "failure": failure}, indent=1) + "\n")
+        _write(RESULTS / name, table, {"machine": machine(), "rows": rows, "failure": failure})
     return 1 if failed else 0
+
+
+def _write(place: Path, table: str, figures: dict[str, Any]) -> None:
+    """Write both files of a benchmark; sections of the table, and further keys, are of other machines and stay."""
+    place.parent.mkdir(exist_ok=True)
+    page, data = place.with_suffix(".md"), place.with_suffix(".json")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    known = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
+    page.write_text(table + (text[text.index("\n## ") :] if "\n## " in text else ""), encoding="utf-8")
+    data.write_text(json.dumps(known | figures, indent=1) + "\n", encoding="utf-8")
 
 
 def _run(name: str) -> tuple[list[dict[str, Any]], str | None]:

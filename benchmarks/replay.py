@@ -4,21 +4,38 @@ python -m benchmarks.replay --model PATH [--sessions N] [--tokens N] [--at-once 
 
 Where the runner has vLLM's trace replay the tokens are decoded again, elsewhere they are scored as a prompt; either way the
 bare engine, another one on the same device, gets all sequences in one call of `LLM.generate`, which is the most that it can do.
+
+Without a GPU an engine of a GPU's pace is fed as well: what a run loses there is what this side of it costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
+import pickle
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from replay.engines.base import Forced, Generated, Refused, Request, Scored, Spoken
+from replay.engines.vllm import _scored, _Told
+from schemas.events import EnvironmentCaptured
+
+SLOTS, BEAT_S = 512, 0.018
+"""Sequences at once and seconds a token of a 1B model on an H200."""
 
 
 def run() -> list[dict[str, Any]]:
@@ -30,8 +47,8 @@ def run() -> list[dict[str, Any]]:
         make_model(model)
         out = Path(folder) / "out.json"
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        subprocess.run([sys.executable, "-m", "benchmarks.replay", "--model", str(model), "--out", str(out)], env=env, check=True)
-        return rows_of(json.loads(out.read_text()))
+        subprocess.run([sys.executable, "-m", "benchmarks.replay", "--model", str(model), "--pairs", "3", "--out", str(out)], env=env, check=True)
+        return [*rows_of(json.loads(out.read_text())), _paced()]
 
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,10 +66,105 @@ def _row(what: str, rates: list[float], beside: str, others: list[float], reach:
     return {"what": what, **values, "ratio": ratio, "reach": reach}
 
 
+class Paced:
+    """An engine that says a token of each of its sequences a beat, and no more than that: what it costs is elsewhere."""
+
+    name = "paced"
+
+    def __init__(self, environment: EnvironmentCaptured) -> None:
+        self._environment = environment
+        self._names = count()
+        self._waiting: deque[tuple[int, Forced]] = deque()
+        self._running: list[tuple[int, int, bytes]] = []
+        self._beat, self._next = 0, 0.0
+
+    def fingerprint(self, recorded: EnvironmentCaptured | None = None) -> EnvironmentCaptured:
+        """The one that was recorded."""
+        return self._environment
+
+    def render(self, request: Request) -> tuple[int, ...]:
+        """The prompt as it stands."""
+        return tuple(request.document["prompt"])
+
+    def generate(self, request: Request) -> Refused:
+        """Nothing: it has no words of its own."""
+        return Refused("it only has a pace")
+
+    def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
+        """See `generate`."""
+        return [self.generate(request) for request in requests]
+
+    def force(self, request: Request, prompt_token_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> Scored | Refused:
+        """Not asked: it is continuous."""
+        return Refused("begin it")
+
+    def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
+        """See `force`."""
+        return [Refused("begin it") for _ in several]
+
+    def begin(self, forced: Forced) -> int:
+        """Take a sequence in."""
+        self._waiting.append((next(self._names), forced))
+        return self._waiting[-1][0]
+
+    def step(self) -> list[tuple[int, Callable[[], Scored]]]:
+        """A beat: those that end with it, with what a process beside this one would have sent of them."""
+        now = time.perf_counter()
+        self._next = (self._next if self._running else now) + BEAT_S  # who comes late finds it ahead, as a process of its own would be
+        while self._waiting and len(self._running) < SLOTS:
+            name, forced = self._waiting.popleft()
+            ids = np.repeat(np.array(forced.token_ids, np.int64), 2)
+            ends = np.arange(2, len(ids) + 2, 2, dtype=np.int32)
+            told = _Told(ends - 2, ends, ids, np.full(len(ids), -1.0, np.float32), np.ones(len(ids), np.int32))
+            answer = pickle.dumps(partial(_scored, told, forced.token_ids, False, "decoding"))
+            heapq.heappush(self._running, (self._beat + len(forced.token_ids), name, answer))
+        time.sleep(max(0.0, self._next - time.perf_counter()))
+        self._beat += 1
+        ended = []
+        while self._running and self._running[0][0] <= self._beat:
+            _, name, answer = heapq.heappop(self._running)
+            ended.append((name, pickle.loads(answer)))
+        return ended
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def _paced(sessions: int = 3072, tokens: int = 256) -> dict[str, Any]:
+    """The row of the paced engine: a run over it beside the same engine that has all sequences from the start."""
+    from replay.batch import Batch
+    from schemas.settings import Settings
+    from tests.tape import environment
+    from tokentape.commands.replay_batch import OF_ITS_OWN
+    from tokentape.installation import Installation
+
+    draw, given, known = random.Random(0), argparse.Namespace(tokens=tokens), environment()
+    asked = [Request(None, {"prompt": list(range(10, 90)), **_parameters(given, i)}, 0, COMPLETIONS) for i in range(sessions)]
+    said = [tuple(draw.randrange(10, 500) for _ in range(each.document["max_tokens"])) for each in asked]
+    total = sum(map(len, said))
+    bare = Paced(known)
+    for request, ids in zip(asked, said, strict=True):
+        bare.begin(Forced(request, (1,), ids))
+    began = time.perf_counter()
+    left = sessions
+    while left:
+        left -= len(bare.step())
+    most = total / (time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder, Installation(Settings(data=Path(folder))) as installation:
+        answers = [Generated((Spoken(0, "", ids, (-1.0,) * len(ids), "length", ()),), tuple(range(10, 90))) for ids in said]
+        names = [_record(installation, request, answer, known) for request, answer in zip(asked, answers, strict=True)]
+        installation.recorder.flush(60)
+        installation.freshen()
+        batch = Batch(names, installation.events_of_sessions, installation.recorder, run="paced")
+        summary = batch.run([Paced(known)], at_once=OF_ITS_OWN)
+        assert summary.tokens == total, summary
+    what = f"the same over an engine that has the pace of an H200 ({SLOTS} at once, {BEAT_S * 1000:.0f} ms a token), {sessions:,} sessions"
+    return _row(what, [total / summary.seconds], "that engine with all of them from the start", [most], "≥ 0.95")
+
+
 def _measure(given: argparse.Namespace, data: Path) -> None:
     from replay.batch import Batch
     from replay.engines.apart import Apart
-    from replay.engines.base import Forced, Generated, Refused, Request
     from replay.engines.cluster import Cluster
     from replay.engines.vllm import VllmEngine
     from schemas.settings import Settings
@@ -142,9 +254,9 @@ def main() -> None:
     """Take turns and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--sessions", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--at-once", type=int, default=32)
+    parser.add_argument("--at-once", type=int, default=768)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--actors", type=int, default=0, help="Ray actors instead of one process")
     parser.add_argument("--engine", type=json.loads, default={})
