@@ -47,7 +47,8 @@ def run() -> list[dict[str, Any]]:
         make_model(model)
         out = Path(folder) / "out.json"
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        subprocess.run([sys.executable, "-m", "benchmarks.replay", "--model", str(model), "--pairs", "3", "--out", str(out)], env=env, check=True)
+        command = [sys.executable, "-m", "benchmarks.replay", "--model", str(model), "--pairs", "3", "--out", str(out)]
+        subprocess.run(command, env=env, check=True)
         return [*rows_of(json.loads(out.read_text())), _paced()]
 
 
