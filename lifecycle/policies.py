@@ -35,13 +35,14 @@ class Verdict:
     """What the policies say of the rows of one segment: SQL conditions on its rows, empty where nothing is to be done.
 
     `drop` and `strip` (content only) are due; `kept` says for which of them a minimum stands against it. `names` are the
-    policies that want something gone.
+    policies that want something gone, `acts` what each of them wants.
     """
 
     drop: str
     strip: str
     kept: str
     names: tuple[str, ...]
+    acts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ class Policies:
         names = tuple(policy.name for policy in (*dropping, *stripping))
         if not names:
             return None
-        return Verdict(_any(dropping, tagged), _any(stripping, tagged), _any(keeping, tagged), names)
+        acts = (*(f"events by {policy.name}" for policy in dropping), *(f"content by {policy.name}" for policy in stripping))
+        return Verdict(_any(dropping, tagged), _any(stripping, tagged), _any(keeping, tagged), names, acts)
 
 
 def _any(policies: Sequence[RetentionPolicy], tagged: Tagged) -> str:

@@ -6,14 +6,13 @@ not at all, so whatever hold has a smaller number was seen by it.
 
 from __future__ import annotations
 
-import datetime as dt
 import threading
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from lifecycle.selectors import Selector
-from lifecycle.tiering import REWRITTEN, segments_of
+from lifecycle.tiering import REWRITTEN
 from store.ledger import Entry, Ledger
 
 HOLD_PLACED, HOLD_RELEASED, POLICIES = "hold_placed", "hold_released", "policies"
@@ -53,11 +52,10 @@ class Erasure:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """By which version of the policies a segment was rewritten, and when: nothing is left in it of what `names` wanted gone."""
+    """A segment in which nothing is left of what some acts of a version of the policies want gone."""
 
     version: int
-    names: frozenset[str]
-    at: dt.datetime
+    acts: frozenset[str]
 
 
 @dataclass
@@ -73,14 +71,16 @@ class Standing:
     gone: set[str] = field(default_factory=set)
     """Keys of objects that entries say were removed."""
     settled: dict[str, Settled] = field(default_factory=dict)
-    """By segment: those that a retention run made, and that no hold kept anything in."""
+    """By segment: those that a retention run made, and in which no hold and no minimum kept anything of what was due."""
+    tip: str | None = None
+    """SHA-256 of the last entry."""
 
     def read_on(self, ledger: Ledger) -> list[Entry]:
         """Take what was entered since; the new entries. Raises as `Register.refresh`."""
-        entries = list(ledger.entries(self.size))
+        entries = list(ledger.entries(self.size, after=self.tip))
         for entry in entries:
             self._take(entry)
-        self.size += len(entries)
+            self.size, self.tip = entry.sequence + 1, entry.sha256  # one by one: what is shared must not be half of it
         return entries
 
     def _take(self, entry: Entry) -> None:
@@ -106,16 +106,14 @@ class Standing:
         body: Any = entry.body
         before = [self.settled.pop(key, None) for key in body["erased"]]
         known = [each for each in before if each is not None]
-        if "policies" in body:
-            settled = Settled(body["policies"], frozenset(body["names"]), entry.recorded_at)
+        if "acts" in body:
+            settled = Settled(body["policies"], frozenset(body["acts"])) if not body["left"] else None
         elif len(known) == len(before) and len({each.version for each in known}) == 1:
-            names = frozenset.intersection(*(each.names for each in known))
-            settled = Settled(known[0].version, names, min(each.at for each in known))
+            settled = Settled(known[0].version, frozenset.intersection(*(each.acts for each in known)))
         else:
-            return
-        for segment in segments_of(entry):
-            if not any(hold.selector.may_touch(segment) for hold in self.holds.values()):
-                self.settled[segment.key] = settled
+            settled = None
+        if settled is not None:
+            self.settled |= {segment["key"]: settled for segment in body["segments"]}
 
 
 @dataclass
@@ -138,7 +136,7 @@ class Register(Standing):
             known.read_on(ledger)
             erasures = {key: Erasure(key, dict(erasure.entries)) for key, erasure in known.erasures.items()}
             holds, released, gone = dict(known.holds), set(known.released), set(known.gone)
-            return cls(known.size, holds, released, erasures, known.policies, gone, dict(known.settled), ledger=ledger)
+            return cls(known.size, holds, released, erasures, known.policies, gone, dict(known.settled), known.tip, ledger=ledger)
 
     def refresh(self) -> list[Entry]:
         """Read on; the new entries.

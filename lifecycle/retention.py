@@ -33,9 +33,6 @@ APPLIED = "retention_applied"
 
 WHY = "retention"
 
-CLOCKS_DAYS = 2.0
-"""By how much the clock that entered something may have been ahead of the one that the run went by."""
-
 
 @dataclass(frozen=True, slots=True)
 class Due:
@@ -46,6 +43,7 @@ class Due:
 
     segment: Segment
     names: tuple[str, ...]
+    acts: tuple[str, ...]
     drop: str
     strip: str
     events: int
@@ -140,18 +138,18 @@ class Retention:
     def _due_in(self, run: Rewriting, policies: Policies, segment: Segment) -> Due | None:
         age = age_of(segment.day, self.now())
         verdict = policies.verdict(segment.tenant, segment.retention_class, age, run.matching.tagged)
-        if verdict is None or _settled(run.register, policies, segment, verdict.names):
+        if verdict is None or _settled(run.register, policies, segment, verdict.acts):
             return None
         holds = [hold for hold in run.register.holds.values() if hold.selector.may_touch(segment)]
         held = " OR ".join(hold.selector.condition(run.matching) for hold in holds)
         drop, strip = _kept_from(verdict.drop, verdict.kept, held), _kept_from(verdict.strip, verdict.kept, held)
         if drop == ALL:
-            return Due(segment, verdict.names, drop, "", segment.rows, 0, 0, 0)
+            return Due(segment, verdict.names, verdict.acts, drop, "", segment.rows, 0, 0, 0)
         wanted = " OR ".join(filter(None, (verdict.drop, verdict.strip and f"(salt IS NOT NULL AND ({verdict.strip}))")))
         strip_only = f"salt IS NOT NULL AND ({strip or 'false'}) AND NOT coalesce({drop or 'false'}, false)"
         conditions = [drop or "false", strip_only, f"({wanted}) AND ({held or 'false'})", f"({wanted}) AND ({verdict.kept or 'false'})"]
         events, contents, in_hold, kept = run.counts([segment], conditions)
-        return Due(segment, verdict.names, drop, strip, events, contents, in_hold, kept)
+        return Due(segment, verdict.names, verdict.acts, drop, strip, events, contents, in_hold, kept)
 
     def _change(self, run: Rewriting, group: list[Due], version: int, seen: frozenset[str]) -> Change | None:
         """What to do with a group by the holds of now; the plan was made when those in `seen` stood, and holds if they still do."""
@@ -172,6 +170,7 @@ class Retention:
             return Change(WHY, tuple(due.segment for due in whole), whole=True, facts=facts) if whole else None
         for due in fresh:
             if due.anything:
+                facts |= {"acts": sorted(due.acts), "left": due.held + due.kept}
                 return Change(WHY, (due.segment,), drop=due.drop, strip=due.strip, facts=facts)
         return None
 
@@ -213,14 +212,12 @@ class Retention:
         return entry.sequence
 
 
-def _settled(register: Register, policies: Policies, segment: Segment, names: tuple[str, ...]) -> bool:
-    """Whether a segment was made by a run that took from it all that these policies want gone; then it need not be read again."""
+def _settled(register: Register, policies: Policies, segment: Segment, acts: tuple[str, ...]) -> bool:
+    """Whether a segment was made by a run that left nothing in it of what is due; then it need not be read again."""
     settled = register.settled.get(segment.key)
-    if settled is None or register.policies != (settled.version, policies.sha256) or not settled.names.issuperset(names):
+    if settled is None or register.policies != (settled.version, policies.sha256):
         return False
-    age = age_of(segment.day, settled.at) - CLOCKS_DAYS
-    kept = any(policy.min_days > age for policy in policies.matching(segment.tenant, segment.retention_class))
-    return not (kept or policies.tags)  # tags come and go
+    return settled.acts.issuperset(acts) and not policies.tags  # tags come and go
 
 
 def _kept_from(wanted: str, kept: str, held: str) -> str:

@@ -81,9 +81,9 @@ class Year:
 
     def close(self) -> None:
         """End the installation and what was opened of it."""
-        self.installation.close()
-        del self.installation
         self.__dict__.pop("control", None)
+        if (installation := self.__dict__.pop("installation", None)) is not None:  # a restore that fails leaves none
+            installation.close()
 
     def run(self) -> dict[str, bool]:
         """Live through it; what must hold in the end, and whether it does."""
@@ -264,9 +264,10 @@ def settings_of(data: Path, cold: ColdSettings, days: int) -> Settings:
     def share(age: float) -> float:
         return max(1.0, round(age * days / 365))
 
+    ages = {"min_days": share(120), "content_days": share(150), "max_days": share(180)}
     policies = [
         RetentionPolicy(name="standard", retention_class="standard", max_days=share(90)),
-        RetentionPolicy(name="regulated", retention_class="regulated", min_days=share(120), max_days=share(180), lock="governance"),
+        RetentionPolicy(name="regulated", retention_class="regulated", lock="governance", **ages),
         RetentionPolicy(name="words-of-acme", tenant="acme", retention_class="standard", content_days=share(30)),
         RetentionPolicy(name="platform", tenant=events.PLATFORM_TENANT, max_days=share(60)),
     ]

@@ -20,7 +20,7 @@ import pytest
 from lifecycle.compaction import Compaction
 from lifecycle.holds import Holds
 from lifecycle.retention import Retention
-from lifecycle.rewriting import CRASH_POINTS, Rewriting
+from lifecycle.rewriting import CRASH_POINTS, Change, Rewriting
 from lifecycle.selectors import Selector
 from schemas.errors import ConflictError, CorruptStore, SettingsError, UnknownName, UsageError
 from schemas.events import HoldPlaced, HoldReleased, RetentionApplied
@@ -155,6 +155,36 @@ class TestRetention:
         policies(local, {"content_days": 11})
         assert run() == (0, {"acme", "zeta"})
         check(local, {"erased-with-proof"})
+
+    def test_content_first_and_rows_later(self, local: Tiered) -> None:
+        """One policy has both ages: that its first act is done settles nothing of its second."""
+        talk(local, OLD, tenants=("acme",))
+        policies(local, {"content_days": 10, "max_days": 10_000})
+        first = retention(local).apply()
+        later = Retention(local.tiering(), now=lambda: NOW + dt.timedelta(days=20_000)).apply()
+
+        assert (first["contents"], later["events"]) == (11, 11)
+        assert sessions(local) == set()
+
+    def test_a_hold_released_during_a_rewrite(self, local: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was written by a plan that spared held rows is not settled, though no hold stands by the time that it is entered."""
+        (held,) = talk(local, OLD, tenants=("zeta",))
+        talk(local, OLD, tenants=("zeta",))
+        Compaction(local.tiering()).run()
+        hold = holds(local).place(Selector(sessions=(held,)), by="ada", reason="matter")["hold"]
+        policies(local, {"content_days": 10})
+        make = Rewriting._make
+
+        def released(run: Rewriting, change: Change) -> Any:
+            made = make(run, change)
+            monkeypatch.setattr(Rewriting, "_make", make)
+            holds(local).release(hold, by="ada", reason="settled")
+            return made
+
+        monkeypatch.setattr(Rewriting, "_make", released)
+        done = [retention(local).apply()["contents"] for _ in range(3)]
+
+        assert done == [11, 11, 0]
 
     def test_kind_and_tag_select_rows(self, local: Tiered) -> None:
         """Rows of a kind go alone; a tag decides for its sessions; the longest minimum beats the shortest maximum."""

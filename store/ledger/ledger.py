@@ -117,9 +117,12 @@ class Ledger:
         """One entry, its signature checked. Raises `KeyError` when there is none."""
         return self._checked(decode_entry(sequence, self.store.get(entry_key(sequence))))
 
-    def entries(self, start: int = 0) -> Iterator[Entry]:
-        """Entries from number `start` on, in order, signatures and chain checked; those that stand when this is called."""
-        return self._read(start, self.head())
+    def entries(self, start: int = 0, *, after: str | None = None) -> Iterator[Entry]:
+        """Entries from number `start` on, in order, signatures and chain checked; those that stand when this is called.
+
+        `after` is the SHA-256 of the entry before them, where the caller has read it.
+        """
+        return self._read(start, self.head(), after)
 
     def checkpoint(self, extensions: Sequence[str] = ()) -> Checkpoint:
         """Write a signed checkpoint over all entries; `extensions` are further lines, such as `digest_line(…)` gives.
@@ -291,17 +294,16 @@ class Ledger:
     def _exists(self, sequence: int) -> bool:
         return self.store.head(entry_key(sequence)) is not None
 
-    def _read(self, start: int, end: int) -> Iterator[Entry]:
-        before: Entry | None = None
+    def _read(self, start: int, end: int, before: str | None = None) -> Iterator[Entry]:
         with ThreadPoolExecutor(READERS) as pool:
             for first in range(start, end, BATCH):
                 for found in pool.map(self._decoded, range(first, min(first + BATCH, end))):
                     entry = self._checked(found)
-                    follows = entry.previous == before.sha256 if before else (entry.previous is None) == (entry.sequence == 0)
+                    follows = entry.previous == before if before else (entry.previous is None) == (entry.sequence == 0)
                     if not follows:
                         raise _broken(f"entry {entry.sequence} does not follow the one before it")
                     yield entry
-                    before = entry
+                    before = entry.sha256
 
     def _decoded(self, sequence: int) -> Entry:
         """An entry whose signature is not checked yet."""
