@@ -6,7 +6,6 @@ again. So a run that was killed goes on by being started again, and needs no sta
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 import time
@@ -14,14 +13,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from replay.calibration import Calibrations
 from replay.compare import Asking, Outcome, comparing
-from replay.engines.base import Engine, Refused, Scored
+from replay.engines.base import Continuous, Engine
 from replay.gathering import Gathered
 from replay.memory import Memory
-from schemas.errors import EngineUnavailable, TokentapeError, UnknownSession
+from schemas.errors import EngineUnavailable, UnknownSession
 from schemas.sink import EventSink
 from store.rows import StoredEvent
 
@@ -66,22 +65,22 @@ class Summary:
         self.worst = sorted([*self.worst, *found], key=lambda token: -token.drift_max)[:WORST]
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What a thread does next: begin a session, or go on with one whose sequence has been answered."""
+class _Open(NamedTuple):
+    """A session whose replay waits for what it asked of its engine, or has been answered."""
 
     session: str
-    events: list[StoredEvent]
-    replay: Asking[Outcome] | None = None
-    answer: Future[Callable[[], Scored | Refused]] | None = None
+    replay: Asking[Outcome]
+    answer: Future[Callable[[], Any]]
 
 
 class _Desk:
     """An engine with the sessions that are open on it; each `EngineUnavailable` takes one place from it."""
 
     def __init__(self, engine: Engine, places: int) -> None:
-        self.engine, self.memory, self.places, self.open = Gathered(engine), Memory(), places, 0
-        self.answered: deque[_Step] = deque()
+        own = isinstance(engine, Continuous)  # nobody puts another in the place of an engine that this run hosts
+        self.engine, self.memory = Gathered(engine), Memory(math.inf) if own else Memory()
+        self.places, self.open = places, 0
+        self.answered: deque[_Open] = deque()
 
 
 class Batch:
@@ -101,14 +100,18 @@ class Batch:
         self._unread = deque(sessions)
         self._events_of, self._sink, self._run, self._actor = events_of, sink, run, actor
         self._calibrations, self._told = calibrations, told
-        self._changed = threading.Condition()
-        self._waiting: deque[_Step] = deque()
+        self._changed, self._telling = threading.Condition(), threading.Lock()
+        self._waiting: deque[tuple[str, list[StoredEvent]]] = deque()
+        self._reading = 0
         self._desks: list[_Desk] = []
-        self._faults: list[BaseException] = []
+        self._failed: BaseException | None = None
+        self._engine_failed: EngineUnavailable | None = None
         self.summary = Summary()
 
     def run(self, engines: Sequence[Engine], *, at_once: int = 1) -> Summary:
         """Replay all sessions, `at_once` of them beside one another on each engine. One that fails gives its sessions to the others.
+
+        Whatever else fails ends the run when what was begun is done, and is raised then.
 
         Raises:
             EngineUnavailable: no engine is left; what was done stays done.
@@ -116,9 +119,9 @@ class Batch:
         began = time.monotonic()
         share = min(at_once, math.ceil(len(self._unread) / max(1, len(engines))))  # what is left is shared by all, and none is idle
         self._desks = [_Desk(engine, share) for engine in engines]
-        threads = [threading.Thread(target=self._read, name="replay reader", daemon=True)] if engines else []
+        threads = [threading.Thread(target=self._guarded, args=(self._read,), name="replay reader", daemon=True)]
         threads += [
-            threading.Thread(target=self._work, args=(desk,), name=f"replay {number} {desk.engine.name}", daemon=True)
+            threading.Thread(target=self._guarded, args=(self._work, desk), name=f"replay {number} {desk.engine.name}", daemon=True)
             for desk in self._desks
             for number in range(min(share, THREADS))
         ]
@@ -129,108 +132,130 @@ class Batch:
         for desk in self._desks:
             desk.engine.close()
         self.summary.seconds = time.monotonic() - began
-        if other := next((fault for fault in self._faults if not isinstance(fault, EngineUnavailable)), None):
-            raise other
+        if self._failed is not None:
+            raise self._failed
         if left := len(self._unread) + len(self._waiting):
-            done = self.summary.verdicts.total()
-            fault = f"no engine is left after {done} sessions, {left} wait: {self._faults[-1] if self._faults else 'none'}"
+            done, why = self.summary.verdicts.total(), self._engine_failed or "none"
+            fault = f"no engine is left after {done} sessions, {left} wait: {why}"
             raise EngineUnavailable(fault, operation="replay-batch", hint="start an engine and run the same command again: it goes on")
         return self.summary
+
+    def _guarded(self, work: Callable[..., None], *arguments: Any) -> None:
+        """A thread's work; what it raises ends the run."""
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failed = self._failed or error
+            self._changed.notify_all()
 
     # Reading
 
     def _read(self) -> None:
-        """Read the tapes of sessions ahead of who wants them."""
-        try:
-            while ahead := self._next_unread():
+        """Read the tapes of sessions ahead of who wants them; of those that come back, too."""
+        while ahead := self._next_unread():
+            try:
                 found = self._events_of(ahead)
+            except BaseException:
                 with self._changed:
-                    self._waiting.extend(_Step(session, found.get(session, [])) for session in ahead)
-                    for _ in ahead:
-                        self._unread.popleft()
-                    self._changed.notify_all()
-        except BaseException as error:
-            with self._changed:
-                self._faults.append(error)
-                self._changed.notify_all()
-            if not isinstance(error, TokentapeError):
+                    self._unread.extendleft(reversed(ahead))
                 raise
+            with self._changed:
+                self._waiting.extend((session, found.get(session, [])) for session in ahead)
+                self._reading = 0
+                self._changed.notify_all()
 
     def _next_unread(self) -> list[str]:
-        """The sessions to be read next; nothing when all are read, or nobody is left who wants any."""
+        """The sessions to be read next; nothing when none will be wanted any more."""
         with self._changed:
-            while self._unread and len(self._waiting) >= AHEAD and not self._over():
+            while not self._over() and (not self._unread or len(self._waiting) >= AHEAD):
                 self._changed.wait()
-            return [] if self._over() else list(itertools.islice(self._unread, AHEAD))
+            if self._over():
+                return []
+            ahead = [self._unread.popleft() for _ in range(min(AHEAD, len(self._unread)))]
+            self._reading = len(ahead)
+            return ahead
 
     # Replaying
 
     def _work(self, desk: _Desk) -> None:
         while (step := self._next(desk)) is not None:
+            session = step[0]
             try:
-                self._advance(desk, step)
-            except StopIteration as end:
-                self._done(desk, outcome=end.value)
+                outcome = self._advance(desk, step)
             except UnknownSession:  # erased since it was listed
-                self._done(desk)
+                self._done(desk, unknown=1)
+            except EngineUnavailable as error:
+                self._done(desk, again=session, fault=error)
             except BaseException as error:
-                self._done(desk, again=_Step(step.session, step.events), fault=error)
-                if not isinstance(error, TokentapeError):
-                    raise
+                self._fail(error)
+                self._done(desk, again=session)
+            else:
+                if outcome is not None:
+                    self._done(desk)
+                    with self._telling:
+                        self.summary.add(outcome)
+                        if self._failed is None:
+                            self._told(outcome)
 
-    def _next(self, desk: _Desk) -> _Step | None:
+    def _next(self, desk: _Desk) -> tuple[str, list[StoredEvent]] | _Open | None:
         """What is to be done on a desk; None when nothing will be any more. A session that is open anywhere may come back."""
         with self._changed:
-            while not self._over():
-                if self._waiting and desk.open < desk.places:  # first of all the engine has to have work
+            while True:
+                if self._waiting and desk.open < desk.places and self._failed is None:  # first of all the engine has to have work
                     desk.open += 1
                     self._changed.notify_all()  # the reader, too
                     return self._waiting.popleft()
                 if desk.answered:
                     return desk.answered.popleft()
-                if not desk.open and not desk.places:
+                if not desk.open and (self._failed or not desk.places or self._over()):
                     return None
                 self._changed.wait()
-            return None
 
     def _over(self) -> bool:
-        """Nothing is left to do, or nobody to do it, or something failed that is no engine's fault."""
-        if any(not isinstance(fault, EngineUnavailable) for fault in self._faults):
+        """Nobody will begin a session any more: all are done, or something failed, or no engine is left."""
+        if self._failed is not None or not any(desk.places for desk in self._desks):
             return True
-        if any(desk.open for desk in self._desks):
-            return False
-        return not (self._unread or self._waiting) or not any(desk.places for desk in self._desks)
+        return not (self._unread or self._reading or self._waiting or any(desk.open for desk in self._desks))
 
-    def _advance(self, desk: _Desk, step: _Step) -> None:
-        """Take a replay to where it needs the engine again. Raises StopIteration at its end, and whatever stops it."""
-        replay = step.replay
-        if replay is None or step.answer is None:
-            run, known = self._run, self._calibrations
-            replay = comparing(step.events, desk.engine, self._sink, actor=self._actor, calibrations=known, run=run, memory=desk.memory)
-            forced = next(replay)
-        elif error := step.answer.exception():
-            forced = replay.throw(error)
-        else:
-            forced = replay.send(step.answer.result()())
-        answer = desk.engine.forcing(forced)
-        on = _Step(step.session, step.events, replay, answer)
-        answer.add_done_callback(lambda _: self._answered(desk, on))
+    def _advance(self, desk: _Desk, step: tuple[str, list[StoredEvent]] | _Open) -> Outcome | None:
+        """Take a replay to where it needs the engine again, or to its end: its outcome. Raises whatever stops it."""
+        try:
+            if isinstance(step, _Open):
+                session, replay, answered = step
+                try:
+                    answer = answered.result()()
+                except BaseException as error:
+                    asked = replay.throw(error.with_traceback(None))  # one error may go to many, and would gather their frames
+                else:
+                    asked = replay.send(answer)
+            else:
+                session, events = step
+                run, known = self._run, self._calibrations
+                replay = comparing(events, desk.engine, self._sink, actor=self._actor, calibrations=known, run=run, memory=desk.memory)
+                asked = next(replay)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+        opened = _Open(session, replay, desk.engine.asking(asked))
+        opened.answer.add_done_callback(lambda _: self._answered(desk, opened))
+        return None
 
-    def _answered(self, desk: _Desk, step: _Step) -> None:
+    def _answered(self, desk: _Desk, opened: _Open) -> None:
         with self._changed:
-            desk.answered.append(step)
+            desk.answered.append(opened)
             self._changed.notify_all()
 
-    def _done(self, desk: _Desk, *, outcome: Outcome | None = None, again: _Step | None = None, fault: BaseException | None = None) -> None:
+    def _done(self, desk: _Desk, *, unknown: int = 0, again: str | None = None, fault: EngineUnavailable | None = None) -> None:
         with self._changed:
             desk.open -= 1
-            if outcome is not None:
-                self.summary.add(outcome)
-                self._told(outcome)
-            elif again is not None and fault is not None:
+            self.summary.unknown += unknown
+            if again is not None:
+                self._unread.appendleft(again)
+            if fault is not None:
                 desk.places -= 1
-                self._waiting.appendleft(again)
-                self._faults.append(fault)
-            else:
-                self.summary.unknown += 1
+                self._engine_failed = fault
             self._changed.notify_all()

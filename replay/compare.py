@@ -14,12 +14,12 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
 from replay.draws import judged_by_draws
 from replay.drift import Judgement, Verdict, judge, worst
-from replay.engines.base import Engine, Forced, Refused, Request, Scored
+from replay.engines.base import Engine, Forced, Refused, Rendering, Request, Scored
 from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
 from replay.measurement import alternatives_for
 from replay.memory import Memory
-from replay.prompts import Prompt, prompt_of
+from replay.prompts import needs_rendering, prompt_of
 from replay.sampling import sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
@@ -32,8 +32,8 @@ from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
 
 T = TypeVar("T")
-Asking: TypeAlias = Generator[Forced, Scored | Refused, T]
-"""What comes to a T by asking an engine: it yields what is to be forced, and is sent the answer."""
+Asking: TypeAlias = Generator[Forced | Rendering, Any, T]
+"""What comes to a T by asking an engine: it yields what is to be forced or rendered, and is sent the answer."""
 
 NOT_BENDING: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
@@ -136,14 +136,18 @@ def run_compare(events: Iterable[StoredEvent], engine: Engine, sink: EventSink, 
     """Compare one session with an engine, which is waited for. Options, what is recorded and what is raised as of `comparing`."""
     asks = comparing(events, engine, sink, **options)
     try:
-        forced = next(asks)
+        asked = next(asks)
         while True:
             try:
-                scored = engine.force(forced.request, forced.prompt_token_ids, forced.token_ids)
+                answer = (
+                    engine.render(asked.request)
+                    if isinstance(asked, Rendering)
+                    else engine.force(asked.request, asked.prompt_token_ids, asked.token_ids)
+                )
             except EngineUnavailable as error:
-                forced = asks.throw(error)
+                asked = asks.throw(error)
             else:
-                forced = asks.send(scored)
+                asked = asks.send(answer)
     except StopIteration as end:
         outcome: Outcome = end.value
         return outcome
@@ -164,8 +168,8 @@ def comparing(
 ) -> Asking[Outcome]:
     """Compare one session with an engine and record the replay in a session of its own.
 
-    What the engine has to be forced to say is yielded, its answer is sent, and an `EngineUnavailable` is thrown: so one thread
-    has many sessions on the way.
+    What the engine has to render, or to be forced to say, is yielded, its answer is sent, and what it raises is thrown: so one
+    thread has many sessions on the way.
 
     With a calibration of the recorded environment the chance of a false *model differs* or *sampling differs* is at most
     `FALSE_ALARM`, for the session as for each of its sequences: n sequences are tested at an n-th of it each. `on_sequence` is
@@ -281,12 +285,15 @@ class _Run:
             return _inconclusive(sequence, str(error.fault))
         request = Request(model, edited or {}, self._alternatives(document), endpoint)
         try:
-            prompt = prompt_of(generation, request, self.engine, self.differences) if not self._down else Prompt(())
+            rendered: tuple[int, ...] | Refused | None = None
+            if not self._down and needs_rendering(generation, self.differences):
+                rendered = yield Rendering(request)
+            prompt = prompt_of(generation, rendered)
             if why := self._down or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
                 return _inconclusive(sequence, why)
             calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
             floor = self._floor(request.model, calibration)  # before it has work: to measure one it has to be idle
-            scored = yield Forced(request, prompt.token_ids, tape.token_ids)
+            scored: Scored | Refused = yield Forced(request, prompt.token_ids, tape.token_ids)
         except EngineUnavailable as error:
             if self._run is not None:
                 self._record(e.SessionClosed(reason="the engine failed"))

@@ -16,14 +16,14 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Request, Scored, same
+from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Rendering, Request, Scored, same
 from schemas import events as e
 
 T = TypeVar("T")
 
 
 class _Call(NamedTuple):
-    """What a replay waits for: `ask` names the engine's method for several, `do` what is done with `what`."""
+    """What a replay waits for: `ask` names the engine's method that takes `what`, or "alone" for a function to be called."""
 
     ask: str
     what: Any
@@ -62,7 +62,8 @@ class Gathered:
 
     def render(self, request: Request) -> tuple[int, ...] | Refused:
         """See `Engine.render`."""
-        return self._alone(lambda: self._engine.render(request))
+        answer: tuple[int, ...] | Refused = self._gather("render", [request])[0]()
+        return answer
 
     def generate(self, request: Request) -> Generated | Refused:
         """See `Engine.generate`."""
@@ -74,15 +75,18 @@ class Gathered:
 
     def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
         """See `Engine.generate_all`."""
-        return self._gather("generate_all", requests)
+        return [read() for read in self._gather("generate_all", requests)]
 
     def force_all(self, several: Sequence[Forced]) -> list[Scored | Refused]:
         """See `Engine.force_all`."""
         return [read() for read in self._gather("force_all", several)]
 
-    def forcing(self, forced: Forced) -> Future[Callable[[], Scored | Refused]]:
-        """As `force`, without waiting: what reads the answer out, once it is there."""
-        call = _Call("force_all", forced, Future())
+    def asking(self, what: Forced | Rendering) -> Future[Callable[[], Any]]:
+        """As `force` or `render`, without waiting: what reads the answer out, once it is there."""
+        if isinstance(what, Forced):
+            call = _Call("force_all", what, Future())
+        else:
+            call = _Call("render", what.request, Future())
         self._calls.put(call)
         return call.answer
 
@@ -101,22 +105,26 @@ class Gathered:
 
     def _alone(self, ask: Callable[[], T]) -> T:
         """Ask for what goes with nothing else, when the engine is free."""
-        answer: T = self._gather("alone", [ask])[0]
+        answer: T = self._gather("alone", [ask])[0]()
         return answer
 
     def _serve(self) -> None:
         while self._take():
             ask = self._waiting[0].ask if self._waiting else "force_all"
-            if ask == "force_all" and self._continuous:
+            if any(call.ask == "render" for call in self._waiting):  # which goes beside everything
+                self._answer(self._taken("render"))
+            elif ask == "force_all" and self._continuous:
                 self._work(self._continuous)
             elif self._begun:  # what is next wants the engine for itself
                 self._step()
-            elif ask == "alone":
-                self._answer(ask, [self._waiting.popleft()])
             else:
-                calls = [call for call in self._waiting if call.ask == ask]
-                self._waiting = deque(call for call in self._waiting if call.ask != ask)
-                self._answer(ask, calls)
+                self._answer(self._taken(ask))
+
+    def _taken(self, ask: str) -> list[_Call]:
+        """All that wait for this, and wait no longer."""
+        calls = [call for call in self._waiting if call.ask == ask]
+        self._waiting = deque(call for call in self._waiting if call.ask != ask)
+        return calls
 
     def _take(self) -> bool:
         """Take in what was asked, waiting only where there is nothing to do; False when it is time to end."""
@@ -153,15 +161,22 @@ class Gathered:
                 call.answer.set_exception(error)
             return
         for name, read in done:
-            self._begun.pop(name).answer.set_result(read)
+            if name in self._begun:  # one of before a failure may still be told
+                self._begun.pop(name).answer.set_result(read)
 
-    def _answer(self, ask: str, calls: list[_Call]) -> None:
-        try:
-            what = [call.what for call in calls]
-            answers = [do() for do in what] if ask == "alone" else getattr(self._engine, ask)(what)
-        except BaseException as error:
-            for call in calls:
-                call.answer.set_exception(error)
-        else:
-            for call, answer in zip(calls, answers, strict=True):
-                call.answer.set_result(partial(same, answer) if ask == "force_all" else answer)
+    def _answer(self, calls: list[_Call]) -> None:
+        """Answer calls of one kind: together those that make a batch, each by itself any other."""
+        ask = calls[0].ask
+        several: Callable[[list[Any]], list[Any]] | None = None
+        if ask in ("force_all", "generate_all"):
+            several = getattr(self._engine, ask)
+        for together in [calls] if several else [[call] for call in calls]:
+            what = [call.what for call in together]
+            try:
+                answers = several(what) if several else [what[0]() if ask == "alone" else self._engine.render(what[0])]
+            except BaseException as error:
+                for call in together:
+                    call.answer.set_exception(error)
+            else:
+                for call, answer in zip(together, answers, strict=True):
+                    call.answer.set_result(partial(same, answer))

@@ -14,23 +14,27 @@ ASK_AGAIN_S = 60.0
 
 
 class Memory:
-    """What an engine told and was measured to be. Many threads may use it; one asks while the others wait."""
+    """What an engine told and was measured to be. Many threads may use it; one asks while the others wait.
 
-    def __init__(self) -> None:
+    `ask_again_s` is how long that holds: a server may be another one by then.
+    """
+
+    def __init__(self, ask_again_s: float = ASK_AGAIN_S) -> None:
+        self._ask_again_s = ask_again_s
         self._environments: dict[bytes | None, e.EnvironmentCaptured | None] = {}
         self._floors: dict[tuple[str | None, Floor], Floor] = {}
         self._lock = threading.Lock()
         self._asked_at = time.monotonic()
 
     def environment(self, engine: Engine, recorded: e.EnvironmentCaptured | None) -> e.EnvironmentCaptured | None:
-        """The engine's environment, asked once for each that was recorded, and again after `ASK_AGAIN_S`.
+        """The engine's environment, asked once for each that was recorded, and again after `ask_again_s`.
 
         Raises:
             EngineUnavailable: it does not answer.
         """
         key = recorded.environment_id if recorded else None
         with self._lock:
-            if time.monotonic() - self._asked_at > ASK_AGAIN_S:
+            if time.monotonic() - self._asked_at > self._ask_again_s:
                 self._environments, self._floors, self._asked_at = {}, {}, time.monotonic()
             if key not in self._environments:
                 self._environments[key] = engine.fingerprint(recorded)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from replay.drift import Judgement
-from replay.engines.base import Engine, Refused, Request
+from replay.engines.base import Refused
 from replay.state import Generation
 from schemas.events import Difference
 
@@ -32,22 +32,23 @@ class Prompt:
         return replace(judgement, reason=f"{judgement.reason}; {self.note}") if self.note else judgement
 
 
-def prompt_of(generation: Generation, request: Request, engine: Engine, differences: Iterable[Difference]) -> Prompt:
-    """The prompt of a generation. The engine is asked to render it where the recording lacks it, or the template changed.
+def needs_rendering(generation: Generation, differences: Iterable[Difference]) -> bool:
+    """Whether the engine has to render the prompt: the recording lacks it, or the template changed."""
+    return not _recorded(generation) or any(difference.key in TEMPLATE_ITEMS for difference in differences)
 
-    Raises:
-        EngineUnavailable: the engine does not answer.
-    """
-    recorded = generation.recording.prompt_token_ids if generation.recording else ()
-    changed = any(difference.key in TEMPLATE_ITEMS for difference in differences)
-    if recorded and not changed:
-        return Prompt(recorded)
-    rendered = engine.render(request)
-    if isinstance(rendered, Refused):
+
+def prompt_of(generation: Generation, rendered: tuple[int, ...] | Refused | None) -> Prompt:
+    """The prompt of a generation. `rendered` is what the engine makes of its request, None where it was not asked."""
+    recorded = _recorded(generation)
+    if rendered is None or isinstance(rendered, Refused):
         return Prompt(recorded)
     if not recorded:
         return Prompt(rendered, note="the recording has no prompt token ids, so today's template rendered it")
     return Prompt(recorded, differs=_first_other(recorded, rendered))
+
+
+def _recorded(generation: Generation) -> tuple[int, ...]:
+    return generation.recording.prompt_token_ids if generation.recording else ()
 
 
 def _first_other(recorded: tuple[int, ...], rendered: tuple[int, ...]) -> int | None:

@@ -264,7 +264,7 @@ def settings_of(data: Path, cold: ColdSettings, days: int) -> Settings:
     def share(age: float) -> float:
         return max(1.0, round(age * days / 365))
 
-    ages = {"min_days": share(120), "content_days": share(150), "max_days": share(180)}
+    ages: dict[str, Any] = {"min_days": share(120), "content_days": share(150), "max_days": share(180)}
     policies = [
         RetentionPolicy(name="standard", retention_class="standard", max_days=share(90)),
         RetentionPolicy(name="regulated", retention_class="regulated", lock="governance", **ages),

@@ -79,6 +79,20 @@ class TestApart(EngineCase):
         """It has but one."""
         return None
 
+    def test_prompts_are_rendered_while_it_works(self, engine: Apart) -> None:
+        """The answers of both come by one pipe, and none is taken for the other's."""
+        said = self.said(engine, None)
+        forced = Forced(Request(None, DOCUMENT), said.prompt_token_ids, said.sequences[0].token_ids)
+        left, rendered = [engine.begin(forced) for _ in range(100)], 0
+        while left:
+            assert said.prompt_token_ids == engine.render(Request(None, DOCUMENT))
+            rendered += 1
+            for name, read in engine.step():
+                left.remove(name)
+                assert isinstance(read(), Scored)
+
+        assert rendered > 1
+
     def test_z_its_end_is_told(self, engine: Apart) -> None:
         """What is asked for joins those at work; a process that is gone is an outage, for those at work and for who asks later."""
         said = self.said(engine, None)

@@ -20,11 +20,12 @@ from replay.engines.openai import OpenAIEngine
 from replay.gathering import Gathered
 from replay.words import uuid
 from schemas import events as e
-from schemas.errors import EngineUnavailable
+from schemas.errors import EngineUnavailable, StoreUnavailable
 from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
 from scripts.native.processes import free_port
 from store.log import open_log
+from store.rows import StoredEvent
 from tests.conftest import VllmService
 from tests.flaky_proxy import Proxy
 from tests.gateway_rig import Peer, broken
@@ -261,14 +262,22 @@ def test_a_continuous_engine_takes_in_while_it_works() -> None:
     assert engine.most == 3
 
 
-def test_the_engine_has_all_that_it_may_have() -> None:
-    """Sessions are read and begun while none is answered, many more than are read at once; what needs an idle engine comes first."""
+@pytest.mark.parametrize("template", ["a", "b"])
+def test_the_engine_has_all_that_it_may_have(template: str) -> None:
+    """Sessions are read and begun while none is answered, many more than are read at once; what needs an idle engine comes first.
+
+    Where the template is another one each prompt is rendered, which goes beside all that.
+    """
 
     class Full(Scorer):
         def __init__(self) -> None:
-            super().__init__(lambda ids: scored([]), environment())
+            super().__init__(lambda ids: scored([]), environment(**{"probe.chat_template": template} if template != "a" else {}))
             self.begun: list[Forced] = []
-            self.idle_asked = 0
+            self.idle_asked = self.rendered = 0
+
+        def render(self, request: Request) -> tuple[int, ...]:
+            self.rendered += 1
+            return tuple(range(5))
 
         def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
             assert not self.begun
@@ -290,6 +299,36 @@ def test_the_engine_has_all_that_it_may_have() -> None:
 
     assert {"identical": len(sessions)} == dict(summary.verdicts)
     assert engine.idle_asked
+    assert (len(sessions) if template == "b" else 0) == engine.rendered
+
+
+@pytest.mark.parametrize("where", ["told", "reader", "session"])
+def test_what_is_no_engines_fault_ends_a_run(where: str) -> None:
+    """It is raised, and what was begun by then is done first: no replay is left without an end."""
+    events, sink, sessions = taped([-1.0] * 20).events, Sink(), [str(number) for number in range(3 * AHEAD)]
+
+    def read(names: Sequence[str]) -> dict[str, list[StoredEvent]]:
+        if where == "reader" and names[0] != "0":
+            raise StoreUnavailable("gone", operation="read")
+        return dict.fromkeys(names, events)
+
+    def told(_: object) -> None:
+        if where == "told":
+            raise OSError("the terminal is gone")
+
+    def view(ids: tuple[int, ...]) -> Any:
+        if where == "session":
+            raise ZeroDivisionError("a bug")
+        return scored([-1.0] * len(ids))
+
+    faults = {"told": OSError, "reader": StoreUnavailable, "session": ZeroDivisionError}
+    with pytest.raises(faults[where]):
+        Batch(sessions, read, sink, run="r", told=told).run([Scorer(view)], at_once=8)
+    kinds = Counter(payload.KIND for _, payload in sink.recorded)
+
+    assert 0 < kinds["replay_started"] < len(sessions)
+    if where != "session":  # whose own replay is what ends it
+        assert kinds["replay_started"] == kinds["replay_finished"] == kinds["session_closed"]
 
 
 def test_a_session_that_comes_back_finds_an_engine() -> None:

@@ -166,6 +166,7 @@ class Apart(Elsewhere):
         super().__init__(f"vllm {model}")
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._told, theirs = context.Pipe()
+        self._early: list[Done | TokentapeError] = []
         self._process = context.Process(target=_serve, args=(theirs, model, options, digests), name=self.name)
         self._process.start()
         theirs.close()
@@ -178,7 +179,11 @@ class Apart(Elsewhere):
 
     def step(self) -> Done:
         """See `Continuous.step`."""
-        done: Done = self._answer() if self._told.poll(STEP_S) else []  # at its end the process says so too
+        if not self._early:
+            if not self._told.poll(STEP_S):  # at its end the process says so too
+                return []
+            self._early.append(self._received()[1])
+        done: Done = _raised(self._early.pop(0))
         return done
 
     def close(self) -> None:
@@ -204,13 +209,19 @@ class Apart(Elsewhere):
             raise self._gone() from error
 
     def _answer(self) -> Any:
+        while True:
+            stepped, answer = self._received()
+            if not stepped:
+                return _raised(answer)
+            self._early.append(answer)  # for `step`, a fault as well
+
+    def _received(self) -> tuple[bool, Any]:
+        """Whether what it said next came of a step, and what it is."""
         try:
-            answer = self._told.recv()
+            stepped, answer = self._told.recv()
         except (EOFError, OSError) as error:
             raise self._gone() from error
-        if isinstance(answer, TokentapeError):
-            raise answer
-        return answer
+        return stepped, answer
 
     def _gone(self) -> EngineUnavailable:
         self._process.join(CLOSE_S)
@@ -219,11 +230,18 @@ class Apart(Elsewhere):
         return EngineUnavailable(ended, operation="ask engine", place=self.name, hint=hint)
 
 
+def _raised(answer: Any) -> Any:
+    """An answer that is no error."""
+    if isinstance(answer, TokentapeError):
+        raise answer
+    return answer
+
+
 def _serve(told: Connection, model: str, options: dict[str, Any] | None, digests: Path | None) -> None:
     """The process: it ends when nobody listens any more."""
     hosted = Hosted()
     name = hosted.load(model, options, digests)
-    told.send(name)
+    told.send((False, name))
     if isinstance(name, TokentapeError):
         return
     try:
@@ -233,8 +251,8 @@ def _serve(told: Connection, model: str, options: dict[str, Any] | None, digests
                 if kind == "begin":
                     hosted.begin(*rest)
                 else:
-                    told.send(hosted.call(*rest))
+                    told.send((False, hosted.call(*rest)))
             if answer := hosted.step(0):
-                told.send(answer)
+                told.send((True, answer))
     except (EOFError, OSError):
         hosted.close()

@@ -46,6 +46,13 @@ class Forced:
 
 
 @dataclass(frozen=True, slots=True)
+class Rendering:
+    """A request whose prompt an engine is to render."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """What an engine thinks of tokens that it was made to say; one entry per token, in their order.
 
@@ -166,7 +173,10 @@ class Engine(Protocol):
 
 @runtime_checkable
 class Continuous(Protocol):
-    """What an engine has besides that takes sequences in while it is at work on others (continuous batching)."""
+    """What an engine has besides that takes sequences in while it is at work on others (continuous batching).
+
+    Beside those that were begun, and have not ended, only `render` may be asked.
+    """
 
     def begin(self, forced: Forced) -> Hashable | Refused:
         """Take a sequence in: what it is called in `step`.

@@ -121,9 +121,10 @@ class ActorEngine(Elsewhere):
 
     def step(self) -> Done:
         """See `Continuous.step`. The actor has the next one before it ends this one: it waits for nobody between them."""
-        asked = self._ahead or self._host.step.remote(STEP_S)
-        self._ahead = self._host.step.remote(STEP_S)
+        asked, self._ahead = self._ahead or self._host.step.remote(STEP_S), None
+        ahead = self._host.step.remote(STEP_S)
         done: Done = self._cluster.answer(asked, self.name)
+        self._ahead = ahead
         return done
 
     def close(self) -> None:

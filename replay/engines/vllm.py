@@ -164,7 +164,7 @@ class VllmEngine:
         return [each if isinstance(each, Refused) else each.read(next(outputs))() for each in asked]
 
     def begin(self, forced: Forced) -> str | Refused:
-        """See `Continuous.begin`. Until `step` has told the end of all that was begun, nothing else may be asked.
+        """See `Continuous.begin`. Until `step` has told the end of all that was begun, nothing but `render` may be asked.
 
         Raises:
             EngineUnavailable: the engine has failed.
