@@ -9,7 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from pathlib import Path
 from typing import Any
+
+from ingest.vllm.kv.outlet import WATCH_S
+from ingest.vllm.kv.profile import ON
+from tests.program import until
 
 BLOCK = 32
 PROMPT = [(7 * i) % 400 + 20 for i in range(5 * BLOCK + 3)]
@@ -40,12 +46,19 @@ def main() -> None:
         if forget:
             llm.reset_prefix_cache()
 
+    folder = transfer["kv_connector_extra_config"].get("tokentape_profile")
+    if folder:  # the engine is there, and is asked for a profile of what comes now
+        Path(folder, ON).touch()
+        time.sleep(4 * WATCH_S)
     say(PROMPT)  # never seen
     say(PROMPT)  # the connector has it
     say(OTHER, forget=False)  # never seen
     say(OTHER)  # the engine has it itself
     say(PROMPT[: BLOCK // 2])  # not a block
     say(PROMPT, salt="tenant b")  # the same words under other hashes
+    if folder:
+        Path(folder, ON).unlink()
+        until(lambda: len(list(Path(folder).glob("*.pstats"))) == 2)
 
 
 if __name__ == "__main__":

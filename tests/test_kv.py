@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import pstats
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -51,8 +52,10 @@ def told(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[P
     """The data directory, what each request got, and the tape."""
     folder = tmp_path_factory.mktemp("kv")
     transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    transfer |= {"kv_connector_extra_config": {"shared_storage_path": str(folder / "store")}}  # type: ignore[dict-item]  # JSON
-    (folder / "store").mkdir()
+    places = {"shared_storage_path": str(folder / "store"), "tokentape_profile": str(folder / "profile")}
+    transfer |= {"kv_connector_extra_config": places}  # type: ignore[dict-item]  # JSON
+    for place in places.values():
+        Path(place).mkdir()
     said = ran(folder / "data", "tests.kv_load", str(vllm.model_dir), json.dumps(transfer))
     await_end(folder / "data")
     return folder / "data", [json.loads(line) for line in said if line.startswith("[")], events_of(folder / "data")
@@ -69,6 +72,15 @@ class TestEngine:
 
         assert 6 == len(said)
         assert said[0] == said[1]
+
+    def test_a_profile_of_the_running_engine(self, told: tuple[Path, list[list[int]], list[Event]]) -> None:
+        """Asked for while the engine stood ready: each side tells which of the connector's functions took how long."""
+        files = sorted((told[0].parent / "profile").iterdir())
+        functions = [set(pstats.Stats(str(file)).get_stats_profile().func_profiles) for file in files]
+
+        assert ["scheduler", "worker"] == [file.name.partition("-")[0] for file in files]
+        assert "get_num_new_matched_tokens" in functions[0]
+        assert {"start_load_kv", "save_kv_layer"} <= functions[1]
 
     def test_calls_of_both_sides_are_on_the_tape(self, told: tuple[Path, list[list[int]], list[Event]]) -> None:
         """Each kind of call, by scheduler and worker, each of a request under the generation of that request."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from ingest.vllm.kv import facts
 from ingest.vllm.kv.outlet import Operation, outlet
+from ingest.vllm.kv.profile import Profile
 from schemas.enginerun import versions
 
 STATE = "_tokentape"
@@ -99,13 +100,16 @@ class _Calls:
 
     def __init__(self, name: str, config: Any, role: Any, kv_cache_config: Any) -> None:
         transfer = config.kv_transfer_config
+        extra = transfer.kv_connector_extra_config
         self._base: Operation = {"role": role.name.lower(), "connector": name}
-        self._hang_ns = int(float(transfer.kv_connector_extra_config.get("tokentape_hang_s", HANG_S)) * 1e9)
+        self._hang_ns = int(float(extra.get("tokentape_hang_s", HANG_S)) * 1e9)
         self._sizes = facts.Sizes.of(config, kv_cache_config)
         self._sums: dict[str, Operation] = {}
         self._folded: dict[str, tuple[int, int, int]] = {}
         self._memory_ns = 0
-        outlet.opened(("kv_header", str(transfer.engine_id)), self.flush)
+        folder = extra.get("tokentape_profile")
+        self._profile = Profile(Path(folder), role.name.lower()) if folder else None
+        outlet.opened(("kv_header", str(transfer.engine_id)), self.flush, self._profile)
 
     def run(self, name: str, method: Callable[..., Any], args: tuple[Any, ...], more: dict[str, Any]) -> Any:
         """Call a method and tell of it; what it raises passes."""
@@ -116,7 +120,7 @@ class _Calls:
         begun_ns = time.monotonic_ns()
         ticket = outlet.begin(self._base | said | {"operation": facts.OPERATIONS.get(name, name)}, self._hang_ns)
         try:
-            answer = method(*args, **more)
+            answer = method(*args, **more) if self._profile is None else self._profile.call(method, args, more)
         except BaseException as error:
             outlet.working()
             took = {

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ingest.vllm.kv.profile import Profile
 from ingest.vllm.tap import Pipe
 
 Operation = dict[str, Any]
@@ -33,13 +34,17 @@ class Outlet:
         self._own: Pipe | None = None
         self._header: tuple[Any, ...] | None = None
         self._flushed: list[Callable[[], None]] = []
+        self._profiles: list[Profile] = []
         self._sending = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def opened(self, header: tuple[Any, ...], flush: Callable[[], None]) -> None:
-        """A connector is being made. `header` begins a pipe of its own, `flush` puts what it has held back."""
+    def opened(self, header: tuple[Any, ...], flush: Callable[[], None], profile: Profile | None = None) -> None:
+        """A connector is being made. `header` begins a pipe of its own, `flush` puts what it has held back; `profile` is looked after."""
         self._header = header
         self._flushed.append(flush)
+        if profile is not None:
+            self._profiles.append(profile)
+            atexit.register(profile.look, last=True)
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="tokentape-kv", daemon=True)
             self._thread.start()
@@ -91,6 +96,8 @@ class Outlet:
         while True:
             time.sleep(WATCH_S)
             self._look_after()
+            for profile in self._profiles:
+                profile.look()
             self._send()
 
     def _look_after(self) -> None:
