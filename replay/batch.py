@@ -196,10 +196,17 @@ class Batch:
             else:
                 if outcome is not None:
                     self._done(desk)
-                    with self._telling:
-                        self.summary.add(outcome)
-                        if self._failed is None:
-                            self._told(outcome)
+                    self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Count an outcome and tell of it; a display that fails ends the run, and no thread before what was begun is done."""
+        with self._telling:
+            try:
+                self.summary.add(outcome)
+                if self._failed is None:
+                    self._told(outcome)
+            except BaseException as error:
+                self._fail(error)
 
     def _next(self, desk: _Desk) -> tuple[str, list[StoredEvent]] | _Open | None:
         """What is to be done on a desk; None when nothing will be any more. A session that is open anywhere may come back."""

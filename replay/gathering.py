@@ -165,18 +165,17 @@ class Gathered:
                 self._begun.pop(name).answer.set_result(read)
 
     def _answer(self, calls: list[_Call]) -> None:
-        """Answer calls of one kind: together those that make a batch, each by itself any other."""
+        """Answer calls of one kind: together those that the engine takes together, each by itself any other."""
         ask = calls[0].ask
-        several: Callable[[list[Any]], list[Any]] | None = None
-        if ask in ("force_all", "generate_all"):
-            several = getattr(self._engine, ask)
+        several = getattr(self._engine, {"render": "render_all"}.get(ask, ask), None)
         for together in [calls] if several else [[call] for call in calls]:
             what = [call.what for call in together]
             try:
                 answers = several(what) if several else [what[0]() if ask == "alone" else self._engine.render(what[0])]
+                pairs = list(zip(together, answers, strict=True))
             except BaseException as error:
                 for call in together:
                     call.answer.set_exception(error)
             else:
-                for call, answer in zip(together, answers, strict=True):
+                for call, answer in pairs:
                     call.answer.set_result(partial(same, answer))

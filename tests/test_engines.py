@@ -31,7 +31,7 @@ from schemas.sink import SessionContext, new_id
 from scripts.tiny_model import perturb
 from tests.conftest import VllmService
 from tests.engine_case import DOCUMENT, MESSAGES, EngineCase
-from tests.program import Program
+from tests.program import Program, until
 from tests.recording import opened
 from tests.tape import Tape, finish
 from tokentape.engines import made_engine
@@ -92,6 +92,17 @@ class TestApart(EngineCase):
                 assert isinstance(read(), Scored)
 
         assert rendered > 1
+
+    def test_long_questions_and_answers_pass_each_other(self, engine: Apart) -> None:
+        """More than the pipe holds is asked while as much is answered: neither side waits for the other."""
+        said = self.said(engine, None)
+        request = Request(None, {**DOCUMENT, "user": "x" * 8192}, alternatives=1024)
+        forced = Forced(request, said.prompt_token_ids, said.sequences[0].token_ids)
+        left = {engine.begin(forced) for _ in range(20)}
+        until(lambda: engine._told.poll(0) or None)
+        left |= {engine.begin(forced) for _ in range(100)}
+        while left:
+            left -= {name for name, read in engine.step() if isinstance(read(), Scored)}
 
     def test_z_its_end_is_told(self, engine: Apart) -> None:
         """What is asked for joins those at work; a process that is gone is an outage, for those at work and for who asks later."""

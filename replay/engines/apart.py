@@ -9,7 +9,10 @@ its process down, as one that runs out of memory does, leaves this one to say so
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
+import queue
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
@@ -45,6 +48,11 @@ class Elsewhere(ABC):
     def render(self, request: Request) -> tuple[int, ...] | Refused:
         """See `Engine.render`."""
         found: tuple[int, ...] | Refused = self._call("render", request)
+        return found
+
+    def render_all(self, requests: Sequence[Request]) -> list[tuple[int, ...] | Refused]:
+        """As `render`, for several by one question."""
+        found: list[tuple[int, ...] | Refused] = self._call("render_all", list(requests))
         return found
 
     def generate(self, request: Request) -> Generated | Refused:
@@ -113,10 +121,19 @@ class Hosted:
             return getattr(self._engine, method)(*arguments)
         except TokentapeError as error:
             return error
+        except Exception as error:
+            fault, hint = f"{type(error).__name__}: {error}", "its output says more; what was compared before stands"
+            return EngineUnavailable(fault, operation="ask engine", hint=hint)
 
     def begin(self, name: Hashable, forced: Forced) -> None:
         """Take a sequence in; whatever comes of it is told by `step`."""
-        own = self.call("begin", forced)
+        own: Any
+        try:
+            own = self._engine.begin(forced)
+        except TokentapeError as error:
+            own = error
+        except Exception as error:  # of one sequence; the others have nothing to do with it
+            own = Refused(f"the engine does not take it: {type(error).__name__}: {error}")
         if isinstance(own, Refused):
             self._done.append((name, partial(same, own)))
         elif isinstance(own, TokentapeError):
@@ -244,6 +261,9 @@ def _serve(told: Connection, model: str, options: dict[str, Any] | None, digests
     told.send((False, name))
     if isinstance(name, TokentapeError):
         return
+    said: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    # A pipe holds little: were this one to wait until its answer is read, and the other side until its request is, both would for ever.
+    threading.Thread(target=_send_all, args=(told, said), name="answers", daemon=True).start()
     try:
         while True:
             while hosted.idle or told.poll():
@@ -251,8 +271,15 @@ def _serve(told: Connection, model: str, options: dict[str, Any] | None, digests
                 if kind == "begin":
                     hosted.begin(*rest)
                 else:
-                    told.send((False, hosted.call(*rest)))
+                    said.put((False, hosted.call(*rest)))
             if answer := hosted.step(0):
-                told.send((True, answer))
+                said.put((True, answer))
     except (EOFError, OSError):
         hosted.close()
+
+
+def _send_all(told: Connection, said: queue.SimpleQueue[tuple[bool, Any]]) -> None:
+    """Send what is said until nobody listens any more."""
+    with contextlib.suppress(OSError):
+        while True:
+            told.send(said.get())

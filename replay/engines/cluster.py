@@ -84,7 +84,7 @@ class Cluster:
         """
         try:
             answer = self._ray.get(asked, timeout=timeout_s)
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
             hint = "its log on the node says more; what was compared before stands"
             raise EngineUnavailable(_said(error), operation="ask Ray actor", place=place, hint=hint) from error
         if isinstance(answer, TokentapeError):
@@ -134,7 +134,11 @@ class ActorEngine(Elsewhere):
         return self._cluster.answer(self._host.call.remote(method, *arguments), self.name)
 
     def _begin(self, name: int, forced: Forced) -> None:
-        self._host.begin.remote(name, forced)
+        try:
+            self._host.begin.remote(name, forced)
+        except ConnectionError as error:
+            hint = "what was compared before stands"
+            raise EngineUnavailable(_said(error), operation="ask Ray actor", place=self.name, hint=hint) from error
 
 
 def _reach(address: str) -> None:

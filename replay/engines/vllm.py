@@ -100,7 +100,10 @@ class VllmEngine:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return tuple(prompt)
         if isinstance(prompt, str):
-            return tuple(tokenizer.encode(prompt))
+            try:
+                return tuple(tokenizer.encode(prompt))
+            except Exception as error:  # tokenizers are programs of the model's author
+                return Refused(f"the tokenizer does not take this prompt: {said(error)}")
         messages = document.get("messages")
         if not isinstance(messages, list) or not messages:
             return Refused("the request has neither messages nor a prompt")
@@ -110,6 +113,10 @@ class VllmEngine:
             return tuple(tokenizer.encode(text, add_special_tokens=False))
         except Exception as error:  # templates are programs of the model's author
             return Refused(f"the chat template does not take these messages: {said(error)}")
+
+    def render_all(self, requests: Sequence[Request]) -> list[tuple[int, ...] | Refused]:
+        """As `render`, for several."""
+        return [self.render(request) for request in requests]
 
     def generate(self, request: Request) -> Generated | Refused:
         """The answer to a request, generated freely.

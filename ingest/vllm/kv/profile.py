@@ -7,18 +7,27 @@ costs a test of an attribute a call, and four looks a second at the folder.
 
 from __future__ import annotations
 
+import contextlib
 import cProfile
 import os
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ON = "on"
 
 
+END_S = 1.0
+"""How long the end of the process waits for a call that is under way."""
+
+
 class Profile:
-    """What one connector's calls take, while it is asked for. One call at a time is seen, as it is with most connectors."""
+    """What one connector's calls take, while it is asked for. One call at a time is seen, as it is with most connectors.
+
+    From Python 3.12 on the profiler hears all threads of the process, so what others do meanwhile is in it as well.
+    """
 
     def __init__(self, folder: Path, role: str) -> None:
         self._on, self._path = folder / ON, folder / f"{role}-{os.getpid()}.pstats"
@@ -26,33 +35,42 @@ class Profile:
         self._busy = threading.Lock()
 
     def look(self, *, last: bool = False) -> None:
-        """Begin or end by what lies in the folder; `last` ends it in any case. A folder that cannot be written to gets nothing."""
-        on = self._on.exists() and not last
-        if on == (self._profiler is not None):
+        """Begin or end by what lies in the folder; `last` ends it in any case. It waits for no call and raises nothing."""
+        on = not last and os.path.exists(self._on)
+        if on == (self._profiler is not None) or not self._busy.acquire(timeout=END_S if last else 0):
             return
-        with self._busy:
-            ended, self._profiler = self._profiler, cProfile.Profile() if on else None
-        if ended is not None:
-            try:
-                partial = self._path.with_suffix(".partial")
-                ended.dump_stats(partial)
-                partial.rename(self._path)
-            except OSError:
-                return
-
-    def call(self, method: Callable[..., Any], args: tuple[Any, ...], more: dict[str, Any]) -> Any:
-        """Call a method, under the profiler where it is wanted and no other tool has the interpreter's ear."""
-        profiler = self._profiler
-        if profiler is None or not self._busy.acquire(blocking=False):
-            return method(*args, **more)
         try:
-            try:
-                profiler.enable()
-            except ValueError:
-                return method(*args, **more)
-            try:
-                return method(*args, **more)
-            finally:
-                profiler.disable()
+            ended, self._profiler = self._profiler, cProfile.Profile() if on else None
         finally:
             self._busy.release()
+        if ended is not None:
+            partial = self._path.with_suffix(".partial")
+            with contextlib.suppress(OSError):  # a folder that cannot be written to gets nothing
+                ended.dump_stats(partial)
+                partial.rename(self._path)
+
+    def call(self, method: Callable[..., Any], args: tuple[Any, ...], more: dict[str, Any]) -> Any:
+        """Call a method, under the profiler where it is wanted and no other one listens."""
+        if self._profiler is None or not self._busy.acquire(blocking=False):
+            return method(*args, **more)
+        try:
+            with self._listening():
+                return method(*args, **more)
+        finally:
+            self._busy.release()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        profiler = self._profiler
+        if profiler is None or sys.getprofile() is not None:
+            yield
+            return
+        try:
+            profiler.enable()
+        except ValueError:  # as Python 3.12 says that another one listens
+            yield
+            return
+        try:
+            yield
+        finally:
+            profiler.disable()
