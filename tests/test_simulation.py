@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from ingest.sender import Sender
 from lifecycle.policies import Policies
-from lifecycle.register import HOLD_PLACED, Register
+from lifecycle.register import HOLD_PLACED, Standing
 from lifecycle.rewriting import Rewriting
 from store.sequence import Judgement, judge
 from tests.simulation.world import simulate
@@ -51,13 +52,13 @@ def _keep_duplicates(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_holds(patch: pytest.MonkeyPatch) -> None:
-    take = Register._take
-    patch.setattr(Register, "_take", lambda register, entry: None if entry.type == HOLD_PLACED else take(register, entry))
+    take = Standing._take
+    patch.setattr(Standing, "_take", lambda standing, entry: None if entry.type == HOLD_PLACED else take(standing, entry))
 
 
 def _forget_minimum(patch: pytest.MonkeyPatch) -> None:
     verdict = Policies.verdict
-    patch.setattr(Policies, "verdict", lambda *given: (found := verdict(*given)) and type(found)(found.drop, found.strip, "", found.names))
+    patch.setattr(Policies, "verdict", lambda *given: (found := verdict(*given)) and replace(found, kept=""))
 
 
 def _delete_before_the_entry(patch: pytest.MonkeyPatch) -> None:
