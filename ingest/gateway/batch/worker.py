@@ -295,15 +295,15 @@ class Worker:
         key = result_of(batch, item.number)
         if await self._thread(self._desk.objects.head, key):
             return True
-        answer = await self._ask(batch, item, window, offset)
-        if answer is None:
-            return not self._ending.is_set() and not self._facts.wanted(batch)
+        return await self._ask(batch, item, window, offset) or not (self._ending.is_set() or self._facts.wanted(batch))
+
+    async def _keep(self, batch: Batch, item: WorkItem, answer: Answer) -> None:
+        """Make an answer durable, unless there is one already."""
         try:
-            await self._thread(self._desk.objects.create, key, dump(answer.line(item)))
+            await self._thread(self._desk.objects.create, result_of(batch, item.number), dump(answer.line(item)))
         except AlreadyExists:
-            return True
+            return
         self._count(batch.batch_id, good=answer.status < 400)
-        return True
 
     async def _batch_of(self, item: WorkItem) -> Batch | None:
         """The batch of an item once all of it is submitted; None where it never will be, or is forgotten."""
@@ -317,24 +317,29 @@ class Worker:
             await self._pause(0.05)
         raise asyncio.CancelledError
 
-    async def _ask(self, batch: Batch, item: WorkItem, window: Window, offset: int) -> Answer | None:
-        """The answer; None where this worker stops or nobody wants it any more."""
+    async def _ask(self, batch: Batch, item: WorkItem, window: Window, offset: int) -> bool:
+        """Get an answer and keep it; False where this worker stops or nobody wants it any more.
+
+        What may have killed a worker is asked alone, and none after it before its answer is kept: the next one may be what kills.
+        """
         waited, answer = 0, None
         suspect = window.attempts.get(offset, 0) > 0
         while window.attempts.get(offset, 0) < self._settings.attempts_max:
             async with self._alone[window.model] if suspect else contextlib.nullcontext():
                 if self._ending.is_set() or not self._facts.wanted(batch):
-                    return None
+                    return False
                 answer = await self._attempt(batch, item, window, offset)
-            if answer.interrupted:
-                return None
-            if answer.final:
-                return answer
+                if answer.interrupted:
+                    return False
+                if answer.final:
+                    await self._keep(batch, item, answer)
+                    return True
             waited += 1
             pause_s = min(max(answer.wait_s, self._settings.backoff_s * 2 ** min(waited - 1, 10)), BACKOFF_S_MAX)
             if window.attempts[offset] < self._settings.attempts_max and not await self._wait(batch, pause_s):
-                return None
-        return answer or worn_out(window.attempts[offset])
+                return False
+        await self._keep(batch, item, answer or worn_out(window.attempts[offset]))
+        return True
 
     async def _attempt(self, batch: Batch, item: WorkItem, window: Window, offset: int) -> Answer:
         """Ask once. That it begins is durable first, so that a request which kills its process is not begun for ever."""
