@@ -62,7 +62,7 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(what: str, rates: list[float], beside: str, others: list[float], reach: str) -> dict[str, Any]:
-    ratio = statistics.median(rate / other for rate, other in zip(rates, others, strict=False))
+    ratio = statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
     values = {"value": statistics.median(rates), "unit": "tok/s", "beside": beside, "beside_value": statistics.median(others)}
     return {"what": what, **values, "ratio": ratio, "reach": reach}
 

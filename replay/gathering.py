@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Call(NamedTuple):
-    """What a replay waits for: `ask` names the engine's method that takes `what`, or "alone" for a function to be called."""
+    """What a replay waits for: `ask` names the engine's method for several, or is "alone" where `what` is to be called."""
 
     ask: str
     what: Any
@@ -62,7 +62,7 @@ class Gathered:
 
     def render(self, request: Request) -> tuple[int, ...] | Refused:
         """See `Engine.render`."""
-        answer: tuple[int, ...] | Refused = self._gather("render", [request])[0]()
+        answer: tuple[int, ...] | Refused = self._gather("render_all", [request])[0]()
         return answer
 
     def generate(self, request: Request) -> Generated | Refused:
@@ -86,7 +86,7 @@ class Gathered:
         if isinstance(what, Forced):
             call = _Call("force_all", what, Future())
         else:
-            call = _Call("render", what.request, Future())
+            call = _Call("render_all", what.request, Future())
         self._calls.put(call)
         return call.answer
 
@@ -111,8 +111,8 @@ class Gathered:
     def _serve(self) -> None:
         while self._take():
             ask = self._waiting[0].ask if self._waiting else "force_all"
-            if any(call.ask == "render" for call in self._waiting):  # which goes beside everything
-                self._answer(self._taken("render"))
+            if any(call.ask == "render_all" for call in self._waiting):  # which goes beside everything
+                self._answer(self._taken("render_all"))
             elif ask == "force_all" and self._continuous:
                 self._work(self._continuous)
             elif self._begun:  # what is next wants the engine for itself
@@ -167,7 +167,7 @@ class Gathered:
     def _answer(self, calls: list[_Call]) -> None:
         """Answer calls of one kind: together those that the engine takes together, each by itself any other."""
         ask = calls[0].ask
-        several = getattr(self._engine, {"render": "render_all"}.get(ask, ask), None)
+        several = getattr(self._engine, ask, None)  # not every engine renders several
         for together in [calls] if several else [[call] for call in calls]:
             what = [call.what for call in together]
             try:

@@ -35,8 +35,6 @@ Words = npt.NDArray[np.uint64]
 LOW = 0xFFFFFFFF
 SMALLEST = np.float32(4.6566127342e-10)
 """The step of Triton's uniform numbers, and what vLLM takes in place of a zero."""
-
-
 _LEAST = np.finfo(np.float32).eps / np.float32(2)
 """What PyTorch takes in place of 0, which a uniform number of 1 would give."""
 CUDA_LOG_OFF = np.float32(2**-21.41)

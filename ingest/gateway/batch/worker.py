@@ -292,8 +292,7 @@ class Worker:
         batch = await self._batch_of(item)
         if batch is None or not self._facts.wanted(batch):
             return True
-        key = result_of(batch, item.number)
-        if await self._thread(self._desk.objects.head, key):
+        if await self._thread(self._desk.objects.head, result_of(batch, item.number)):
             return True
         return await self._ask(batch, item, window, offset) or not (self._ending.is_set() or self._facts.wanted(batch))
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 ON = "on"
-
-
 END_S = 1.0
 """How long the end of the process waits for a call that is under way."""
 
