@@ -117,7 +117,7 @@ class Paced:
             ids = np.repeat(np.array(forced.token_ids, np.int64), 2)
             ends = np.arange(2, len(ids) + 2, 2, dtype=np.int32)
             told = _Told(ends - 2, ends, ids, np.full(len(ids), -1.0, np.float32), np.ones(len(ids), np.int32))
-            answer = pickle.dumps(partial(_scored, told, forced.token_ids, False, "decoding"))
+            answer = pickle.dumps(partial(_scored, told, forced.token_ids, "decoding", others=False))
             heapq.heappush(self._running, (self._beat + len(forced.token_ids), name, answer))
         time.sleep(max(0.0, self._next - time.perf_counter()))
         self._beat += 1

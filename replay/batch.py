@@ -6,11 +6,13 @@ again. So a run that was killed goes on by being started again, and needs no sta
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,9 +27,13 @@ from schemas.sink import EventSink
 from store.rows import StoredEvent
 
 AHEAD = 32
-"""Sessions read at once: one query costs tens of milliseconds, whatever it finds."""
+"""Sessions read at once, until it is known how long they are."""
+AHEAD_MAX, AHEAD_EVENTS = 128, 2048
+"""And then as many as have so many events: one query costs tens of milliseconds, whatever it finds."""
 THREADS = 4
 """Of each engine. What they do is short, and waiting for the engine takes none of them."""
+COLLECT_EVERY = 50_000
+"""Objects until the garbage collector looks: what is open are a million of them and no garbage, and looking was a third of the work."""
 WORST = 5
 """Tokens named in a summary."""
 
@@ -83,6 +89,16 @@ class _Desk:
         self.answered: deque[_Open] = deque()
 
 
+@contextlib.contextmanager
+def _collecting_less() -> Iterator[None]:
+    usual = gc.get_threshold()
+    gc.set_threshold(COLLECT_EVERY, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+
+
 class Batch:
     """One run over `sessions`. `events_of` reads several at once; `told` hears of each outcome, in some thread, one at a time."""
 
@@ -102,7 +118,7 @@ class Batch:
         self._calibrations, self._told = calibrations, told
         self._changed, self._telling = threading.Condition(), threading.Lock()
         self._waiting: deque[tuple[str, list[StoredEvent]]] = deque()
-        self._reading = 0
+        self._reading, self._ahead = 0, AHEAD
         self._desks: list[_Desk] = []
         self._failed: BaseException | None = None
         self._engine_failed: EngineUnavailable | None = None
@@ -125,10 +141,11 @@ class Batch:
             for desk in self._desks
             for number in range(min(share, THREADS))
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with _collecting_less():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         for desk in self._desks:
             desk.engine.close()
         self.summary.seconds = time.monotonic() - began
@@ -166,16 +183,18 @@ class Batch:
             with self._changed:
                 self._waiting.extend((session, found.get(session, [])) for session in ahead)
                 self._reading = 0
+                events = sum(map(len, found.values()))
+                self._ahead = max(1, min(AHEAD_MAX, AHEAD_EVENTS * len(ahead) // max(1, events)))
                 self._changed.notify_all()
 
     def _next_unread(self) -> list[str]:
         """The sessions to be read next; nothing when none will be wanted any more."""
         with self._changed:
-            while not self._over() and (not self._unread or len(self._waiting) >= AHEAD):
+            while not self._over() and (not self._unread or len(self._waiting) >= self._ahead):
                 self._changed.wait()
             if self._over():
                 return []
-            ahead = [self._unread.popleft() for _ in range(min(AHEAD, len(self._unread)))]
+            ahead = [self._unread.popleft() for _ in range(min(self._ahead, len(self._unread)))]
             self._reading = len(ahead)
             return ahead
 

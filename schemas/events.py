@@ -816,7 +816,7 @@ class Event(Record):
         Raises:
             InvalidEvent: not exactly one known payload, or a value out of its range.
         """
-        kinds = [kind for kind in PAYLOADS if datum.get(kind) is not None]
+        kinds = [kind for kind, value in datum.items() if value is not None and kind in PAYLOADS]
         if len(kinds) != 1:
             raise InvalidEvent(f"{len(kinds)} payloads in one event, valid is exactly one", operation="read event")
         try:

@@ -309,6 +309,7 @@ def test_what_is_no_engines_fault_ends_a_run(where: str) -> None:
 
     def read(names: Sequence[str]) -> dict[str, list[StoredEvent]]:
         if where == "reader" and names[0] != "0":
+            until(lambda: sink.recorded or None)
             raise StoreUnavailable("gone", operation="read")
         return dict.fromkeys(names, events)
 

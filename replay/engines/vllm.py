@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed
 from schemas.requests.recorded import as_generation
 from store.digests import FileDigests
 from store.fingerprint import environment_of, worker_facts
+
+T = TypeVar("T")
 
 PASSED_ON = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "presence_penalty", "frequency_penalty",
@@ -82,7 +84,7 @@ class VllmEngine:
         tokenizer = self._llm.get_tokenizer()
         text = list(tokenizer.encode(PROBE_TEXT))
         chat = self.render(Request(None, {"messages": PROBE_MESSAGES}))
-        asked = self._scoring(text[:1], text[1:], 1)
+        asked = self._scoring(text[:1], text[1:], 1, others=True)
         scores = asked.read(self._run([asked.text], [asked.parameters])[0])()
         choices = [int(_likeliest(each)) for each in scores.alternatives if each is not None]
         items = probed(text, None if isinstance(chat, Refused) else list(chat), (choices, [x or 0.0 for x in scores.logprobs]), recorded)
@@ -199,23 +201,22 @@ class VllmEngine:
     def _asked(self, forced: Forced) -> _Asked | Refused:
         """How vLLM is made to say a sequence: decoded one by one, as when it was first said, or scored as a prompt."""
         prompt, ids, likeliest = forced.prompt_token_ids, forced.token_ids, self._likeliest(forced.request)
+        others = forced.request.alternatives > 0
         if refused := self._allowed((*prompt, *ids), 0):
             return refused
         if not (self._tracing and prompt and len(prompt) + len(ids) <= self.context):
-            return self._scoring(prompt, ids, likeliest)
+            return self._scoring(prompt, ids, likeliest, others=others)
         parameters = _parameters(max_tokens=len(ids), temperature=0, logprobs=likeliest, trace_decode_token_ids=list(ids))
-        whole = likeliest >= self._vocabulary
-        return _Asked(prompt, parameters, lambda output: partial(_scored, _told(output.outputs[0].logprobs, 0), ids, whole, "decoding"))
+        score = partial(_scored, ids=ids, how="decoding", others=others, whole=likeliest >= self._vocabulary)
+        return _Asked(prompt, parameters, lambda output: partial(score, _told(output.outputs[0].logprobs, 0)))
 
-    def _scoring(self, prompt: Sequence[int], ids: Sequence[int], likeliest: int) -> _Asked:
+    def _scoring(self, prompt: Sequence[int], ids: Sequence[int], likeliest: int, *, others: bool) -> _Asked:
         """A sequence that fills the context is scored without its last token, as one must be left to sample."""
         full = len(prompt) + len(ids) >= self.context
         scored, whole = ids[:-1] if full else ids, likeliest >= self._vocabulary
-
-        def read(output: Any) -> Callable[[], Scored]:
-            return partial(_scored, _told(output.prompt_logprobs, len(prompt)), scored, whole, "scoring", full)
-
-        return _Asked((*prompt, *scored), _parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest), read)
+        score = partial(_scored, ids=scored, how="scoring", others=others, whole=whole, last_unknown=full)
+        parameters = _parameters(max_tokens=1, temperature=0, prompt_logprobs=likeliest)
+        return _Asked((*prompt, *scored), parameters, lambda output: partial(score, _told(output.prompt_logprobs, len(prompt))))
 
     def _likeliest(self, request: Request) -> int:
         return max(1, min(request.alternatives, ALTERNATIVES_MAX, self._vocabulary))
@@ -289,23 +290,36 @@ def _told(found: Any, start: int) -> _Told:
     return _Told(begins - first, ends - first, *numbers)
 
 
-def _scored(told: _Told, ids: Sequence[int], whole: bool, how: str, last_unknown: bool = False) -> Scored:
-    """The scores of `ids`, one a place; of a text's very first token vLLM tells none."""
+def _scored(told: _Told, ids: Sequence[int], how: str, *, others: bool, whole: bool = False, last_unknown: bool = False) -> Scored:
+    """The scores of `ids`, one a place; of a text's very first token vLLM tells none. `others` asks for the alternatives as well."""
     begins, ends = told.begins[: len(ids)], told.ends[: len(ids)]
     there = np.flatnonzero(begins < ends)
-    own: list[int | None] = [None] * len(ids)
-    tops: list[float | None] = [None] * len(ids)
-    others: list[Alternatives | None] = [None] * len(ids)
-    highest = np.maximum.reduceat(told.logprobs[: ends[-1]], begins[there]).tolist() if len(there) else []
-    for i, begin, end, top in zip(there.tolist(), begins[there].tolist(), ends[there].tolist(), highest, strict=True):
-        place = told.token_ids[begin:end]
-        # vLLM tells the forced token first, wherever it ranks; nothing rests on that.
-        own[i] = begin if place[0] == ids[i] else begin + int(np.flatnonzero(place == ids[i])[0])
-        tops[i], others[i] = top, Alternatives(place, told.logprobs[begin:end], whole)
-    said, ranks = told.logprobs.tolist(), told.ranks.tolist()
-    logprobs = tuple(None if at is None else said[at] for at in own)
-    scored = Scored(logprobs, tuple(None if at is None else ranks[at] or None for at in own), tuple(tops), tuple(others), how)
+    own, lasts = begins[there], ends[there]
+    # vLLM tells the forced token first, wherever it ranks; nothing rests on that.
+    wanted = np.array(ids, np.int64)[there]
+    for i in np.flatnonzero(told.token_ids[own] != wanted).tolist():
+        own[i] += np.flatnonzero(told.token_ids[own[i] : lasts[i]] == wanted[i])[0]
+    tops = np.maximum.reduceat(told.logprobs[: lasts[-1]], begins[there]) if len(there) else own
+    places = there.tolist() if len(there) < len(ids) else None
+
+    def spread(values: list[T]) -> tuple[T | None, ...]:
+        return tuple(values) if places is None else _spread(values, places, len(ids))
+
+    ranks = [rank or None for rank in told.ranks[own].tolist()]
+    alternatives: tuple[Alternatives | None, ...] = ()
+    if others:
+        bounds = zip(begins[there].tolist(), lasts.tolist(), strict=True)
+        alternatives = spread([Alternatives(told.token_ids[begin:end], told.logprobs[begin:end], whole) for begin, end in bounds])
+    scored = Scored(spread(told.logprobs[own].tolist()), spread(ranks), spread(tops.tolist()), alternatives, how)
     return scored.with_last_unknown() if last_unknown else scored
+
+
+def _spread(values: Sequence[T], places: Sequence[int], count: int) -> tuple[T | None, ...]:
+    """Values at their places, None at all others of `count`."""
+    found: list[T | None] = [None] * count
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return tuple(found)
 
 
 def _generated(output: Any) -> Generated:
