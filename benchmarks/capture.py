@@ -6,6 +6,9 @@ The turns share one engine: for the bare ones the scheduler has vLLM's own metho
 runs in its thread. In one process the engine, its front end and the tap share one interpreter, which is the least favourable
 case; with --apart the engine core has a process of its own, as in `vllm serve`. What the captured turns said must be on the
 tape at the end.
+
+Where turns of the same engine differ by more than capture could cost, as on a GPU whose host has other guests, its share of
+their time says more: how long the engine's thread was in the hook, and the processor time of the thread that packs.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tests.engine_log import await_end, runs_of
 
+COST = "BENCH_CAPTURE_COST"
 # Steps of the synthetic engine that the hook is timed on; one of a GPU makes about a hundred a second.
 _STEPS = 2_000
 # What the recording scheduler has methods of its own for.
@@ -32,7 +37,10 @@ _TAPPED = ("finish_requests", "reset_prefix_cache", "schedule", "update_from_out
 
 
 class Alternating:
-    """For `--scheduler-cls`: the recording scheduler, which is vLLM's own while requests come that say so."""
+    """For `--scheduler-cls`: the recording scheduler, which is vLLM's own while requests come that say so.
+
+    At its end it writes what capture took of the engine's time into the file that `COST` names.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A scheduler of this configuration."""
@@ -53,7 +61,36 @@ class Alternating:
                     setattr(self, method, getattr(own, method).__get__(self))
             return (own if bare else recorded).add_request(self, request)
 
-        return type("Alternating", (recorded,), {"add_request": add_request})(*args, **kwargs)
+        def shutdown(self: Any) -> None:
+            recorded.shutdown(self)
+            Path(os.environ[COST]).write_text(json.dumps(took))
+
+        took = _clocked()
+        return type("Alternating", (recorded,), {"add_request": add_request, "shutdown": shutdown})(*args, **kwargs)
+
+
+def _clocked() -> dict[str, float]:
+    """Seconds that the tap's calls take from now on: of the engine's thread, and of the processor for the thread that packs."""
+    from ingest.vllm.tap import Tap, _Plain
+
+    took = {"hook": 0.0, "pack": 0.0}
+
+    def clock(owner: type, method: str, what: str, now: Callable[[], float]) -> None:
+        call = getattr(owner, method)
+
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            began = now()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                took[what] += now() - began
+
+        setattr(owner, method, clocked)
+
+    for method in ("arrived", "scheduling", "scheduled", "updated"):
+        clock(Tap, method, "hook", time.perf_counter)
+    clock(_Plain, "calls", "pack", time.thread_time)
+    return took
 
 
 def run() -> list[dict[str, Any]]:
@@ -95,7 +132,15 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             "reach": "≥ 0.995 (GPU), ≥ 0.98 (CPU)",
         },
         {"what": f"bare turn against bare turn, {where}", "value": 100 * noise, "unit": "%", "beside": "noise of the measurement"},
+        *_shares(found, where),
     ]
+
+
+def _shares(found: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """What the tap took of the captured turns' time."""
+    whats = {"hook": "engine's thread in the hook", "pack": "processor time of the thread that packs"}
+    beside = {"unit": "%", "beside": "time of the captured turns", "reach": "≤ 0.5 together (GPU)"}
+    return [{"what": f"{whats[name]}, {where}", "value": 100 * s / found["captured_s"], **beside} for name, s in found["took"].items()]
 
 
 def _hook_rows() -> list[dict[str, Any]]:
@@ -158,7 +203,7 @@ def _engine(given: argparse.Namespace) -> Any:
 
 
 def _turn(engine: Any, given: argparse.Namespace, number: int, name: str) -> float:
-    """Tokens per second of one batch."""
+    """Seconds of one batch."""
     from vllm import SamplingParams
 
     draw = random.Random(number)
@@ -168,7 +213,7 @@ def _turn(engine: Any, given: argparse.Namespace, number: int, name: str) -> flo
     time.sleep(0.3)  # the step that an engine may have begun ahead belongs to the turn before
     began = time.perf_counter()
     engine.generate(prompts, parameters, use_tqdm=False)
-    return float(given.streams * given.tokens) / (time.perf_counter() - began)
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -189,20 +234,24 @@ def main() -> None:
     if on_cpu:
         given.engine = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 512, "enable_chunked_prefill": False, **given.engine}
         given.engine.setdefault("max_num_batched_tokens", 1024)
+    os.environ[COST] = f"{given.out}.cost"
     engine = _engine(given)
-    found: dict[str, Any] = {"bare": [], "captured": [], "streams": given.streams, "apart": given.apart}
+    found: dict[str, Any] = {"bare": [], "captured": [], "captured_s": 0.0, "streams": given.streams, "apart": given.apart, "took": {}}
     found["device"] = "CPU" if on_cpu else current_platform.get_device_name()
     for number in range(given.pairs + 2):
         for name in ("bare", "captured")[:: 1 if number % 2 else -1]:
-            rate = _turn(engine, given, number, name)
+            took_s = _turn(engine, given, number, name)
+            found["captured_s"] += took_s if name == "captured" else 0
             if number >= 2:  # the first ones warm kernels up
-                found[name].append(rate)
+                found[name].append(given.streams * given.tokens / took_s)
+        given.out.write_text(json.dumps(found))  # what there is, should the time end
     engine.llm_engine.engine_core.shutdown()
+    found["took"] = json.loads(Path(os.environ[COST]).read_text())
+    given.out.write_text(json.dumps(found))
     await_end(Path(os.environ["TOKENTAPE_DATA"]), timeout_s=600)
     (run,) = runs_of(Path(os.environ["TOKENTAPE_DATA"]))
     taped, said = len(run.requests), (given.pairs + 2) * given.streams
     assert taped == said, f"{taped} of {said} captured requests are on the tape"
-    given.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

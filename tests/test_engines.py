@@ -64,6 +64,21 @@ class TestInProcess(EngineCase):
         """It has but one."""
         return None
 
+    def test_places_are_filled_a_group_at_a_time(self, loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two of these prompts go into a step, and so two end with each: four places are waited for, and then filled at once."""
+        said = self.said(loaded, None)
+        forced = Forced(Request(None, DOCUMENT), (said.prompt_token_ids * CONTEXT)[: CONTEXT * 2 // 5], said.sequences[0].token_ids)
+        monkeypatch.setattr(loaded, "_places", 8)
+        monkeypatch.setattr(loaded, "_group", 4)
+        left, taken = {loaded.begin(forced) for _ in range(21)}, []
+        while left:
+            before = len(loaded._held)
+            left -= {name for name, read in loaded.step() if isinstance(read(), Scored)}
+            taken.append(before - len(loaded._held))
+
+        assert [8, 0, 4, 0, 4, 0, 4, 0, 1] == taken[:9]
+        assert 21 == sum(taken)
+
 
 class TestApart(EngineCase):
     @pytest.fixture(scope="class")
