@@ -44,7 +44,7 @@ NOT_FREE = ("response_format", "structured_outputs", "guided_json", "guided_rege
 
 GROUP_SHARE = 20
 """Where tokens are decoded, a twentieth of the engine's places is filled at a time: a step that takes a prompt in as well cannot
-be one graph of CUDA's, and costs a third more (1B model, H200), while a place that waits for others costs what it does not say."""
+be one graph of CUDA's: filled one by one, they took 45 s for what takes 31 s so (1B model, 512 places, H200)."""
 
 
 class _Asked(NamedTuple):
