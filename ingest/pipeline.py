@@ -39,7 +39,8 @@ logger = structlog.get_logger("tokentape.recorder")
 # Items encoded at a time: a few milliseconds, after which chunks, marks and the outbox have their turn.
 _TAKE = 256
 # After the first item of a quiet time the thread waits this long for company: one wake-up, one batch, one commit. A wake-up
-# costs as much as encoding some ten events, and takes the interpreter from whoever passes tokens on.
+# costs as much as encoding some ten events, and takes the interpreter from whoever passes tokens on. Where tokens may wait
+# longer, so may all else, for half of that time: every commit takes the processor from an engine that works beside it.
 _GATHER_S = 0.02
 # While somebody waits for durability or room, state is looked at this often should a signal be missed.
 _RECHECK_S = 0.05
@@ -178,9 +179,10 @@ class Pipeline:
             self._outbox = outbox
             self.sender = Sender(self._log, outbox, adopt=self._adopt, progress=self._on_progress, refused=self._on_refused)
             self.sender.start()
+            gather_s = max(_GATHER_S, self._settings.coalesce_ms / 2000)
             while not (self._closing and self.inbox.idle) and not self._abandoned:
                 if not self._closing:
-                    self.inbox.rest(self._rest_s(), gather_s=_GATHER_S)
+                    self.inbox.rest(self._rest_s(), gather_s=gather_s)
                 with self._surviving():
                     self._round()
             with self._surviving():
