@@ -8,7 +8,8 @@ case; with --apart the engine core has a process of its own, as in `vllm serve`.
 tape at the end.
 
 Where turns of the same engine differ by more than capture could cost, as on a GPU whose host has other guests, its share of
-their time says more: how long the engine's thread was in the hook, and the processor time of the thread that packs.
+their time says more: how long the engine's thread was in the hook, and the processor time of the threads beside it. The recorder
+itself has a process of its own, and so a core where there is one.
 """
 
 from __future__ import annotations
@@ -62,16 +63,17 @@ class Alternating:
             return (own if bare else recorded).add_request(self, request)
 
         def shutdown(self: Any) -> None:
-            recorded.shutdown(self)
+            self._tap.close()  # whose threads have then ended; vLLM may kill what takes long from here on
             Path(os.environ[COST]).write_text(json.dumps(took))
+            recorded.shutdown(self)
 
         took = _clocked()
         return type("Alternating", (recorded,), {"add_request": add_request, "shutdown": shutdown})(*args, **kwargs)
 
 
 def _clocked() -> dict[str, float]:
-    """Seconds that the tap's calls take from now on: of the engine's thread, and of the processor for the thread that packs."""
-    from ingest.vllm.tap import Tap, _Plain
+    """Seconds that the tap takes from now on: of the engine's thread, and of the processor for the two threads that pack and write."""
+    from ingest.vllm.tap import Pipe, Tap
 
     took = {"hook": 0.0, "pack": 0.0}
 
@@ -89,7 +91,8 @@ def _clocked() -> dict[str, float]:
 
     for method in ("arrived", "scheduling", "scheduled", "updated"):
         clock(Tap, method, "hook", time.perf_counter)
-    clock(_Plain, "calls", "pack", time.thread_time)
+    for method in ("_pack", "_write"):  # what these threads run from their beginning to their end
+        clock(Pipe, method, "pack", time.thread_time)
     return took
 
 
@@ -138,7 +141,7 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _shares(found: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """What the tap took of the captured turns' time."""
-    whats = {"hook": "engine's thread in the hook", "pack": "processor time of the thread that packs"}
+    whats = {"hook": "engine's thread in the hook", "pack": "processor time of the threads that pack and write"}
     beside = {"unit": "%", "beside": "time of the captured turns", "reach": "≤ 0.5 together (GPU)"}
     return [{"what": f"{whats[name]}, {where}", "value": 100 * s / found["captured_s"], **beside} for name, s in found["took"].items()]
 
@@ -239,7 +242,7 @@ def main() -> None:
     found: dict[str, Any] = {"bare": [], "captured": [], "captured_s": 0.0, "streams": given.streams, "apart": given.apart, "took": {}}
     found["device"] = "CPU" if on_cpu else current_platform.get_device_name()
     for number in range(given.pairs + 2):
-        for name in ("bare", "captured")[:: 1 if number % 2 else -1]:
+        for name in ("bare", "captured")[:: -1 if number % 2 else 1]:  # what is slow because it is the first is none of capture's
             took_s = _turn(engine, given, number, name)
             found["captured_s"] += took_s if name == "captured" else 0
             if number >= 2:  # the first ones warm kernels up

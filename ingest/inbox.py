@@ -122,14 +122,16 @@ class Inbox:
             self._wake.wait(timeout_s)
         self.resting = False
         self._wake.clear()
-        if 0 < len(self.queue) < self._enough and not self._hurry:
+        if 0 < len(self.queue) < self._enough and not (self._hurry or self._closed):
             self._wake.wait(gather_s)
 
     def take(self, limit: int) -> list[Item]:
         """The oldest items; what was lost by now is queued behind them and what else waits."""
-        self._hurry = False
+        hurried, self._hurry = self._hurry, False
         queue = self.queue
         items = [queue.popleft() for _ in range(min(limit, len(queue)))]
+        if hurried and queue:
+            self._hurry = True  # a mark may be among those that are left
         if self._losses:
             self._tell()
         if self._waiting:

@@ -40,8 +40,9 @@ logger = structlog.get_logger("tokentape.recorder")
 _TAKE = 256
 # After the first item of a quiet time the thread waits this long for company: one wake-up, one batch, one commit. A wake-up
 # costs as much as encoding some ten events, and takes the interpreter from whoever passes tokens on. Where tokens may wait
-# longer, so may all else, for half of that time: every commit takes the processor from an engine that works beside it.
-_GATHER_S = 0.02
+# longer than usual, so may all else, for as large a share of that time: every commit takes the processor from an engine beside it.
+_GATHER_S, _GATHER_MAX_S = 0.02, 0.25
+_GATHER_SHARE = 0.4
 # While somebody waits for durability or room, state is looked at this often should a signal be missed.
 _RECHECK_S = 0.05
 # When the recorder is closed, a log that is slow but has not failed is given this long before the rest is left in the spool.
@@ -179,10 +180,10 @@ class Pipeline:
             self._outbox = outbox
             self.sender = Sender(self._log, outbox, adopt=self._adopt, progress=self._on_progress, refused=self._on_refused)
             self.sender.start()
-            gather_s = max(_GATHER_S, self._settings.coalesce_ms / 2000)
             while not (self._closing and self.inbox.idle) and not self._abandoned:
                 if not self._closing:
-                    self.inbox.rest(self._rest_s(), gather_s=gather_s)
+                    due_s = self._rest_s()
+                    self.inbox.rest(due_s, gather_s=self._gather_s(due_s))
                 with self._surviving():
                     self._round()
             with self._surviving():
@@ -234,6 +235,11 @@ class Pipeline:
         if self._marks:
             due = min(due, time.monotonic() + _RECHECK_S)
         return None if math.isinf(due) else max(due - time.monotonic(), 0.0)
+
+    def _gather_s(self, due_s: float | None) -> float:
+        """How long to wait for company: not beyond what is due."""
+        wished_s = min(_GATHER_SHARE * self._settings.coalesce_ms / 1000, _GATHER_MAX_S, math.inf if due_s is None else due_s)
+        return max(_GATHER_S, wished_s)
 
     def _round(self) -> None:
         """Encode what waits and what is due, and hand it on."""

@@ -28,7 +28,7 @@ from store.rows import StoredEvent
 
 AHEAD = 32
 """Sessions read at once, until it is known how long they are."""
-AHEAD_MAX, AHEAD_EVENTS = 128, 2048
+AHEAD_MAX, AHEAD_EVENTS = 64, 2048
 """And then as many as have so many events: one query costs tens of milliseconds, whatever it finds."""
 THREADS = 4
 """Of each engine. What they do is short, and waiting for the engine takes none of them."""
@@ -92,7 +92,8 @@ class _Desk:
 @contextlib.contextmanager
 def _collecting_less() -> Iterator[None]:
     usual = gc.get_threshold()
-    gc.set_threshold(COLLECT_EVERY, *usual[1:])
+    if 0 < usual[0] < COLLECT_EVERY:
+        gc.set_threshold(COLLECT_EVERY, *usual[1:])
     try:
         yield
     finally:

@@ -64,19 +64,23 @@ class TestInProcess(EngineCase):
         """It has but one."""
         return None
 
-    def test_places_are_filled_a_group_at_a_time(self, loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Two of these prompts go into a step, and so two end with each: four places are waited for, and then filled at once."""
+    @pytest.mark.parametrize(("group", "steps", "expected"), [(4, 16, [8, 0, 4, 0, 4, 0, 4]), (7, 2, [8, 0, 0, 6, 0, 0, 6])])
+    def test_places_are_filled_a_group_at_a_time(
+        self, loaded: VllmEngine, group: int, steps: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two of these prompts go into a step, and two end with each: so many places, or steps, are waited for; then all are filled."""
         said = self.said(loaded, None)
         forced = Forced(Request(None, DOCUMENT), (said.prompt_token_ids * CONTEXT)[: CONTEXT * 2 // 5], said.sequences[0].token_ids)
         monkeypatch.setattr(loaded, "_places", 8)
-        monkeypatch.setattr(loaded, "_group", 4)
+        monkeypatch.setattr(loaded, "_group", group)
+        monkeypatch.setattr("replay.engines.vllm.GROUP_STEPS", steps)
         left, taken = {loaded.begin(forced) for _ in range(21)}, []
         while left:
             before = len(loaded._held)
             left -= {name for name, read in loaded.step() if isinstance(read(), Scored)}
             taken.append(before - len(loaded._held))
 
-        assert [8, 0, 4, 0, 4, 0, 4, 0, 1] == taken[:9]
+        assert expected == taken[: len(expected)]
         assert 21 == sum(taken)
 
 

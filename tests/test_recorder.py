@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ingest.inbox import Inbox
 from ingest.recorder import Recorder
 from schemas.errors import LogUnavailable
 from schemas.events import (
@@ -87,6 +88,23 @@ def test_tokens_wait_no_longer_than_told(settings_embedded: Settings) -> None:
     with opened(settings_embedded, coalesce_ms=20) as (recorder, log):
         recorder.tokens(context(), new_id(), 0, 0, 0, text="alone")
         until(lambda: any(event.kind == "token_chunk" for event in events_of(log)))
+
+
+@pytest.mark.parametrize("waits", ["for a mark behind more than are taken at once", "for the end"])
+def test_company_is_not_waited_for_while_somebody_waits(waits: str) -> None:
+    """Who wants to know that all is durable, or closes, does not wait until others may have brought something too."""
+    inbox = Inbox(items_max=1000, enough=256, shed=False, source="sdk", start=lambda: None)
+    for number in range(300):
+        inbox.put(context(), numbered(number), "session_annotated")
+    if waits == "for the end":
+        inbox.close()
+    else:
+        inbox.put_mark(object())
+    inbox.take(256)
+    resting = threading.Thread(target=inbox.rest, args=(None,), kwargs={"gather_s": 3600.0}, daemon=True)
+    resting.start()
+
+    until(lambda: not resting.is_alive())
 
 
 # Order, numbers, life

