@@ -47,6 +47,7 @@ class WorkLog:
     log: Log
     _writing: threading.Lock = field(default_factory=threading.Lock)
     _reading: threading.Lock = field(default_factory=threading.Lock)
+    _left: bool = False
 
     @property
     def log_id(self) -> str:
@@ -61,22 +62,22 @@ class WorkLog:
     def append(self, entries: Sequence[Entry]) -> None:
         """See `Log.append`."""
         with self._writing:
-            self.log.append(entries)
+            self._current.append(entries)
 
     def wait(self, offsets: dict[int, int], *, wait_s: float) -> set[int]:
         """See `Log.wait`."""
         with self._reading:
-            return self.log.wait(offsets, wait_s=wait_s)
+            return self._current.wait(offsets, wait_s=wait_s)
 
     def read(self, partition: int, offset: int, *, limit: int) -> Batch:
         """See `Log.read`."""
         with self._reading:
-            return self.log.read(partition, offset, limit=limit)
+            return self._current.read(partition, offset, limit=limit)
 
     def bounds(self, partition: int) -> tuple[int, int]:
         """See `Log.bounds`."""
         with self._reading:
-            return self.log.bounds(partition)
+            return self._current.bounds(partition)
 
     def ends(self) -> list[int]:
         """The end of each partition."""
@@ -85,15 +86,27 @@ class WorkLog:
     def trim(self, offsets: dict[int, int]) -> None:
         """Delete what lies before these offsets, and tell lag monitors."""
         with self._reading:
+            current = self._current
             for partition, offset in offsets.items():
-                if offset > self.log.bounds(partition)[0]:
-                    self.log.trim(partition, offset)
-            self.log.acknowledge(offsets)
+                if offset > current.bounds(partition)[0]:
+                    current.trim(partition, offset)
+            current.acknowledge(offsets)
 
     def close(self) -> None:
         """Close it once nobody is at work on it; who still holds it is told that it is closed."""
         with self._writing, self._reading:
             self.log.close()
+
+    def leave(self) -> None:
+        """Close it, as it is none that stands any more; who still holds it is told that it was replaced, and asks for the one of now."""
+        self._left = True
+        self.close()
+
+    @property
+    def _current(self) -> Log:
+        if self._left:
+            raise LogChanged("the log was replaced meanwhile", operation="use batch work", hint="it is opened again by whoever asks next")
+        return self.log
 
 
 class WorkLogs:
@@ -160,7 +173,7 @@ class WorkLogs:
             if work is None or work.log_id != log_id:
                 return
             del self._open[model]
-        work.close()
+        work.leave()
 
     def _folder(self, model: str) -> Path:
         return self._settings.data / "work" / work_name(model)

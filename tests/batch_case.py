@@ -27,6 +27,7 @@ from ingest.gateway.batch.desk import BatchDesk, object_of
 from ingest.gateway.batch.facts import SUBMITTER, Facts
 from ingest.gateway.batch.finish import results_of
 from schemas.batches import Batch, Owner
+from schemas.errors import LogChanged
 from schemas.events import AccessLogged, RequestSubmitted, SessionOpened
 from schemas.settings import BatchSettings, GatewaySettings, RecorderSettings, Settings
 from store.control import ControlLog, ControlView, open_control
@@ -361,6 +362,22 @@ class BatchCase:
             kill(pid)
         upstream.open.set()
         return {f"r{number - 1}" for number in results_of(desk, batch)}
+
+    def test_a_log_that_another_thread_replaces(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who holds it, or asks for it just then, hears that it was replaced, which is no outage, and has the one of now."""
+        own = apart(settings, "replaced")
+        works = WorkLogs(own)
+        with contextlib.closing(works):
+            held = works.of("m")
+            remove(own, "m")
+            now = works.standing("m")
+            with pytest.raises(LogChanged, match="replaced meanwhile"):
+                held.bounds(0)
+            given = iter([held])
+            monkeypatch.setattr(works, "of", lambda model: next(given, None) or WorkLogs.of(works, model))
+
+            assert works.standing("m") is now
+            assert held.log_id != now.log_id
 
     def test_killed_while_appending_anew(self, settings: Settings, upstream: Upstream, forks: Forks) -> None:
         """A worker dies when it has appended and not said so: the next one takes over, and each request has one result."""
