@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.errors import UsageError
@@ -209,6 +209,7 @@ class TestRoundTrips:
         """Chat completions, with everything that vLLM adds to them."""
         assert to_chat(from_chat(document), vllm=True) == document
 
+    @example({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": None}]}], "max_tokens": 1})
     @given(ANTHROPIC)
     def test_anthropic(self, document: dict[str, Any]) -> None:
         """Anthropic's messages."""

@@ -164,9 +164,11 @@ def _call(fields: Fields) -> ToolCall | None:
 
 
 def _result(fields: Fields) -> ToolResult | None:
-    call_id, failed, content = fields.take("tool_use_id", str), fields.take("is_error", bool), fields.rest.pop("content", None)
+    call_id, failed, content = fields.take("tool_use_id", str), fields.take("is_error", bool), fields.rest.get("content")
     if call_id is None:
         return None
+    if content is not None:  # a null that was sent stays what it is
+        del fields.rest["content"]
     if isinstance(content, str):
         parts: list[Part] = [Text(text=content)]
     elif isinstance(content, list) and content and all(isinstance(block, dict) for block in content):
