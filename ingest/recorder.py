@@ -50,7 +50,8 @@ class Recorder:
 
     - ``shed`` never blocks. When `queue_max` calls wait, further ones are let go; how many of which kind stands in
       a `records_lost` event of their session. A killed process loses what was in the queue, some twenty
-      milliseconds of events while the log keeps up, and with a spool nothing that was spooled.
+      milliseconds of events while the log keeps up (a fifth of a second where `coalesce_ms` is 500, as in the recorder
+      of an engine), and with a spool nothing that was spooled.
     - ``block`` waits for room instead, for ever if need be: an outage longer than the spool is large stops the
       process, and in an event loop all that runs in it. A killed process loses as in ``shed``.
     - ``strict`` is ``block`` for `record`; the caller awaits `durable` where losing would matter: before a request is
