@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.vllm.names import named, request_name
-from ingest.vllm.tap import SIZE, Tap
+from ingest.vllm.tap import SIZE, Tap, marshal_safe
 from replay.exact.engine import check, refuse_differences
 from replay.exact.run import Run, load
 from replay.exact.script import Script
@@ -25,7 +26,17 @@ from schemas.enginerun import calls, facts, versions
 from schemas.enginerun.decisions import Decision, Differences
 from schemas.enginerun.sessions import steps_session
 from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageError
-from schemas.events import ChunkAlternatives, EngineStep, Event, GenerationStarted, TokenChunk
+from schemas.events import (
+    PLATFORM_TENANT,
+    ChunkAlternatives,
+    EngineStep,
+    Event,
+    GenerationStarted,
+    RecordsLost,
+    RequestSubmitted,
+    SessionClosed,
+    TokenChunk,
+)
 from schemas.sink import new_id
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of
@@ -148,8 +159,10 @@ class _Fake:
             "facts": {"version": "0.32.0", "config.workers": [{"threads": 2}], "config.device_config.device": "cpu"},
             "unrepeatable": unrepeatable or [],
         }
+        self.data = data
         self.tap = Tap(self.header, caching=False)
         self.live: list[str] = []
+        self.logprobs: dict[str, float] = {}
 
     def arrive(self, name: str, **parameters: Any) -> None:
         said = {"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters}
@@ -162,31 +175,49 @@ class _Fake:
         self.live.append(name)
 
     def step(self, *, first: bool = False, ends: tuple[str, ...] = ()) -> None:
-        import numpy
+        self.schedule(dict.fromkeys(self.live, 3 if first else 1), new=self.live if first else ())
+        said = self.live
+        self.live = [name for name in self.live if name not in ends]
+        self.update({name: 40 + i for i, name in enumerate(said)}, ends=dict.fromkeys(ends, "stop"))
 
-        new = [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in self.live] if first else []
-        cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[])
-        counts = dict.fromkeys(self.live, 3 if first else 1)
+    def schedule(self, counts: dict[str, int], *, new: Iterable[str] = (), preempted: set[str] | None = None) -> None:
+        """Decide on a step: so many tokens of each, these for the first time."""
         self.tap.scheduling()
         self.tap.scheduled(
             SimpleNamespace(
                 num_scheduled_tokens=counts,
                 total_num_scheduled_tokens=sum(counts.values()),
-                scheduled_new_reqs=new,
-                scheduled_cached_reqs=cached,
-                preempted_req_ids=None,
+                scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=0) for name in new],
+                scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[]),
+                preempted_req_ids=preempted,
             )
         )
-        said = [
-            SimpleNamespace(request_id=name, new_token_ids=[40 + i], finish_reason="stop" if name in ends else None, stop_reason=None)
-            for i, name in enumerate(self.live)
+
+    def update(self, said: dict[str, int | None], *, ends: dict[str, str] | None = None, rows: list[str] | None = None) -> None:
+        """Take a step's result in: a token of each, None for one that only ends. Rows of the batch: who says something, or `rows`."""
+        import numpy
+
+        rows = [name for name, token in said.items() if token is not None] if rows is None else rows
+        outputs = [
+            SimpleNamespace(
+                request_id=name, new_token_ids=[] if token is None else [token], finish_reason=(ends or {}).get(name), stop_reason=None
+            )
+            for name, token in said.items()
         ]
-        scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(self.live), 1))
-        ids = numpy.array([[40 + i, 90, 40 + i, 91] for i in range(len(self.live))])
-        result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(self.live))
-        self.live = [name for name in self.live if name not in ends]
-        scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=self.live)
-        self.tap.updated({0: SimpleNamespace(outputs=said)}, result, scheduler)
+        scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(rows), 1))
+        ids = numpy.array([[said.get(name) or 0, 90, said.get(name) or 0, 91] for name in rows])
+        result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(rows))
+        for row, name in enumerate(rows):
+            scores[row, 0] = self.logprobs.get(name, -0.5)
+        requests = {name: SimpleNamespace(is_finished=lambda: False) for name in self.live}
+        scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=requests)
+        self.tap.updated({0: SimpleNamespace(outputs=outputs)}, result, scheduler)
+
+    def close(self) -> tuple[Run, list[Event]]:
+        """The engine ends; what the tape then has."""
+        self.tap.close()
+        await_end(self.data)
+        return _run(self.data)
 
 
 class _Struct(dict[str, Any]):
@@ -317,3 +348,176 @@ def test_a_frame_cut_short_is_left_out(tmp_path: Path) -> None:
     assert 1 == kinds.count("request_submitted")
     assert 2 == kinds.count("session_closed")
     assert json.dumps(kinds).count("engine_step") == 1
+
+
+A, B, C = "a-0000000a", "b-0000000b", "c-0000000c"
+
+
+def _answers(run: Run, events: list[Event]) -> dict[str, tuple[list[int], list[float], str | None]]:
+    """Token ids, logprobs and end of each request by its first letter."""
+    named_ids = {e.payload.generation_id: e.payload.client_request_id for e in events if isinstance(e.payload, RequestSubmitted)}
+    found = {str(named_ids[place[0]]): said for place, said in run.said.items()}
+    return {name: (list(said.token_ids), list(said.logprobs), said.finish_reason) for name, said in sorted(found.items())}
+
+
+def _losses(events: list[Event]) -> list[tuple[str, str]]:
+    """What was lost, and in whose session: the engine run's own or that of its steps."""
+    return [(e.payload.reason, "steps" if e.tenant == PLATFORM_TENANT else "own") for e in events if isinstance(e.payload, RecordsLost)]
+
+
+def test_one_that_fails_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grammar that does not compile ends a request that has no row in the batch; the others go on."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.arrive(B)
+    engine.schedule({A: 3}, new=[A])
+    engine.live = [A]
+    engine.update({A: 40, B: None}, ends={B: "error"})
+    engine.step(ends=(A,))
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([40, 40], [-0.5, -0.5], "stop"), "b": ([], [], "error")}
+    assert not _losses(events)
+
+
+def test_one_that_a_reset_preempted_and_its_client_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM still counts it among the preempted of the next step; an abort told twice is one."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap.reset(True, emptied=False)
+    engine.tap.finished([A, A], "FINISHED_ABORTED", idle=False)
+    engine.live = []
+    engine.arrive(B)
+    engine.schedule({B: 3}, new=[B], preempted={A})
+    engine.live = []
+    engine.update({B: 41}, ends={B: "stop"})
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([40], [-0.5], "abort"), "b": ([41], [-0.5], "stop")}
+    assert not _losses(events)
+
+
+def test_a_turn_of_an_input_that_is_still_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is a turn's; the request lives on and has one end, the last."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.schedule({A: 3}, new=[A])
+    engine.update({A: 40}, ends={A: "stop"})
+    engine.schedule({A: 1})
+    engine.live = []
+    engine.update({A: 41}, ends={A: "length"})
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([40, 41], [-0.5, -0.5], "length")}
+    assert [e.kind for e in events].count("sequence_finished") == 1
+
+
+def test_a_recorder_that_cannot_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was let go is told in both sessions; who lived through it has no end, and who came later is recorded whole and as itself."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.logprobs = {A: -0.25, B: -0.75, C: -1.0}
+    engine.arrive(A)
+    engine.schedule({A: 3}, new=[A])
+    engine.tap._send()
+    put = engine.tap.pipe.put
+    monkeypatch.setattr(engine.tap.pipe, "put", lambda calls: False)
+    engine.arrive(B)  # nobody hears of it
+    engine.schedule({A: 1, B: 3}, new=[B])
+    engine.update({A: 40})
+    engine.tap._send()
+    engine.update({A: 41, B: 40}, rows=[B, A])
+    engine.schedule({A: 1, B: 1})
+    engine.tap._send()
+    monkeypatch.setattr(engine.tap.pipe, "put", put)
+    engine.arrive(C)
+    engine.schedule({A: 1, B: 1, C: 3}, new=[C])
+    engine.update({A: 42, B: 41}, rows=[B, A])
+    engine.live = [B, C]
+    engine.update({A: 43, B: 42, C: 40}, rows=[C, B, A], ends={A: "stop"})
+    engine.schedule({B: 1, C: 1})
+    engine.live = []
+    engine.update({B: 43, C: 41}, rows=[C, B], ends={B: "stop", C: "stop"})
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"c": ([40, 41], [-1.0, -1.0], "stop")}
+    assert sorted(_losses(events)) == [("engine_ahead", "own"), ("engine_ahead", "steps")]
+    assert [0, 1] == sorted(run.requests)
+    assert [[0, 1], [1]] == [sorted(step.rows) for step in run.steps[-2:]]
+    with pytest.raises(ConflictError, match=r"calls not recorded \(5\): the recorder could not follow"):
+        check(run, forced=False)
+
+
+def test_a_loss_at_the_very_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that ends while too much waits still says that something is missing."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap._send()
+    monkeypatch.setattr("ingest.vllm.tap.WAITING_BYTES_MAX", -1)
+    engine.step(ends=(A,))
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([40], [-0.5], None)}
+    assert sorted(_losses(events)) == [("engine_ahead", "own"), ("engine_ahead", "steps")]
+
+
+def test_what_the_tap_does_not_understand_never_ends_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result of another shape is a call that is missing, and says so; requests that come later are recorded."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.schedule({A: 3}, new=[A])
+    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}))
+    engine.tap.scheduled(SimpleNamespace())
+    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}))
+    engine.live = []
+    engine.arrive(B)
+    engine.step(first=True, ends=(B,))
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"b": ([40], [-0.5], "stop")}
+    assert {("recorder_failed", "own"), ("recorder_failed", "steps")} == set(_losses(events))
+
+
+def test_what_the_recorder_does_not_understand_is_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that make no sense are counted, and the run is recorded to its end; so is a request after them."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap._calls += [("update", None), ("unheard of",), ("kv", {"operation": "lookup"}), ("schedule", 1, b"odd", None, None, None)]
+    engine.step(ends=(A,))
+    engine.arrive(B)
+    engine.step(first=True, ends=(B,))
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([40], [-0.5], None), "b": ([40], [-0.5], "stop")}
+    assert {("recorder_failed", "own"), ("recorder_failed", "steps")} == set(_losses(events))
+    assert ["engine ended"] * 2 == [e.payload.reason for e in events if isinstance(e.payload, SessionClosed)]
+
+
+def test_what_cannot_be_sent_ends_the_record_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Sessions say why nothing more follows, and so does a line for the engine's operator."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap._calls.append(("reset", object()))
+    engine.step(ends=(A,))
+    engine.tap.close()
+    await_end(tmp_path)
+    events = events_of(tmp_path)
+
+    assert ["no longer recorded: ValueError('unmarshallable object')"] * 2 == [
+        e.payload.reason for e in events if isinstance(e.payload, SessionClosed)
+    ]
+    assert 2 == len(_losses(events))
+    assert "nothing more of this engine run is recorded: unmarshallable object" in capfd.readouterr().err
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A connector may answer any kind of number; bytes stay bytes."""
+    import numpy
+
+    said = {"tokens_matched": numpy.int64(16), "bytes": numpy.float32(0.5), "hashes": b"ab", "sent": {"y", "x"}, "ok": True}
+
+    assert marshal_safe(said) == {"tokens_matched": 16, "bytes": 0.5, "hashes": b"ab", "sent": ["x", "y"], "ok": True}
+    assert [int, float, bool] == [type(marshal_safe(said)[key]) for key in ("tokens_matched", "bytes", "ok")]

@@ -59,7 +59,9 @@ def _record(installation: Any) -> None:
     scribe: Scribe | WorkerScribe | None = None
     for frame in frames(sys.stdin.buffer):
         if scribe is None:
-            scribe = (Scribe if frame[0][0] == "header" else WorkerScribe)(installation.recorder, installation.settings)
+            own = installation.recorder, installation.settings
+            kind, header = frame[0]
+            scribe = Scribe(*own) if kind == "header" else WorkerScribe(*own, header)
         scribe.frame(frame)
     if scribe is not None:
         scribe.close()

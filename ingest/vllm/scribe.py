@@ -17,12 +17,13 @@ import structlog
 from ingest.recorder import Recorder
 from ingest.vllm.kv.scribe import KvScribe
 from ingest.vllm.names import Named, named
-from ingest.vllm.tap import Others
+from ingest.vllm.tap import Logprobs, Others
 from schemas import events as e
 from schemas.enginerun import calls, facts
 from schemas.enginerun.decisions import Decision, Differences, Place
 from schemas.enginerun.sessions import steps_session
 from schemas.environment import capture
+from schemas.errors import InvalidEvent, TokentapeError
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 
@@ -30,8 +31,11 @@ log = structlog.get_logger(__name__)
 
 Frame = list[tuple[Any, ...]]
 
-Logprobs = tuple[list[int] | None, bytes, Others | None]
-"""In which row of the batch each output is, None: as before; the sampled tokens' logprobs (float32), and what else might have been said."""
+
+ENGINE_AHEAD, RECORDER_FAILED = "engine_ahead", "recorder_failed"
+"""Why calls of an engine are not on the tape: the recorder could not follow, or could not record them."""
+_NOBODY = Decision((), ())
+"""The decision of a step that is not known."""
 
 
 @dataclass(slots=True)
@@ -70,7 +74,25 @@ def content_allowed(settings: Settings) -> bool:
     return policy.content == "full" and not policy.builtin and not policy.rules
 
 
-class Scribe:
+class _Calls:
+    """Does what the calls of a frame say. One that cannot be recorded is told of, and those after it are recorded."""
+
+    def frame(self, frame: Frame) -> None:
+        """Record the calls of a frame. Raises what keeps all from being recorded: the event log's own errors."""
+        for kind, *said in frame:
+            try:
+                getattr(self, f"_on_{kind}")(*said)
+            except Exception as error:
+                if isinstance(error, TokentapeError) and not isinstance(error, InvalidEvent):
+                    raise
+                log.exception("a call of the engine is not recorded", call=kind)
+                self._failed(kind, f"{type(error).__name__}: {error}")
+
+    def _failed(self, kind: str, why: str) -> None:
+        raise NotImplementedError
+
+
+class Scribe(_Calls):
     """Turns the frames of one engine run into events."""
 
     def __init__(self, recorder: Recorder, settings: Settings) -> None:
@@ -86,7 +108,8 @@ class Scribe:
         self._differences = Differences(self.engine_run)
         self._pending: list[calls.Call] = []
         self._decided: deque[tuple[int, Decision]] = deque()
-        self._last = Decision((), ())
+        self._open = 0
+        self._last = _NOBODY
         self._sequences: dict[int, _Sequence] = {}
         self._places: dict[int, Place] = {}
         self._ended: set[int] = set()
@@ -99,20 +122,16 @@ class Scribe:
         self._model: str | None = None
         self._environment: bytes | None = None
         self._kv: KvScribe | None = None
-
-    def frame(self, frame: Frame) -> None:
-        """Record the calls of a frame."""
-        for call in frame:
-            getattr(self, f"_on_{call[0]}")(*call[1:])
+        self._reason = "engine ended"
 
     def close(self) -> None:
         """The engine has ended: what was still open stays as it is, and the last calls are written down."""
         if self._pending:
-            self._record_step(self._decided[0][1] if self._decided else Decision((), ()), [], 0, (0, 0, None))
+            self._record_step(self._decided[0][1] if self._decided else _NOBODY, [], 0, (0, 0, None))
         if self._kv is not None:
-            self._kv.close()
+            self._kv.close(self._reason)
         for context in (self._owner, self._steps):
-            self._recorder.record(context, e.SessionClosed(reason="engine ended"))
+            self._recorder.record(context, e.SessionClosed(reason=self._reason))
 
     def _on_header(self, header: dict[str, Any]) -> None:
         self._model = header["model"]
@@ -139,9 +158,36 @@ class Scribe:
         assert self._kv is not None, "an engine without a KV connector has no operations of one"
         self._kv.told(operation)
 
-    def _on_lost(self, count: int) -> None:
-        self._pending.append(calls.Unrepeatable(f"{count} calls that the recorder could not follow"))
-        self._recorder.record(self._steps, e.RecordsLost(reason="engine_ahead", count=count))
+    def _failed(self, kind: str, why: str) -> None:
+        if kind == "kv":
+            self._on_kv_lost(1, RECORDER_FAILED)
+        else:
+            self._on_lost(1, why, list(self._places), self._open)
+            self._last, self._outputs, self._rows = _NOBODY, [], []
+
+    def _on_kv_lost(self, count: int, reason: str = ENGINE_AHEAD) -> None:
+        if self._kv is not None:
+            self._kv.lost(count, reason)
+
+    def _on_lost(self, count: int, why: str, live: list[int], still_open: int) -> None:
+        """What the live ones said meanwhile is missing, so they stay as they are: without an end, in a session that says so."""
+        self._pending.append(calls.Unrepeatable(f"calls not recorded ({count}): {why or 'the recorder could not follow'}"))
+        self._tell_loss(count, RECORDER_FAILED if why else ENGINE_AHEAD)
+        for by_request in (self._sequences, self._parents, self._taken, self._ended):
+            by_request.clear()
+        known = set(live)
+        self._places = {number: place for number, place in self._places.items() if number in known}
+        self._differences.restart()
+        self._open = still_open
+        self._decided = deque([(0, _NOBODY)] * still_open)
+
+    def _on_over(self, why: str) -> None:
+        self._reason = f"no longer recorded: {why}"
+        self._tell_loss(1, RECORDER_FAILED)
+
+    def _tell_loss(self, count: int, reason: str) -> None:
+        for context in (self._owner, self._steps):
+            self._recorder.record(context, e.RecordsLost(reason=reason, count=count, kinds=[e.Count(key="engine_call", count=count)]))
 
     def _on_arrive(self, at_ns: int, number: int, document: dict[str, Any], prompt: bytes) -> None:
         name = named(document["request_id"])
@@ -205,11 +251,15 @@ class Scribe:
     def _on_schedule(
         self, at_ns: int, rows: bytes | None, tokens: bytes | None, computed: list[tuple[int, int]] | None, preempted: list[int] | None
     ) -> None:
+        self._open += 1
         if rows is None:
             decision = replace(self._last, tokens=(1,) * len(self._last.numbers), computed=(), preempted=())
         else:
             assert tokens is not None
-            decision = Decision(tuple(array("q", rows)), tuple(array("q", tokens)), tuple(computed or ()), tuple(preempted or ()))
+            known = [(n, count) for n, count in zip(array("q", rows), array("q", tokens), strict=True) if n in self._places]
+            decision = Decision(
+                tuple(n for n, _ in known), tuple(count for _, count in known), tuple(computed or ()), tuple(preempted or ())
+            )
         self._last = decision
         self._pending.append(calls.Schedule())
         if decision.preempted:
@@ -217,9 +267,9 @@ class Scribe:
         for number, cached in decision.computed:
             if cached:
                 self._pending.append(calls.Cached(number, cached))
-            generation = self._sequences[number].generation
-            if generation.cached is None:
-                generation.cached = cached
+            sequence = self._sequences.get(number)
+            if sequence is not None and sequence.generation.cached is None:
+                sequence.generation.cached = cached
         self._decided.append((at_ns, decision))
 
     def _on_update(
@@ -232,11 +282,12 @@ class Scribe:
         logprobs: Logprobs | None,
         state: tuple[int, int, float],
     ) -> None:
+        self._open -= 1
         if outputs is not None:
             self._outputs = array("q", outputs).tolist()
         self._pending.append(calls.Update())
         self._tokens(at_ns, array("q", tokens).tolist(), lengths, logprobs)
-        begun_ns, decision = self._decided.popleft()
+        begun_ns, decision = self._decided.popleft() if self._decided else (at_ns, _NOBODY)
         finished = [number for number, _, _ in ends or ()]
         self._record_step(decision, finished, (at_ns - max(begun_ns, self._updated_ns)) // 1000, state)
         self._updated_ns = at_ns
@@ -252,8 +303,8 @@ class Scribe:
         at = 0
         for place, number in enumerate(self._outputs):
             size = 1 if lengths is None else lengths[place]
-            if size:
-                sequence = self._sequences[number]
+            sequence = self._sequences.get(number)
+            if size and sequence is not None:
                 row = self._rows[place] if scores and sequence.alternatives is not None and size == 1 else None
                 score = () if row is None else (scores[row],)
                 asked = sequence.alternatives
@@ -291,8 +342,11 @@ class Scribe:
             self._end(number, at_ns, "abort" if status == "FINISHED_ABORTED" else "error", None)
 
     def _end(self, number: int, at_ns: int, reason: str, stop: Any) -> None:
-        sequence = self._sequences.pop(number)
-        self._ended.add(number)
+        sequence = self._sequences.pop(number, None)
+        if number in self._places:
+            self._ended.add(number)
+        if sequence is None:  # it lived through a loss
+            return
         generation = sequence.generation
         offset_us = (at_ns - generation.begun_ns) // 1000
         self._recorder.record(
@@ -357,25 +411,32 @@ class Scribe:
             del self._places[number]
 
 
-class WorkerScribe:
+class WorkerScribe(_Calls):
     """Turns the frames of a worker's process, or of an engine whose scheduler is not recorded, into events: KV operations."""
 
-    def __init__(self, recorder: Recorder, settings: Settings) -> None:
-        self._recorder, self._settings = recorder, settings
-        self._kv: KvScribe | None = None
-
-    def frame(self, frame: Frame) -> None:
-        """Record the operations of a frame."""
-        for kind, what in frame:
-            if kind == "kv_header":
-                self._kv = KvScribe(self._recorder, self._settings, what, None, content=content_allowed(self._settings))
-            elif kind == "kv" and self._kv is not None:
-                self._kv.told(what)
+    def __init__(self, recorder: Recorder, settings: Settings, engine_id: str) -> None:
+        self._kv = KvScribe(recorder, settings, engine_id, None, content=content_allowed(settings))
+        self._reason = "engine ended"
 
     def close(self) -> None:
         """The process has ended."""
-        if self._kv is not None:
-            self._kv.close()
+        self._kv.close(self._reason)
+
+    def _failed(self, kind: str, why: str) -> None:
+        self._kv.lost(1, RECORDER_FAILED)
+
+    def _on_kv_header(self, engine_id: str) -> None:
+        """It is what this object was made for."""
+
+    def _on_kv(self, operation: dict[str, Any]) -> None:
+        self._kv.told(operation)
+
+    def _on_kv_lost(self, count: int) -> None:
+        self._kv.lost(count, ENGINE_AHEAD)
+
+    def _on_over(self, why: str) -> None:
+        self._reason = f"no longer recorded: {why}"
+        self._kv.lost(1, RECORDER_FAILED)
 
 
 def _alternatives(others: Others, row: int, count: int) -> list[e.Alternative]:

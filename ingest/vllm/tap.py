@@ -1,10 +1,10 @@
 """What an engine core says of its calls, in a few microseconds each: all encoding is done by a process of its own.
 
-The engine's thread puts what it has at hand into a list. Some dozens of calls later another thread, which works while the
-engine waits for its device, makes plain values of them and hands them, as one frame, to the recorder's process
+The engine's thread makes bytes of what it has at hand while it is still in the processor's cache, and notes only what is not
+as it was in the step before. A few times a second another thread hands that, as one frame, to the recorder's process
 (`tokentape.engine`). That one outlives the engine: what was sent is on the tape even if the engine is killed. A recorder
-that cannot follow never holds the engine up: frames are let go and counted, and the tape says from where on the run
-cannot be replayed.
+that cannot follow never holds the engine up, and what goes wrong here never ends it: calls are let go and counted, the tape
+says so, and those that come later are told anew.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import time
 from array import array
 from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter
-from typing import Any, Protocol
+from numbers import Integral, Real
+from typing import Any
 
 from ingest.coalesce import ALTERNATIVES_MAX
 from schemas.enginerun.decisions import admitted, preempted
@@ -30,39 +30,48 @@ FRAME_CALLS = 64
 """Calls in one frame at most …"""
 FRAME_NS = 50_000_000
 """… and this is how long one waits for company while the engine works."""
-KEPT_MAX = 256
-"""Outputs of the engine that are kept for a frame at most. Each holds a list, and Python's garbage collector starts when 700 containers
-more are alive than before: what survives ages, until a full collection stops the engine for a good part of a second."""
-FRAMES_MAX = 32_768
-"""Frames that wait for the recorder before further ones are let go: minutes of an engine at work."""
+WAITING_BYTES_MAX = 512 * 1024 * 1024
+"""Frames that wait for the recorder before calls are let go: some twenty minutes of an engine that says 20,000 tokens a second. So long may
+the recorder take to begin, for it reads all weights once."""
 CLOSE_S = 5.0
 """How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
 PROGRAM = "tokentape.engine"
 """The module that runs as the recorder's process."""
 SIZE = struct.Struct("<I")
+UNKNOWN = -1
+"""The number of a request whose arrival was not told: after a loss, what concerns it is left out."""
 
-_name, _tokens, _reason = attrgetter("request_id"), attrgetter("new_token_ids"), attrgetter("finish_reason")
-
+Call = tuple[Any, ...]
+"""What was called, and what there is to say of it."""
 
 Others = tuple[int, bytes, bytes]
 """What else might have been said, by row of a batch: how many in a row, their ids (int32) and their logprobs (float32), likeliest first."""
 
-Scores = tuple[bytes, Others | None]
-"""The sampled tokens' logprobs (float32) by row of a batch, and the others, where somebody asked for any."""
+Logprobs = tuple[list[int] | None, bytes, Others | None]
+"""In which row of the batch each output is, None: as before; the sampled tokens' logprobs (float32) by row of the batch, and the others,
+where somebody asked for any."""
 
 
 class Tap:
-    """One engine run's calls on their way to the recorder: the engine's thread only keeps hold of what it has made anyway."""
+    """One engine run's calls on their way to the recorder: numbers for names, and nothing that is as before.
+
+    Its methods are called by the engine's thread alone, and raise nothing.
+    """
 
     def __init__(self, header: dict[str, Any], *, caching: bool) -> None:
         self._caching = caching
+        self._speculative = "speculative decoding" in header["unrepeatable"]
         self._clean = True
         self._open = 0  # steps scheduled and not yet taken in
-        self._scored: list[str] = []
-        self._calls: list[tuple[Any, ...]] = [("header", marshal_safe(header))]
+        self._numbers: dict[str, int] = {}  # of the live requests
+        self._arrived = 0
+        # What the recorder was told last: names of the step's rows, of the outputs, and of the rows with logprobs.
+        self._rows: list[str] | None = None
+        self._outputs: list[str] | None = None
+        self._scored: list[str] | None = None
+        self._calls: list[Call] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
-        self._kept = 0
-        self.pipe = Pipe(_Plain(speculative="speculative decoding" in header["unrepeatable"]))
+        self.pipe = Pipe()
         self._send()
 
     def arrived(self, request: Any, *, idle: bool) -> None:
@@ -70,11 +79,14 @@ class Tap:
         if idle and not self._open and (self._clean or not self._caching):
             self._calls.append(("idle",))
         self._clean = False
-        self._calls.append(("arrive", time.monotonic_ns(), request))
+        number, self._arrived = self._arrived, self._arrived + 1
+        self._numbers[request.request_id] = number
+        self._calls.append(("arrive", time.monotonic_ns(), number, request))
 
     def finished(self, names: Sequence[str], status: str, *, idle: bool) -> None:
         """Requests were ended from outside."""
-        self._calls.append(("finish", time.monotonic_ns(), names, status))
+        numbers = [self._numbers.pop(name) for name in names if name in self._numbers]
+        self._calls.append(("finish", time.monotonic_ns(), numbers, status))
         if idle:
             self._send()
 
@@ -90,113 +102,94 @@ class Tap:
     def scheduled(self, output: Any) -> None:
         """`schedule` decided."""
         self._open += 1
-        self._calls.append(("schedule", self._begun_ns, output))
+        try:
+            self._calls.append(self._schedule(output))
+        except Exception as error:  # whatever it is, the engine goes on
+            self._lose([], error)
 
     def updated(self, outputs: Any, result: Any, scheduler: Any) -> None:
         """`update_from_output` took the oldest step's result in."""
         self._open -= 1
-        scores = rows = None
-        if (logprobs := getattr(result, "logprobs", None)) is not None:
-            # Copies: the arrays may be written again in the next step.
-            scores = logprobs.logprobs[:, 0].tobytes(), _others(logprobs) if logprobs.logprobs.shape[1] > 1 else None
-            if result.req_ids != self._scored:
-                self._scored = rows = list(result.req_ids)
-        state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
         now_ns = time.monotonic_ns()
-        said = [part.outputs for part in outputs.values()]
-        self._kept += sum(map(len, said))
-        self._calls.append(("update", now_ns, said, rows, scores, state))
-        full = len(self._calls) >= FRAME_CALLS or self._kept >= KEPT_MAX
-        if full or now_ns - self._sent_ns > FRAME_NS or not scheduler.requests:
+        try:
+            self._calls.append(self._update(now_ns, outputs, result, scheduler))
+        except Exception as error:  # whatever it is, the engine goes on
+            self._lose([], error)
+        if len(self._calls) >= FRAME_CALLS or now_ns - self._sent_ns > FRAME_NS or not scheduler.requests:
             self._send()
 
     def close(self) -> None:
-        """The engine ends: hand over all of it."""
+        """The engine ends: hand over all of it, or say that it is missing."""
         self._send()
+        if self._calls:
+            self.pipe.put(self._calls, room=True)
         self.pipe.close()
 
-    def _send(self) -> None:
-        calls, self._calls, self._kept = self._calls, [], 0
-        self._sent_ns = time.monotonic_ns()
-        if calls and not self.pipe.put(calls):
-            self._calls = [("lost", len(calls))]
-
-
-class _Plain:
-    """Makes plain values of a run's calls, in the thread that sends them: numbers for names, and nothing that is as before."""
-
-    def __init__(self, *, speculative: bool) -> None:
-        self._speculative = speculative
-        self._numbers: dict[str, int] = {}
-        self._arrived = 0
-        self._rows: list[str] = []
-        self._outputs: list[str] = []
-        self._index: dict[str, int] = {}
-        self._places: list[int] = []
-
-    def calls(self, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """The calls without objects of vLLM."""
-        return [getattr(self, f"_{call[0]}", lambda *rest, kind=call[0]: (kind, *rest))(*call[1:]) for call in calls]
-
-    def _arrive(self, at_ns: int, request: Any) -> tuple[Any, ...]:
-        number, self._arrived = self._arrived, self._arrived + 1
-        self._numbers[request.request_id] = number
-        prompt = array("q", request.prompt_token_ids or ()).tobytes()
-        return "arrive", at_ns, number, marshal_safe(request_document(request)), prompt
-
-    def _finish(self, at_ns: int, names: Sequence[str], status: str) -> tuple[Any, ...]:
-        return "finish", at_ns, [self._numbers.pop(name) for name in names], status
-
-    def _schedule(self, at_ns: int, output: Any) -> tuple[Any, ...]:
+    def _schedule(self, output: Any) -> Call:
         scheduled = output.num_scheduled_tokens
         names = list(scheduled)
         # Everybody decodes one token, as in the step before: nothing to say.
         if names == self._rows and output.total_num_scheduled_tokens == len(names) and not output.preempted_req_ids:
-            return "schedule", at_ns, None, None, None, None
+            return "schedule", self._begun_ns, None, None, None, None
         self._rows = names
-        rows, tokens = array("q", [self._numbers[name] for name in names]), array("q", scheduled.values())
-        return "schedule", at_ns, rows.tobytes(), tokens.tobytes(), admitted(output, self._numbers), preempted(output, self._numbers)
+        rows, tokens = self._numbers_of(names), array("q", scheduled.values()).tobytes()
+        return "schedule", self._begun_ns, rows, tokens, admitted(output, self._numbers), preempted(output, self._numbers)
 
-    def _update(
-        self, at_ns: int, parts: list[list[Any]], scored: list[str] | None, scores: Scores | None, state: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
+    def _update(self, now_ns: int, outputs: Any, result: Any, scheduler: Any) -> Call:
+        parts = [part.outputs for part in outputs.values()]
         said = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
-        names = list(map(_name, said))
+        names = [output.request_id for output in said]
         rows = None
         if names != self._outputs:
             self._outputs = names
-            rows = array("q", [self._numbers[name] for name in names]).tobytes()
-        lists = list(map(_tokens, said))
-        tokens = list(chain.from_iterable(lists))
-        lengths = list(map(len, lists)) if self._speculative or len(tokens) != len(lists) else None
-        logprobs = self._logprobs(names, scored, scores, anew=rows is not None)
-        reasons = list(map(_reason, said))
-        ends = None
-        if reasons.count(None) != len(reasons):
-            ended = [output for output in said if output.finish_reason is not None]
-            ends = [(self._numbers.pop(o.request_id), str(o.finish_reason), o.stop_reason) for o in ended]
-        return "update", at_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state
+            rows = self._numbers_of(names)
+        lists = [output.new_token_ids for output in said]
+        lengths = None
+        try:
+            tokens = [token for (token,) in lists]
+        except ValueError:  # not one token each
+            tokens, lengths = list(chain.from_iterable(lists)), list(map(len, lists))
+        logprobs = self._logprobs(result, anew=rows is not None)
+        ended = [output for output in said if output.finish_reason is not None]
+        ends = self._ends(ended, scheduler.requests) if ended else None
+        state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
+        return "update", now_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state
 
-    def _logprobs(
-        self, names: list[str], scored: list[str] | None, scores: Scores | None, *, anew: bool
-    ) -> tuple[list[int] | None, bytes, Others | None] | None:
-        """The logprobs by row of the batch, and in which row each output is, unless as before."""
-        if scored is not None:
-            self._index = {name: row for row, name in enumerate(scored)}
-        if scores is None or self._speculative:
+    def _logprobs(self, result: Any, *, anew: bool) -> Logprobs | None:
+        found = getattr(result, "logprobs", None)
+        if found is None or self._speculative:
             return None
-        if scored is not None or anew:
-            self._places = [self._index[name] for name in names]
-            return self._places, *scores
-        return None, *scores
+        places = None
+        if anew or result.req_ids != self._scored:
+            self._scored = list(result.req_ids)
+            at = {name: row for row, name in enumerate(self._scored)}
+            places = [at.get(name, 0) for name in self._outputs or ()]  # who failed before its first step has an end and no row
+        # Copies: the arrays may be written again in the next step.
+        return places, found.logprobs[:, 0].tobytes(), _others(found) if found.logprobs.shape[1] > 1 else None
 
+    def _ends(self, ended: list[Any], requests: Any) -> list[tuple[int, str, Any]] | None:
+        """A turn of an input that is still being sent ends too, and its request lives on."""
+        final = [one for one in ended if one.request_id not in requests or requests[one.request_id].is_finished()]
+        return [(self._numbers.pop(one.request_id, UNKNOWN), str(one.finish_reason), marshal_safe(one.stop_reason)) for one in final]
 
-class Translator(Protocol):
-    """Makes plain values of calls, in the thread that sends them."""
+    def _numbers_of(self, names: list[str]) -> bytes:
+        return array("q", [self._numbers.get(name, UNKNOWN) for name in names]).tobytes()
 
-    def calls(self, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """The calls as values that marshal takes."""
-        ...
+    def _send(self) -> None:
+        calls, self._calls = self._calls, []
+        self._sent_ns = time.monotonic_ns()
+        if calls and not self.pipe.put(calls):
+            self._lose(calls)
+
+    def _lose(self, calls: list[Call], error: Exception | None = None) -> None:
+        """These calls, or one that failed, will not be known: say how many, who lives and how many steps are open, and all else anew."""
+        for call in calls:
+            if call[0] == "arrive":
+                self._numbers.pop(call[3].request_id, None)
+                self._arrived = min(self._arrived, call[2])  # numbers on the tape have no gap
+        lost = sum(call[1] if call[0] == "lost" else 1 for call in calls) or 1
+        self._calls.append(("lost", lost, repr(error) if error else "", list(self._numbers.values()), self._open))
+        self._rows = self._outputs = self._scored = None
 
 
 class Pipe:
@@ -206,10 +199,10 @@ class Pipe:
     recorder is so a few objects and not the engine's own lists, of which thousands would keep the garbage collector at work.
     """
 
-    def __init__(self, plain: Translator) -> None:
+    def __init__(self) -> None:
         self.over = False
-        self._plain = plain
-        self._calls: queue.SimpleQueue[list[tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._packed = self._written = 0  # bytes, each counted by one thread
+        self._calls: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended.
         self._process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
@@ -218,10 +211,10 @@ class Pipe:
             thread.start()
         atexit.register(self.close)
 
-    def put(self, calls: list[tuple[Any, ...]]) -> bool:
-        """Take calls in; False when too many wait already."""
+    def put(self, calls: list[Call], *, room: bool = False) -> bool:
+        """Take calls in; False when too much waits already, unless there is to be room for these."""
         if not self.over:
-            if self._calls.qsize() + self._frames.qsize() >= FRAMES_MAX:
+            if self._packed - self._written > WAITING_BYTES_MAX and not room:
                 return False
             self._calls.put(calls)
         return True
@@ -237,12 +230,15 @@ class Pipe:
     def _pack(self) -> None:
         while (calls := self._calls.get()) is not None:
             try:
-                frame = marshal.dumps(self._plain.calls(calls))
-            except (ValueError, TypeError, LookupError) as error:
+                frame = marshal.dumps([_plain(call) for call in calls])
+            except Exception as error:  # whatever it is, the tape says it
                 self._end(error)
-                break
+                frame = marshal.dumps([("over", repr(error))])
             del calls  # while the next ones are waited for nothing of the engine is held
+            self._packed += len(frame)
             self._frames.put(SIZE.pack(len(frame)) + frame)
+            if self.over:
+                break
         self._frames.put(None)
 
     def _write(self) -> None:
@@ -252,6 +248,7 @@ class Pipe:
             while (frame := self._frames.get()) is not None:
                 out.write(frame)
                 out.flush()
+                self._written += len(frame) - SIZE.size
             out.close()
             self._process.wait()
         except OSError as error:
@@ -260,6 +257,15 @@ class Pipe:
     def _end(self, error: Exception) -> None:
         self.over = True
         sys.stderr.write(f"tokentape: nothing more of this engine run is recorded: {error or 'its recorder has ended'}\n")
+
+
+def _plain(call: Call) -> Call:
+    """A call without objects of vLLM or of a KV connector."""
+    if call[0] == "arrive":
+        _, at_ns, number, request = call
+        prompt = array("q", request.prompt_token_ids or ()).tobytes()
+        return "arrive", at_ns, number, marshal_safe(request_document(request)), prompt
+    return ("kv", marshal_safe(call[1])) if call[0] == "kv" else call
 
 
 def _others(logprobs: Any) -> Others:
@@ -299,12 +305,11 @@ def _unrepeatable(request: Any) -> list[str]:
 
 
 def marshal_safe(value: Any) -> Any:
-    """A value made of what marshal takes: JSON types; sets become sorted lists."""
-    if value is None or type(value) in (bool, int, float, str):
+    """A value made of what marshal takes: JSON types and bytes; sets become sorted lists."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
         return value
-    for kind in (int, float, str):  # subclasses: enumerations, versions
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, Integral | Real | str):  # subclasses and NumPy's numbers: enumerations, versions
+        return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else str(value)
     if isinstance(value, dict):
         return {str(key): marshal_safe(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):

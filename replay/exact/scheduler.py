@@ -61,6 +61,8 @@ class _Replaying:
         ended = [o.request_id for part in outputs.values() for o in part.outputs if o.finish_reason is not None]
         if decision.checksum(self.numbers[name] for name in ended) != step.checksum and not self.forced:
             raise Diverged(_why(self.script.run, decision, step.rows, ended), step.number)
+        for name in ended:
+            del self.numbers[name]
         return outputs
 
     def _put_back(self) -> None:
@@ -78,6 +80,7 @@ class _Replaying:
                 self._own = True
                 for number in call.numbers:
                     self.finish_requests(self.names[number], RequestStatus[call.status])
+                    self.numbers.pop(self.names[number], None)
                 self._own = False
             elif isinstance(call, calls.Reset):
                 self.reset_prefix_cache(call.running)  # type: ignore[attr-defined]

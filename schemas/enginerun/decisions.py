@@ -39,18 +39,17 @@ class Decision:
 
 
 def admitted(output: Any, numbers: Mapping[str, int]) -> list[tuple[int, int]]:
-    """Requests that a `SchedulerOutput` of vLLM admits, new or again, with the tokens that need no computing."""
-    found = [(numbers[new.req_id], new.num_computed_tokens) for new in output.scheduled_new_reqs]
+    """Requests with a number that a `SchedulerOutput` of vLLM admits, new or again, with the tokens that need no computing."""
+    found = [(new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs]
     cached = output.scheduled_cached_reqs
     if resumed := cached.resumed_req_ids:
-        computed = zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-        found += [(numbers[name], tokens) for name, tokens in computed if name in resumed]
-    return found
+        found += [pair for pair in zip(cached.req_ids, cached.num_computed_tokens, strict=True) if pair[0] in resumed]
+    return [(numbers[name], tokens) for name, tokens in found if name in numbers]
 
 
 def preempted(output: Any, numbers: Mapping[str, int]) -> list[int]:
-    """Requests that a `SchedulerOutput` of vLLM preempts, by number."""
-    return sorted(numbers[name] for name in output.preempted_req_ids or ())
+    """Live requests that a `SchedulerOutput` of vLLM preempts, by number: one that a reset preempted may have been aborted since."""
+    return sorted(numbers[name] for name in output.preempted_req_ids or () if name in numbers)
 
 
 def decision_of(output: Any, numbers: Mapping[str, int]) -> Decision:
@@ -66,6 +65,11 @@ class Differences:
     def __init__(self, engine_run: bytes) -> None:
         self._anew = StepEntry(generation_id=engine_run, index=ANEW, tokens=0)
         self._last: dict[int, int] = {}
+        self._restart = False
+
+    def restart(self) -> None:
+        """The next decision follows none that is known: its entries list all that are in it."""
+        self._last, self._restart = {}, True
 
     def entries(self, decision: Decision, place: Callable[[int], Place]) -> list[StepEntry]:
         """The entries of the next decision."""
@@ -75,7 +79,8 @@ class Differences:
         changed |= dict.fromkeys(out - now.keys(), PREEMPTED)
         kept = [number for number in self._last if number in now]
         changed |= {number: tokens for number, tokens in now.items() if self._last.get(number) != tokens}
-        anew = [*kept, *(number for number in now if number not in self._last)] != list(now)
+        anew = self._restart or [*kept, *(number for number in now if number not in self._last)] != list(now)
+        self._restart = False
         if anew:
             changed = {**{number: tokens for number, tokens in changed.items() if number not in now}, **now}
         self._last = now

@@ -36,6 +36,7 @@ class Outlet:
         self._flushed: list[Callable[[], None]] = []
         self._profiles: list[Profile] = []
         self._sending = threading.Lock()
+        self._lost = 0
         self._thread: threading.Thread | None = None
 
     def opened(self, header: tuple[Any, ...], flush: Callable[[], None], profile: Profile | None = None) -> None:
@@ -62,7 +63,7 @@ class Outlet:
     def working(self) -> None:
         """The engine is at work, so its scheduler exists: where none of ours is in this process there will not be one."""
         if self._pipe is None and self._own is None and self._header is not None:
-            self._own = Pipe(_AsTheyAre())
+            self._own = Pipe()
             self._own.put([self._header])
             atexit.register(self.close)
 
@@ -117,15 +118,10 @@ class Outlet:
             while self._waiting:
                 operations.append(("kv", self._waiting.popleft()))
             if operations and not pipe.put(operations):
-                pipe.put([("lost", len(operations))])
-
-
-class _AsTheyAre:
-    """Operations are plain already."""
-
-    def calls(self, calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """The same."""
-        return calls
+                self._lost += len(operations)
+            elif operations and self._lost:
+                pipe.put([("kv_lost", self._lost)])
+                self._lost = 0
 
 
 outlet = Outlet()

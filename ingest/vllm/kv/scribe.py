@@ -50,20 +50,27 @@ class KvScribe:
         else:
             self._record(operation, generation_id)
 
-    def close(self) -> None:
-        """The process has ended."""
+    def lost(self, count: int, reason: str) -> None:
+        """So many operations are not on the tape."""
+        self._tell(e.RecordsLost(reason=reason, count=count, kinds=[e.Count(key=e.KvOperation.KIND, count=count)]))
+
+    def close(self, reason: str) -> None:
+        """The process has ended, or is not recorded any longer."""
         for operations in self._waiting.values():
             for operation in operations:
                 self._record(operation, None)
         self._waiting.clear()
         if self._opened:
-            self._recorder.record(self._context, e.SessionClosed(reason="engine ended"))
+            self._recorder.record(self._context, e.SessionClosed(reason=reason))
 
     def _record(self, operation: dict[str, Any], generation_id: bytes | None) -> None:
+        error, hashes = operation.pop("error", ""), operation.pop("block_hashes", None)
+        content = e.KvContent(error=error, block_hashes=hashes) if error or hashes else None
+        self._tell(e.KvOperation(**operation, generation_id=generation_id, content=content))
+
+    def _tell(self, payload: e.Payload) -> None:
         if not self._opened:
             self._opened = True
             opened = e.SessionOpened(workflow="engine", purpose="kv operations", parent_session=self._engine_run, tags=["engine", "kv"])
             self._recorder.record(self._context, opened)
-        error, hashes = operation.pop("error", ""), operation.pop("block_hashes", None)
-        content = e.KvContent(error=error, block_hashes=hashes) if error or hashes else None
-        self._recorder.record(self._context, e.KvOperation(**operation, generation_id=generation_id, content=content))
+        self._recorder.record(self._context, payload)
