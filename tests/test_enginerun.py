@@ -205,13 +205,13 @@ class _Fake:
             for name, token in said.items()
         ]
         scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(rows), 1))
-        ids = numpy.array([[said.get(name) or 0, 90, said.get(name) or 0, 91] for name in rows])
+        ids = numpy.array([[said.get(name) or 0, 90, said.get(name) or 0, 91] for name in rows]).reshape(-1, 4)
         result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(rows))
         for row, name in enumerate(rows):
             scores[row, 0] = self.logprobs.get(name, -0.5)
         requests = {name: SimpleNamespace(is_finished=lambda: False) for name in self.live}
         scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=requests)
-        self.tap.updated({0: SimpleNamespace(outputs=outputs)}, result, scheduler)
+        self.tap.updated({0: SimpleNamespace(outputs=outputs)}, result, scheduler, ended=bool(ends))
 
     def close(self) -> tuple[Run, list[Event]]:
         """The engine ends; what the tape then has."""
@@ -413,6 +413,40 @@ def test_a_turn_of_an_input_that_is_still_sent(tmp_path: Path, monkeypatch: pyte
     assert [e.kind for e in events].count("sequence_finished") == 1
 
 
+def test_rows_of_the_batch_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request has its own tokens and logprobs, also one step ahead and while nothing but them is new; the runner may exchange rows."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.logprobs = {A: -0.25, B: -0.75}
+    engine.arrive(A)
+    engine.arrive(B)
+    engine.schedule({A: 3, B: 3}, new=[A, B])
+    for at in range(5):
+        engine.schedule({A: 1, B: 1})
+        engine.update({A: 50 + at, B: 60 + at}, rows=[B, A] if at < 3 else [A, B])
+    engine.live = []
+    engine.update({A: 55, B: 65}, ends={A: "stop", B: "length"}, rows=[A, B])
+    run, events = engine.close()
+
+    assert _answers(run, events) == {
+        "a": ([50, 51, 52, 53, 54, 55], [-0.25] * 6, "stop"),
+        "b": ([60, 61, 62, 63, 64, 65], [-0.75] * 6, "length"),
+    }
+
+
+def test_a_step_of_nobody_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not taken for one like that before the loss."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap.scheduled(SimpleNamespace())
+    engine.tap.updated({}, None, SimpleNamespace(requests={}), ended=False)
+    engine.schedule({})
+    engine.update({})
+    run, _ = engine.close()
+
+    assert [[0], [], []] == [list(step.rows) for step in run.steps]
+
+
 def test_a_recorder_that_cannot_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was let go is told in both sessions; who lived through it has no end, and who came later is recorded whole and as itself."""
     engine = _Fake(tmp_path, monkeypatch)
@@ -467,9 +501,9 @@ def test_what_the_tap_does_not_understand_never_ends_the_engine(tmp_path: Path, 
     engine = _Fake(tmp_path, monkeypatch)
     engine.arrive(A)
     engine.schedule({A: 3}, new=[A])
-    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}))
+    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}), ended=False)
     engine.tap.scheduled(SimpleNamespace())
-    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}))
+    engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}), ended=False)
     engine.live = []
     engine.arrive(B)
     engine.step(first=True, ends=(B,))

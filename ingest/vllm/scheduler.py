@@ -57,12 +57,12 @@ class _Recording:
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        self._in_update = True
+        self._in_update, ended = True, len(self.finished_req_ids)  # type: ignore[attr-defined]
         try:
             outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
         finally:
             self._in_update = False
-        self._tap.updated(outputs, model_runner_output, self)
+        self._tap.updated(outputs, model_runner_output, self, ended=len(self.finished_req_ids) != ended)  # type: ignore[attr-defined]
         return outputs
 
     def shutdown(self) -> None:

@@ -163,7 +163,6 @@ class Scribe(_Calls):
             self._on_kv_lost(1, RECORDER_FAILED)
         else:
             self._on_lost(1, why, list(self._places), self._open)
-            self._last, self._outputs, self._rows = _NOBODY, [], []
 
     def _on_kv_lost(self, count: int, reason: str = ENGINE_AHEAD) -> None:
         if self._kv is not None:
@@ -180,6 +179,7 @@ class Scribe(_Calls):
         self._differences.restart()
         self._open = still_open
         self._decided = deque([(0, _NOBODY)] * still_open)
+        self._last, self._outputs, self._rows = _NOBODY, [], []
 
     def _on_over(self, why: str) -> None:
         self._reason = f"no longer recorded: {why}"
@@ -276,7 +276,7 @@ class Scribe(_Calls):
         self,
         at_ns: int,
         outputs: bytes | None,
-        tokens: bytes,
+        tokens: bytes | None,
         lengths: list[int] | None,
         ends: list[tuple[int, str, Any]] | None,
         logprobs: Logprobs | None,
@@ -286,7 +286,7 @@ class Scribe(_Calls):
         if outputs is not None:
             self._outputs = array("q", outputs).tolist()
         self._pending.append(calls.Update())
-        self._tokens(at_ns, array("q", tokens).tolist(), lengths, logprobs)
+        self._tokens(at_ns, tokens, lengths, logprobs)
         begun_ns, decision = self._decided.popleft() if self._decided else (at_ns, _NOBODY)
         finished = [number for number, _, _ in ends or ()]
         self._record_step(decision, finished, (at_ns - max(begun_ns, self._updated_ns)) // 1000, state)
@@ -294,12 +294,17 @@ class Scribe(_Calls):
         for number, reason, stop in ends or ():
             self._end(number, at_ns, reason, stop)
 
-    def _tokens(self, at_ns: int, tokens: list[int], lengths: list[int] | None, logprobs: Logprobs | None) -> None:
+    def _tokens(self, at_ns: int, said: bytes | None, lengths: list[int] | None, logprobs: Logprobs | None) -> None:
         scores: tuple[float, ...] = ()
         others: Others | None = None
+        tokens = array("q", said or b"").tolist()
         if logprobs is not None:
-            self._rows = logprobs[0] if logprobs[0] is not None else self._rows
-            scores, others = struct.unpack(f"<{len(logprobs[1]) // 4}f", logprobs[1]), logprobs[2]
+            rows, ids, logprob, others = logprobs
+            self._rows = rows if rows is not None else self._rows
+            scores = struct.unpack(f"<{len(logprob) // 4}f", logprob)
+            if ids is not None:
+                by_row = struct.unpack(f"<{len(ids) // 4}i", ids)
+                tokens = [by_row[row] for row in self._rows]
         at = 0
         for place, number in enumerate(self._outputs):
             size = 1 if lengths is None else lengths[place]

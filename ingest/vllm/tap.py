@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 from numbers import Integral, Real
@@ -47,9 +48,9 @@ Call = tuple[Any, ...]
 Others = tuple[int, bytes, bytes]
 """What else might have been said, by row of a batch: how many in a row, their ids (int32) and their logprobs (float32), likeliest first."""
 
-Logprobs = tuple[list[int] | None, bytes, Others | None]
-"""In which row of the batch each output is, None: as before; the sampled tokens' logprobs (float32) by row of the batch, and the others,
-where somebody asked for any."""
+Logprobs = tuple[list[int] | None, bytes | None, bytes, Others | None]
+"""In which row of the batch each output is, None: as before; by row of the batch the sampled tokens' ids (int32), None: they stand with
+the outputs, and their logprobs (float32); and the others, where somebody asked for any."""
 
 
 class Tap:
@@ -62,13 +63,13 @@ class Tap:
         self._caching = caching
         self._speculative = "speculative decoding" in header["unrepeatable"]
         self._clean = True
-        self._open = 0  # steps scheduled and not yet taken in
+        self._open: deque[list[str]] = deque()  # names of those in the steps that are scheduled and not yet taken in
         self._numbers: dict[str, int] = {}  # of the live requests
         self._arrived = 0
         # What the recorder was told last: names of the step's rows, of the outputs, and of the rows with logprobs.
-        self._rows: list[str] | None = None
-        self._outputs: list[str] | None = None
-        self._scored: list[str] | None = None
+        self._rows: list[str] = []
+        self._outputs: list[str] = []
+        self._scored: list[str] = []
         self._calls: list[Call] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
         self.pipe = Pipe()
@@ -101,18 +102,22 @@ class Tap:
 
     def scheduled(self, output: Any) -> None:
         """`schedule` decided."""
-        self._open += 1
         try:
             self._calls.append(self._schedule(output))
+            self._open.append(self._rows)
         except Exception as error:  # whatever it is, the engine goes on
+            self._open.append([])
             self._lose([], error)
 
-    def updated(self, outputs: Any, result: Any, scheduler: Any) -> None:
-        """`update_from_output` took the oldest step's result in."""
-        self._open -= 1
+    def updated(self, outputs: Any, result: Any, scheduler: Any, *, ended: bool) -> None:
+        """`update_from_output` took the oldest step's result in; `ended`: it has finished requests."""
         now_ns = time.monotonic_ns()
         try:
-            self._calls.append(self._update(now_ns, outputs, result, scheduler))
+            step = self._open.popleft()
+            update = self._steady(step, outputs, result) if not ended else None
+            said = update or self._update(step, outputs, result, scheduler.requests)
+            state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
+            self._calls.append(("update", now_ns, *said, state))
         except Exception as error:  # whatever it is, the engine goes on
             self._lose([], error)
         if len(self._calls) >= FRAME_CALLS or now_ns - self._sent_ns > FRAME_NS or not scheduler.requests:
@@ -135,14 +140,25 @@ class Tap:
         rows, tokens = self._numbers_of(names), array("q", scheduled.values()).tobytes()
         return "schedule", self._begun_ns, rows, tokens, admitted(output, self._numbers), preempted(output, self._numbers)
 
-    def _update(self, now_ns: int, outputs: Any, result: Any, scheduler: Any) -> Call:
-        parts = [part.outputs for part in outputs.values()]
-        said = parts[0] if len(parts) == 1 else list(chain.from_iterable(parts))
+    def _steady(self, step: list[str], outputs: Any, result: Any) -> tuple[Any, ...] | None:
+        """What there is to say where all that are in the step say one token as in the step before: no output is looked at. None elsewhere.
+
+        The token that was sampled is the first of its row of logprobs (`vllm.v1.outputs.LogprobsLists`).
+        """
+        found = getattr(result, "logprobs", None)
+        if step is not self._outputs or found is None or self._speculative or len(outputs) != 1:
+            return None
+        (part,) = outputs.values()
+        if not len(part.outputs) == len(step) == len(self._scored) == len(found.logprobs) or result.req_ids != self._scored:
+            return None
+        ids = found.logprob_token_ids[:, 0].astype("int32").tobytes()
+        return None, None, None, None, (None, ids, *_scores(found))
+
+    def _update(self, step: list[str], outputs: Any, result: Any, requests: Any) -> tuple[Any, ...]:
+        said = [output for part in outputs.values() for output in part.outputs]
         names = [output.request_id for output in said]
-        rows = None
-        if names != self._outputs:
-            self._outputs = names
-            rows = self._numbers_of(names)
+        rows = self._numbers_of(names) if names != self._outputs else None
+        self._outputs = step if names == step else names
         lists = [output.new_token_ids for output in said]
         lengths = None
         try:
@@ -151,9 +167,7 @@ class Tap:
             tokens, lengths = list(chain.from_iterable(lists)), list(map(len, lists))
         logprobs = self._logprobs(result, anew=rows is not None)
         ended = [output for output in said if output.finish_reason is not None]
-        ends = self._ends(ended, scheduler.requests) if ended else None
-        state = (len(scheduler.running), len(scheduler.waiting), scheduler.kv_cache_manager.usage)
-        return "update", now_ns, rows, array("q", tokens).tobytes(), lengths, ends, logprobs, state
+        return rows, array("q", tokens).tobytes(), lengths, self._ends(ended, requests) if ended else None, logprobs
 
     def _logprobs(self, result: Any, *, anew: bool) -> Logprobs | None:
         found = getattr(result, "logprobs", None)
@@ -163,9 +177,8 @@ class Tap:
         if anew or result.req_ids != self._scored:
             self._scored = list(result.req_ids)
             at = {name: row for row, name in enumerate(self._scored)}
-            places = [at.get(name, 0) for name in self._outputs or ()]  # who failed before its first step has an end and no row
-        # Copies: the arrays may be written again in the next step.
-        return places, found.logprobs[:, 0].tobytes(), _others(found) if found.logprobs.shape[1] > 1 else None
+            places = [at.get(name, 0) for name in self._outputs]  # who failed before its first step has an end and no row
+        return places, None, *_scores(found)
 
     def _ends(self, ended: list[Any], requests: Any) -> list[tuple[int, str, Any]] | None:
         """A turn of an input that is still being sent ends too, and its request lives on."""
@@ -188,8 +201,8 @@ class Tap:
                 self._numbers.pop(call[3].request_id, None)
                 self._arrived = min(self._arrived, call[2])  # numbers on the tape have no gap
         lost = sum(call[1] if call[0] == "lost" else 1 for call in calls) or 1
-        self._calls.append(("lost", lost, repr(error) if error else "", list(self._numbers.values()), self._open))
-        self._rows = self._outputs = self._scored = None
+        self._calls.append(("lost", lost, repr(error) if error else "", list(self._numbers.values()), len(self._open)))
+        self._rows, self._outputs, self._scored = [], [], []
 
 
 class Pipe:
@@ -268,8 +281,13 @@ def _plain(call: Call) -> Call:
     return ("kv", marshal_safe(call[1])) if call[0] == "kv" else call
 
 
+def _scores(logprobs: Any) -> tuple[bytes, Others | None]:
+    """Copies, for the arrays may be written again in the next step: the first column, which is the sampled token's, and the others."""
+    return logprobs.logprobs[:, 0].tobytes(), _others(logprobs) if logprobs.logprobs.shape[1] > 1 else None
+
+
 def _others(logprobs: Any) -> Others:
-    """All columns but the first, which is the sampled token's (`vllm.v1.outputs.LogprobsLists`)."""
+    """All columns but the first."""
     ids, scores = logprobs.logprob_token_ids[:, 1 : ALTERNATIVES_MAX + 1], logprobs.logprobs[:, 1 : ALTERNATIVES_MAX + 1]
     return ids.shape[1], ids.astype("int32").tobytes(), scores.tobytes()
 
