@@ -439,7 +439,7 @@ def test_a_step_of_nobody_after_a_loss(tmp_path: Path, monkeypatch: pytest.Monke
     engine.arrive(A)
     engine.step(first=True)
     engine.tap.scheduled(SimpleNamespace())
-    engine.tap.updated({}, None, SimpleNamespace(requests={}), ended=False)
+    engine.update({})
     engine.schedule({})
     engine.update({})
     run, _ = engine.close()
