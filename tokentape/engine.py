@@ -7,26 +7,38 @@ import marshal
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ingest.vllm.scribe import Frame
 
+CHUNK_BYTES = 1 << 20
+"""Read from the pipe at once."""
+REST_S = 0.2
+"""So long frames gather in the pipe while there are few: an engine without a core to spare has to wait for each time this process wakes."""
 COALESCE_MS_MIN = 500.0
 """Tokens of a sequence wait at least this long for company: the pipe outlives the engine, so that nothing is at stake."""
 
 
-def frames(stream: IO[bytes]) -> Iterator[Frame]:
-    """The frames of a stream; one that a killed engine left unfinished is not among them."""
+def frames(pipe: int) -> Iterator[Frame]:
+    """The frames of a file descriptor; one that a killed engine left unfinished is not among them."""
     from ingest.vllm.tap import SIZE
 
-    while len(head := stream.read(SIZE.size)) == SIZE.size:
-        (size,) = SIZE.unpack(head)
-        body = stream.read(size)
-        if len(body) < size:
-            return
-        yield marshal.loads(body)
+    waiting = bytearray()
+    while chunk := os.read(pipe, CHUNK_BYTES):
+        waiting += chunk
+        at = 0
+        while len(waiting) >= at + SIZE.size:
+            end = at + SIZE.size + SIZE.unpack_from(waiting, at)[0]
+            if len(waiting) < end:
+                break
+            yield marshal.loads(memoryview(waiting)[at + SIZE.size : end])
+            at = end
+        del waiting[:at]
+        if not waiting and len(chunk) < CHUNK_BYTES // 4:
+            time.sleep(REST_S)
 
 
 def main() -> int:
@@ -57,7 +69,7 @@ def _record(installation: Any) -> None:
     from ingest.vllm.scribe import Scribe, WorkerScribe
 
     scribe: Scribe | WorkerScribe | None = None
-    for frame in frames(sys.stdin.buffer):
+    for frame in frames(sys.stdin.fileno()):
         if scribe is None:
             own = installation.recorder, installation.settings
             kind, header = frame[0]

@@ -17,7 +17,7 @@ import structlog
 from ingest.recorder import Recorder
 from ingest.vllm.kv.scribe import KvScribe
 from ingest.vllm.names import Named, named
-from ingest.vllm.tap import Logprobs, Others
+from ingest.vllm.tap import Logprobs
 from schemas import events as e
 from schemas.enginerun import calls, facts
 from schemas.enginerun.decisions import Decision, Differences, Place
@@ -256,10 +256,9 @@ class Scribe(_Calls):
             decision = replace(self._last, tokens=(1,) * len(self._last.numbers), computed=(), preempted=())
         else:
             assert tokens is not None
-            known = [(n, count) for n, count in zip(array("q", rows), array("q", tokens), strict=True) if n in self._places]
-            decision = Decision(
-                tuple(n for n, _ in known), tuple(count for _, count in known), tuple(computed or ()), tuple(preempted or ())
-            )
+            pairs = zip(array("q", rows), array("q", tokens), strict=True)
+            known = {number: count for number, count in pairs if number in self._places}
+            decision = Decision(tuple(known), tuple(known.values()), tuple(computed or ()), tuple(preempted or ()))
         self._last = decision
         self._pending.append(calls.Schedule())
         if decision.preempted:
@@ -296,10 +295,11 @@ class Scribe(_Calls):
 
     def _tokens(self, at_ns: int, said: bytes | None, lengths: list[int] | None, logprobs: Logprobs | None) -> None:
         scores: tuple[float, ...] = ()
-        others: Others | None = None
+        others: _Read | None = None
         tokens = array("q", said or b"").tolist()
         if logprobs is not None:
-            rows, ids, logprob, others = logprobs
+            rows, ids, logprob, beside = logprobs
+            others = None if beside is None else _read(*beside)
             self._rows = rows if rows is not None else self._rows
             scores = struct.unpack(f"<{len(logprob) // 4}f", logprob)
             if ids is not None:
@@ -313,8 +313,8 @@ class Scribe(_Calls):
                 row = self._rows[place] if scores and sequence.alternatives is not None and size == 1 else None
                 score = () if row is None else (scores[row],)
                 asked = sequence.alternatives
-                beside = [_alternatives(others, row, asked)] if others and asked and row is not None else []
-                self._said(sequence, at_ns, tokens[at : at + size], score, beside)
+                told = [_alternatives(others, row, asked)] if others and asked and row is not None else []
+                self._said(sequence, at_ns, tokens[at : at + size], score, told)
             at += size
 
     def _said(
@@ -444,13 +444,20 @@ class WorkerScribe(_Calls):
         self._kv.lost(1, RECORDER_FAILED)
 
 
-def _alternatives(others: Others, row: int, count: int) -> list[e.Alternative]:
+_Read = tuple[int, tuple[int, ...], tuple[float, ...]]
+"""What else might have been said: how many in a row, their ids, their logprobs."""
+
+
+def _read(width: int, ids: bytes, logprobs: bytes) -> _Read:
+    return width, struct.unpack(f"<{len(ids) // 4}i", ids), struct.unpack(f"<{len(logprobs) // 4}f", logprobs)
+
+
+def _alternatives(others: _Read, row: int, count: int) -> list[e.Alternative]:
     """The likeliest of a row by id, for the engine has no texts; `count` -1 is all there are. What cannot be said is none."""
     width, ids, logprobs = others
-    taken = width if count < 0 else min(count, width)
-    at = 4 * row * width
-    found = zip(struct.unpack_from(f"<{taken}i", ids, at), struct.unpack_from(f"<{taken}f", logprobs, at), strict=True)
-    return [e.Alternative("", token_id, logprob) for token_id, logprob in found if logprob > -math.inf]
+    first = row * width
+    part = slice(first, first + (width if count < 0 else min(count, width)))
+    return [e.Alternative("", *found) for found in zip(ids[part], logprobs[part], strict=True) if found[1] > -math.inf]
 
 
 def _beside(generation: _Generation, child: int, index: int, document: dict[str, Any], prompt: bytes) -> calls.Call:

@@ -10,6 +10,7 @@ says so, and those that come later are told anew.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import marshal
 import queue
 import struct
@@ -20,6 +21,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from numbers import Integral, Real
 from typing import Any
@@ -36,6 +38,8 @@ WAITING_BYTES_MAX = 512 * 1024 * 1024
 the recorder take to begin, for it reads all weights once."""
 CLOSE_S = 5.0
 """How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
+PIPE_BYTES = 1 << 20
+"""What the system holds for a recorder that rests; what is in there outlives the engine."""
 PROGRAM = "tokentape.engine"
 """The module that runs as the recorder's process."""
 SIZE = struct.Struct("<I")
@@ -219,6 +223,8 @@ class Pipe:
         self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended.
         self._process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
+        with suppress(OSError, AttributeError):  # a system may allow less, or have no such thing
+            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
         self._threads = [threading.Thread(target=work, name="tokentape-tap", daemon=True) for work in (self._pack, self._write)]
         for thread in self._threads:
             thread.start()
