@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import marshal
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -39,7 +43,7 @@ from schemas.events import (
 )
 from schemas.sink import new_id
 from store.rows import StoredEvent
-from tests.engine_log import await_end, events_of
+from tests.engine_log import await_end, events_of, runs_of
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -455,7 +459,7 @@ def test_a_recorder_that_cannot_follow(tmp_path: Path, monkeypatch: pytest.Monke
     engine.schedule({A: 3}, new=[A])
     engine.tap._send()
     put = engine.tap.pipe.put
-    monkeypatch.setattr(engine.tap.pipe, "put", lambda calls: False)
+    monkeypatch.setattr(engine.tap.pipe, "put", lambda calls, epoch: False)
     engine.arrive(B)  # nobody hears of it
     engine.schedule({A: 1, B: 3}, new=[B])
     engine.update({A: 40})
@@ -545,6 +549,44 @@ def test_what_cannot_be_sent_ends_the_record_by_its_name(tmp_path: Path, monkeyp
     ]
     assert 2 == len(_losses(events))
     assert "nothing more of this engine run is recorded: unmarshallable object" in capfd.readouterr().err
+
+
+def test_a_recorder_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one begins, with a run of its own, which says so; what comes later is recorded whole."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(A)
+    engine.step(first=True)
+    engine.tap._send()
+    _kill_recorder(tmp_path)
+    while not engine.tap.pipe.epoch:
+        engine.step()
+        engine.tap._send()
+        time.sleep(0.05)
+    engine.step(ends=(A,))
+    engine.arrive(B)
+    engine.step(first=True)
+    engine.step(ends=(B,))
+    engine.tap.close()
+    await_end(tmp_path)
+    (run,) = [one for one in runs_of(tmp_path) if one.requests and one.requests[0].document["request_id"] == B]
+    events = [e for e in events_of(tmp_path) if e.session_id in (run.engine_run, steps_session(run.engine_run))]
+
+    assert _answers(run, events) == {"b": ([40, 40], [-0.5, -0.5], "stop")}
+    assert ["calls not recorded (1): RecorderEnded()"] == [what.replace("(2)", "(1)").replace("(3)", "(1)") for what in run.hindrances]
+    assert {("recorder_failed", "own"), ("recorder_failed", "steps")} == set(_losses(events))
+
+
+def _kill_recorder(data: Path) -> None:
+    """As the system does when memory runs out; it is nobody's child."""
+    wanted = f"TOKENTAPE_DATA={data}".encode()
+    while True:
+        for found in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                arguments, environment = ((found / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+                if b"tokentape.engine" in arguments and wanted in environment and events_of(data):
+                    os.kill(int(found.name), signal.SIGKILL)
+                    return
+        time.sleep(0.05)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

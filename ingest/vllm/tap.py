@@ -36,6 +36,8 @@ FRAME_NS = 50_000_000
 WAITING_BYTES_MAX = 512 * 1024 * 1024
 """Frames that wait for the recorder before calls are let go: some twenty minutes of an engine that says 20,000 tokens a second. So long may
 the recorder take to begin, for it reads all weights once."""
+RESTART_S, RESTART_MAX_S = 1.0, 600.0
+"""A recorder that ended is followed by another: at once, or where each ends soon after its start, each time after twice as long."""
 CLOSE_S = 5.0
 """How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
 PIPE_BYTES = 1 << 20
@@ -57,6 +59,10 @@ Logprobs = tuple[list[int] | None, bytes | None, bytes, Others | None]
 the outputs, and their logprobs (float32); and the others, where somebody asked for any."""
 
 
+class RecorderEnded(Exception):
+    """The process that recorded this engine run was killed, or could not go on."""
+
+
 class Tap:
     """One engine run's calls on their way to the recorder: numbers for names, and nothing that is as before.
 
@@ -76,7 +82,7 @@ class Tap:
         self._scored: list[str] = []
         self._calls: list[Call] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
-        self.pipe = Pipe()
+        self.pipe, self._epoch = Pipe(), 0
         self._send()
 
     def arrived(self, request: Any, *, idle: bool) -> None:
@@ -131,7 +137,7 @@ class Tap:
         """The engine ends: hand over all of it, or say that it is missing."""
         self._send()
         if self._calls:
-            self.pipe.put(self._calls, room=True)
+            self.pipe.put(self._calls, epoch=self._epoch, room=True)
         self.pipe.close()
 
     def _schedule(self, output: Any) -> Call:
@@ -195,7 +201,11 @@ class Tap:
     def _send(self) -> None:
         calls, self._calls = self._calls, []
         self._sent_ns = time.monotonic_ns()
-        if calls and not self.pipe.put(calls):
+        if self._epoch != self.pipe.epoch:  # to another recorder it is another run
+            self._epoch, self._arrived = self.pipe.epoch, 0
+            self._numbers.clear()
+            self._lose(calls, RecorderEnded())
+        elif calls and not self.pipe.put(calls, epoch=self._epoch):
             self._lose(calls)
 
     def _lose(self, calls: list[Call], error: Exception | None = None) -> None:
@@ -218,24 +228,24 @@ class Pipe:
 
     def __init__(self) -> None:
         self.over = False
+        self.epoch = 0
+        """How many recorders have ended: the one of now knows the first frame, and what was put in its own epoch or in none."""
         self._packed = self._written = 0  # bytes, each counted by one thread
-        self._calls: queue.SimpleQueue[list[Call] | None] = queue.SimpleQueue()
-        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        # It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended.
-        self._process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
-        with suppress(OSError, AttributeError):  # a system may allow less, or have no such thing
-            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
+        self._calls: queue.SimpleQueue[tuple[int | None, list[Call]] | None] = queue.SimpleQueue()
+        self._frames: queue.SimpleQueue[tuple[int | None, bytes] | None] = queue.SimpleQueue()
+        self._patience_s = RESTART_S
+        self._process = self._start()
         self._threads = [threading.Thread(target=work, name="tokentape-tap", daemon=True) for work in (self._pack, self._write)]
         for thread in self._threads:
             thread.start()
         atexit.register(self.close)
 
-    def put(self, calls: list[Call], *, room: bool = False) -> bool:
-        """Take calls in; False when too much waits already, unless there is to be room for these."""
+    def put(self, calls: list[Call], *, epoch: int | None = None, room: bool = False) -> bool:
+        """Take calls in, of an epoch or for any; False when too much waits already, unless there is to be room for these."""
         if not self.over:
             if self._packed - self._written > WAITING_BYTES_MAX and not room:
                 return False
-            self._calls.put(calls)
+            self._calls.put((epoch, calls))
         return True
 
     def close(self) -> None:
@@ -247,31 +257,64 @@ class Pipe:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _pack(self) -> None:
-        while (calls := self._calls.get()) is not None:
+        while (item := self._calls.get()) is not None:
+            epoch, calls = item
             try:
                 frame = marshal.dumps([_plain(call) for call in calls])
             except Exception as error:  # whatever it is, the tape says it
                 self._end(error)
                 frame = marshal.dumps([("over", repr(error))])
-            del calls  # while the next ones are waited for nothing of the engine is held
+            del item, calls  # while the next ones are waited for nothing of the engine is held
             self._packed += len(frame)
-            self._frames.put(SIZE.pack(len(frame)) + frame)
+            self._frames.put((epoch, SIZE.pack(len(frame)) + frame))
             if self.over:
                 break
         self._frames.put(None)
 
     def _write(self) -> None:
+        first: bytes | None = None
+        while (item := self._frames.get()) is not None:
+            epoch, frame = item
+            first = first or frame
+            if epoch in (None, self.epoch):
+                try:
+                    self._hand_over(frame)
+                except OSError as error:
+                    self._restart(first, error)
+            self._written += len(frame) - SIZE.size
+        with suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait()
+
+    def _hand_over(self, frame: bytes) -> None:
         out = self._process.stdin
         assert out is not None
-        try:
-            while (frame := self._frames.get()) is not None:
-                out.write(frame)
-                out.flush()
-                self._written += len(frame) - SIZE.size
-            out.close()
+        out.write(frame)
+        out.flush()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """It leaves the engine's family at once: what stops or kills that does not stop who writes down how it ended."""
+        self._began = time.monotonic()
+        process = subprocess.Popen([sys.executable, "-m", PROGRAM], stdin=subprocess.PIPE, start_new_session=True)
+        with suppress(OSError, AttributeError):  # a system may allow less, or have no such thing
+            fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
+        return process
+
+    def _restart(self, first: bytes, error: OSError) -> None:
+        """Begin with another recorder, for which this is another engine run. One that ends at once is waited for longer each time."""
+        sys.stderr.write(f"tokentape: the recorder of this engine has ended ({error}); another one begins\n")
+        while True:
+            lived_s = time.monotonic() - self._began
+            self._patience_s = min(2 * self._patience_s, RESTART_MAX_S) if lived_s < RESTART_MAX_S else RESTART_S
+            time.sleep(max(0.0, self._patience_s / 2 - lived_s))
+            with suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
             self._process.wait()
-        except OSError as error:
-            self._end(error)
+            with suppress(OSError):  # this one has ended too, or there is no room for a process
+                self._process = self._start()
+                self._hand_over(first)
+                break
+        self.epoch += 1
 
     def _end(self, error: Exception) -> None:
         self.over = True
