@@ -5,6 +5,8 @@ python -m benchmarks.replay --model PATH [--sessions N] [--tokens N] [--at-once 
 Where the runner has vLLM's trace replay the tokens are decoded again, elsewhere they are scored as a prompt; either way the
 bare engine, another one on the same device, gets all sequences in one call of `LLM.generate`, which is the most that it can do.
 
+With `--actors` a run over all goes beside one over a single one, each actor in its turn; a turn that is not counted comes first.
+
 Without a GPU an engine of a GPU's pace is fed as well: what a run loses there is what this side of it costs.
 """
 
@@ -34,6 +36,8 @@ from replay.engines.base import Forced, Generated, Refused, Request, Scored, Spo
 from replay.engines.vllm import _scored, _Told
 from schemas.events import EnvironmentCaptured
 
+WARM = 64
+"""Sessions of each engine that are not counted: what is compiled and measured once is no part of a run's pace."""
 SLOTS, BEAT_S = 512, 0.018
 """Sequences at once and seconds a token of a 1B model on an H200."""
 
@@ -200,6 +204,14 @@ def _measure(given: argparse.Namespace, data: Path) -> None:
         found: dict[str, Any] = {"sessions": given.sessions, "tokens": given.tokens, "device": _device(), "actors": len(hosted)}
         found["how"] = getattr(bare.force_all(forced[:1])[0], "how", "refused")
         tokens = sum(len(each.token_ids) for each in forced)
+
+        def replay(engines: list[Any], some: list[str], run: str) -> None:
+            batch = Batch(some, installation.events_of_sessions, installation.recorder, run=run)
+            summary = batch.run(engines, at_once=given.at_once)
+            assert summary.tokens == tokens or len(some) < len(sessions), summary
+            installation.recorder.flush(60)
+
+        replay(hosted, sessions[: WARM * len(hosted)], "warm")
         for turn in range(given.pairs):
             for name in ("one actor" if len(hosted) > 1 else "bare", "batch")[:: 1 if turn % 2 else -1]:
                 prepared = [each for one in forced if not isinstance(each := bare._asked(one), Refused)]
@@ -207,11 +219,8 @@ def _measure(given: argparse.Namespace, data: Path) -> None:
                 if name == "bare":
                     bare._run([each.text for each in prepared], [each.parameters for each in prepared])
                 else:
-                    engines = hosted[:1] if name == "one actor" else hosted
-                    batch = Batch(sessions, installation.events_of_sessions, installation.recorder, run=f"{name[:3]}{turn}")
-                    summary = batch.run(engines, at_once=given.at_once)
-                    assert summary.tokens == tokens, summary
-                    installation.recorder.flush(60)
+                    engines = [hosted[turn % len(hosted)]] if name == "one actor" else hosted
+                    replay(engines, sessions, f"{name[:3]}{turn}")
                 found.setdefault(name, []).append(tokens / (time.perf_counter() - began))
             given.out.write_text(json.dumps(found))  # what there is, should the time end
     bare.close()

@@ -262,6 +262,7 @@ class Pipeline:
         self._add_chunks(self._coalescer.end_all())
         while not self.inbox.idle and not self._abandoned:
             self._round()
+            self._add_chunks(self._coalescer.end_all())  # a caller who had found room before the inbox closed may come late
         self._beat(closed=True)
         self._ship()
         if self._outbox is not None and not self._abandoned:

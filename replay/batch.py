@@ -14,15 +14,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 from replay.calibration import Calibrations
 from replay.compare import Asking, Outcome, comparing
-from replay.engines.base import Continuous, Engine
+from replay.engines.base import Continuous, Engine, Forced, Refused, Rendering
 from replay.gathering import Gathered
 from replay.memory import Memory
-from schemas.errors import EngineUnavailable, UnknownSession
+from schemas.errors import EngineUnavailable, RequestFailed, UnknownSession
 from schemas.sink import EventSink
 from store.rows import StoredEvent
 
@@ -34,6 +34,8 @@ THREADS = 4
 """Of each engine. What they do is short, and waiting for the engine takes none of them."""
 COLLECT_EVERY = 50_000
 """Objects until the garbage collector looks: what is open are a million of them and no garbage, and looking was a third of the work."""
+TRIES = 3
+"""Times that engines may fail at one session until that is its own fault, where they answer others."""
 WORST = 5
 """Tokens named in a summary."""
 
@@ -76,17 +78,51 @@ class _Open(NamedTuple):
 
     session: str
     replay: Asking[Outcome]
+    asked: Forced | Rendering
     answer: Future[Callable[[], Any]]
 
 
+_Step: TypeAlias = tuple[str, list[StoredEvent]] | _Open
+"""What is to be done: a session from its start, or from an answer."""
+
+
 class _Desk:
-    """An engine with the sessions that are open on it; each `EngineUnavailable` takes one place from it."""
+    """An engine with the sessions that are open on it.
+
+    An `EngineUnavailable` takes one place from it; where only a request failed, until as many others are answered as it then has places.
+    """
 
     def __init__(self, engine: Engine, places: int) -> None:
         own = isinstance(engine, Continuous)  # nobody puts another in the place of an engine that this run hosts
         self.engine, self.memory = Gathered(engine), Memory(math.inf) if own else Memory()
-        self.places, self.open = places, 0
+        self.places = self.places_max = places
+        self.open = 0
         self.answered: deque[_Open] = deque()
+        self._shortest: Forced | None = None
+        self._answers = 0
+
+    def has_answered(self, asked: Forced | Rendering) -> bool:
+        """Remember that the engine is well; whether it has a place back by that."""
+        if isinstance(asked, Forced) and (self._shortest is None or _length(asked) < _length(self._shortest)):
+            self._shortest = asked
+        self._answers += 1
+        if back := 0 < self.places < self.places_max and self._answers >= self.places:
+            self.places, self._answers = self.places + 1, 0
+        return back
+
+    def is_well(self, failed: Forced | Rendering) -> bool:
+        """Whether the engine, which failed at something, answers the shortest that it answered before, or the beginning of that."""
+        ask = self._shortest
+        if ask is None and isinstance(failed, Forced):
+            ask = replace(failed, prompt_token_ids=failed.prompt_token_ids[:1], token_ids=failed.token_ids[:1])
+        try:
+            return ask is not None and bool(self.engine.force_all([ask]))
+        except Exception:
+            return False
+
+
+def _length(forced: Forced) -> int:
+    return len(forced.prompt_token_ids) + len(forced.token_ids)
 
 
 @contextlib.contextmanager
@@ -119,6 +155,7 @@ class Batch:
         self._calibrations, self._told = calibrations, told
         self._changed, self._telling = threading.Condition(), threading.Lock()
         self._waiting: deque[tuple[str, list[StoredEvent]]] = deque()
+        self._failed_at: dict[str, list[_Desk]] = {}
         self._reading, self._ahead = 0, AHEAD
         self._desks: list[_Desk] = []
         self._failed: BaseException | None = None
@@ -128,6 +165,7 @@ class Batch:
     def run(self, engines: Sequence[Engine], *, at_once: int = 1) -> Summary:
         """Replay all sessions, `at_once` of them beside one another on each engine. One that fails gives its sessions to the others.
 
+        A session at which engines failed `TRIES` times is inconclusive, if the engine then answers another.
         Whatever else fails ends the run when what was begun is done, and is raised then.
 
         Raises:
@@ -203,16 +241,15 @@ class Batch:
 
     def _work(self, desk: _Desk) -> None:
         while (step := self._next(desk)) is not None:
-            session = step[0]
             try:
                 outcome = self._advance(desk, step)
             except UnknownSession:  # erased since it was listed
                 self._done(desk, unknown=1)
             except EngineUnavailable as error:
-                self._done(desk, again=session, fault=error)
+                self._put_back(desk, step, error)
             except BaseException as error:
                 self._fail(error)
-                self._done(desk, again=session)
+                self._done(desk, again=step[0])
             else:
                 if outcome is not None:
                     self._done(desk)
@@ -228,19 +265,28 @@ class Batch:
             except BaseException as error:
                 self._fail(error)
 
-    def _next(self, desk: _Desk) -> tuple[str, list[StoredEvent]] | _Open | None:
+    def _next(self, desk: _Desk) -> _Step | None:
         """What is to be done on a desk; None when nothing will be any more. A session that is open anywhere may come back."""
         with self._changed:
             while True:
-                if self._waiting and desk.open < desk.places and self._failed is None:  # first of all the engine has to have work
+                if desk.open < desk.places and self._failed is None and (session := self._first_for(desk)):  # first it has to have work
                     desk.open += 1
                     self._changed.notify_all()  # the reader, too
-                    return self._waiting.popleft()
+                    return session
                 if desk.answered:
                     return desk.answered.popleft()
                 if not desk.open and (self._failed or not desk.places or self._over()):
                     return None
                 self._changed.wait()
+
+    def _first_for(self, desk: _Desk) -> tuple[str, list[StoredEvent]] | None:
+        """Take the first session that waits; one at which this engine failed is for those that did not, while there are any."""
+        for place, waits in enumerate(self._waiting):
+            failed = self._failed_at.get(waits[0], [])
+            if desk not in failed or not any(other.places and other not in failed for other in self._desks):
+                del self._waiting[place]
+                return waits
+        return None
 
     def _over(self) -> bool:
         """Nobody will begin a session any more: all are done, or something failed, or no engine is left."""
@@ -248,13 +294,13 @@ class Batch:
             return True
         return not (self._unread or self._reading or self._waiting or any(desk.open for desk in self._desks))
 
-    def _advance(self, desk: _Desk, step: tuple[str, list[StoredEvent]] | _Open) -> Outcome | None:
+    def _advance(self, desk: _Desk, step: _Step) -> Outcome | None:
         """Take a replay to where it needs the engine again, or to its end: its outcome. Raises whatever stops it."""
         try:
             if isinstance(step, _Open):
-                session, replay, answered = step
+                session, replay = step.session, step.replay
                 try:
-                    answer = answered.result()()
+                    answer = self._answer(desk, step)
                 except BaseException as error:
                     asked = replay.throw(error.with_traceback(None))  # one error may go to many, and would gather their frames
                 else:
@@ -267,22 +313,48 @@ class Batch:
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome
-        opened = _Open(session, replay, desk.engine.asking(asked))
+        opened = _Open(session, replay, asked, desk.engine.asking(asked))
         opened.answer.add_done_callback(lambda _: self._answered(desk, opened))
         return None
+
+    def _answer(self, desk: _Desk, opened: _Open) -> Any:
+        """What an engine answered. One that answers others but fails at this again and again has refused it."""
+        try:
+            answer = opened.answer.result()()
+        except RequestFailed as error:
+            if len(self._failed_at.get(opened.session, [])) < TRIES - 1 or not desk.is_well(opened.asked):
+                raise
+            return Refused(f"the engine failed at it {TRIES} times: {error}")
+        with self._changed:
+            if desk.has_answered(opened.asked):
+                self._changed.notify_all()
+        return answer
 
     def _answered(self, desk: _Desk, opened: _Open) -> None:
         with self._changed:
             desk.answered.append(opened)
             self._changed.notify_all()
 
-    def _done(self, desk: _Desk, *, unknown: int = 0, again: str | None = None, fault: EngineUnavailable | None = None) -> None:
+    def _put_back(self, desk: _Desk, step: _Step, fault: EngineUnavailable) -> None:
+        """Give back a session that an engine failed at, and take a place from the engine; its last one only where it answers nothing."""
+        own = isinstance(fault, RequestFailed) and isinstance(step, _Open)
+        with self._changed:
+            failed = self._failed_at.setdefault(step[0], [])
+            failed += [desk] * own
+            passing = own and len(failed) < TRIES  # what goes on for ever takes all places in the end
+            last = passing and desk.places == 1
+            desk.places_max -= not passing
+            desk.places = max(0, desk.places - (not last))
+        if last and isinstance(step, _Open) and not desk.is_well(step.asked):
+            with self._changed:
+                desk.places = max(0, desk.places - 1)
+        self._engine_failed = fault
+        self._done(desk, again=step[0])
+
+    def _done(self, desk: _Desk, *, unknown: int = 0, again: str | None = None) -> None:
         with self._changed:
             desk.open -= 1
             self.summary.unknown += unknown
             if again is not None:
                 self._unread.appendleft(again)
-            if fault is not None:
-                desk.places -= 1
-                self._engine_failed = fault
             self._changed.notify_all()

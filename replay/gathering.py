@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Rendering, Request, Scored, same
+from replay.engines.base import Continuous, Engine, Forced, Generated, Refused, Rendering, Request, Scored, SomeFailed, same
 from schemas import events as e
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class _Call(NamedTuple):
 class Gathered:
     """An `Engine` that many threads may use. `close` ends its own thread and leaves the engine to its owner.
 
-    Whatever the engine raises is raised to each that waits for it.
+    Whatever the engine raises is raised to each that waits for it; what failed of several, each for itself, to that one alone.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -171,11 +171,15 @@ class Gathered:
         for together in [calls] if several else [[call] for call in calls]:
             what = [call.what for call in together]
             try:
-                answers = several(what) if several else [what[0]() if ask == "alone" else self._engine.render(what[0])]
+                try:
+                    answers = several(what) if several else [what[0]() if ask == "alone" else self._engine.render(what[0])]
+                except SomeFailed as error:
+                    answers = error.answers
                 pairs = list(zip(together, answers, strict=True))
             except BaseException as error:
-                for call in together:
-                    call.answer.set_exception(error)
-            else:
-                for call, answer in pairs:
+                pairs = [(call, error) for call in together]
+            for call, answer in pairs:
+                if isinstance(answer, BaseException):
+                    call.answer.set_exception(answer)
+                else:
                     call.answer.set_result(partial(same, answer))

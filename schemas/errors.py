@@ -23,6 +23,7 @@
     │   ├── LogUnavailable         8
     │   ├── StoreUnavailable       8
     │   ├── EngineUnavailable      8
+    │   │   └── RequestFailed      8   at one request; others it may do
     │   └── StorageFull            8   the disk or the spool is full
     └── LogChanged                 9   log id or partition count differ, or offsets have expired
 
@@ -151,6 +152,10 @@ class StoreUnavailable(Unavailable):
 
 class EngineUnavailable(Unavailable):
     """The inference engine does not answer."""
+
+
+class RequestFailed(EngineUnavailable):
+    """An inference engine that others ask, too, failed at one request: it may do others, or be gone."""
 
 
 class StorageFull(Unavailable):

@@ -178,9 +178,9 @@ class Peer:
         """A piece of a chunked body."""
         await self.send(b"%x\r\n%b\r\n" % (len(data), data))
 
-    async def whole(self, status: bytes, content_type: bytes, body: bytes) -> None:
-        """A whole answer."""
-        head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n" % (status, content_type, len(body))
+    async def whole(self, status: bytes, content_type: bytes, body: bytes, more: bytes = b"") -> None:
+        """A whole answer; `more` are further lines of its head."""
+        head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\n%bcontent-length: %d\r\n\r\n" % (status, content_type, more, len(body))
         await self.send(head + body)
         self.kept = True
 

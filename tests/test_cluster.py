@@ -6,12 +6,14 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from replay.engines.apart import Hosted
-from replay.engines.cluster import Cluster, room
-from schemas.errors import UsageError
+from replay.engines.base import Forced, Request
+from replay.engines.cluster import ActorEngine, Cluster, room
+from schemas.errors import EngineUnavailable, UsageError
 from schemas.settings import Settings
 from scripts.native.processes import free_port
 from tests.conftest import VllmService
@@ -60,6 +62,24 @@ def test_an_engines_errors_come_back_whole() -> None:
 
     assert (UsageError, str(answer), answer.hint) == (type(back), str(back), back.hint)
     assert "no model lies at /nowhere/at/all" in str(back)
+
+
+class Disconnected:
+    """An actor as a client of `ray://` has it once the connection is gone: asking raises, before anything is waited for."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ConnectionError("Request can't be sent because the Ray client has already been disconnected.")
+
+
+def test_a_connection_that_is_gone_when_an_actor_is_asked_is_one_line() -> None:
+    """Whatever it is asked: a run takes it for an engine that died, and gives its sessions to the others."""
+    cluster = Cluster.__new__(Cluster)
+    cluster._ray = pytest.importorskip("ray")
+    engine = ActorEngine(cluster, Disconnected(), "vllm in Ray actor 0")
+    forced = Forced(Request(None), (1,), (2,))
+    for asked in (engine.step, engine.fingerprint, lambda: engine.render(forced.request), lambda: engine.begin(forced)):
+        with pytest.raises(EngineUnavailable, match=r"ask Ray actor: Request can.t be sent .* \(vllm in Ray actor 0\)"):
+            asked()
 
 
 def test_a_cluster_has_room_for_so_many() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from ingest.inbox import Inbox
 from ingest.recorder import Recorder
+from schemas import clock
 from schemas.errors import LogUnavailable
 from schemas.events import (
     ChunkContent,
@@ -226,6 +227,30 @@ def test_what_comes_after_close_is_counted(settings_embedded: Settings) -> None:
 
     assert reasons(events_in(settings_embedded)) == ["0"]
     assert (recorder.stats.shed, waited) == (1, False)
+
+
+def test_a_token_that_comes_while_the_recorder_closes_is_recorded(settings_embedded: Settings) -> None:
+    """A caller found room, was stalled, and put its token after the last chunk was ended: it is neither lost nor uncounted."""
+    late, generation = context(), new_id()
+    with opened(settings_embedded) as (recorder, _):
+        recorder.record(context(), numbered(0))
+        pipeline = recorder._pipeline
+        delta = (generation, 0, 0, 0, "content", (7,), "x", (), ())
+        brought = iter([(late, delta, clock.now_us())])
+        end_all = pipeline._coalescer.end_all
+
+        def ended() -> Any:
+            done = end_all()
+            pipeline.inbox.queue.extend(brought if pipeline._closing else ())
+            return done
+
+        pipeline._coalescer.end_all = ended  # type: ignore[method-assign]
+        recorder.close()
+    events = events_in(settings_embedded)
+
+    assert [event.payload.generation_id for event in events if isinstance(event.payload, TokenChunk)] == [generation]
+    assert recorder.stats.shed == 0
+    assert whole(events)
 
 
 def test_an_event_that_cannot_be_encoded_is_told(settings_embedded: Settings) -> None:

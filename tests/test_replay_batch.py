@@ -176,6 +176,126 @@ def test_an_engine_that_dies_gives_its_session_back(tmp_path: Path) -> None:
     assert {"identical": 3} == dict(summary.verdicts)
 
 
+GOOD, BAD = taped([-1.0] * 20).events, taped([-1.0] * 21).events
+"""A session, and one at which a server fails: its sequence has another length than the others'."""
+LENGTH_BAD = len(range(5)) + 21
+
+
+async def _score(peer: Peer) -> None:
+    scores = [None, *({str(token): {"logprob": -1.0, "rank": 1}} for token in json.loads(peer.body)["prompt"][1:])]
+    await peer.whole(b"200 OK", b"application/json", json.dumps({"choices": [{"prompt_logprobs": scores}]}).encode())
+
+
+async def _fail(peer: Peer, status: bytes = b"500 Internal Server Error", more: bytes = b"") -> None:
+    await peer.whole(status, b"application/json", b'{"error":{"message":"out of memory"}}', more)
+
+
+def _is_bad(peer: Peer) -> bool:
+    return len(json.loads(peer.body)["prompt"]) == LENGTH_BAD
+
+
+@pytest.mark.parametrize("at_once", [1, 32])
+@pytest.mark.parametrize("how", ["status", "reset"])
+def test_one_request_that_fails_is_one_sessions(at_once: int, how: str) -> None:
+    """Only its session is begun again, whatever else was asked with it, and the engine has all its places in the end."""
+    asked: list[int] = []
+
+    async def act(peer: Peer) -> None:
+        asked.append(1)
+        if len(asked) != 40:
+            await _score(peer)
+        elif how == "status":
+            await _fail(peer, b"503 Service Unavailable")
+
+    sink = Sink()
+    batch = Batch([str(number) for number in range(200)], lambda names: dict.fromkeys(names, GOOD), sink, run="r")
+    with broken(act) as upstream:
+        summary = batch.run([OpenAIEngine(upstream.url)], at_once=at_once)
+    kinds = Counter(payload.KIND for _, payload in sink.recorded)
+
+    assert {"identical": 200} == dict(summary.verdicts)
+    assert (201, 200) == (kinds["replay_started"], kinds["replay_finished"])
+    assert [at_once] == [desk.places for desk in batch._desks]
+
+
+@pytest.mark.parametrize(
+    ("sessions", "bad", "engines", "at_once"),
+    [(300, {5}, 1, 32), (300, {5}, 4, 32), (40, {5}, 1, 1), (60, {57, 58, 59}, 1, 8), (1, {0}, 1, 32), (3, {0, 1, 2}, 1, 32)],
+    ids=["one engine", "four", "one at once", "the last ones", "alone", "nothing else"],
+)
+def test_a_session_at_which_engines_fail_is_inconclusive(sessions: int, bad: set[int], engines: int, at_once: int) -> None:
+    """After three times, with the reason, where the engine answers others; the run goes on, and the same command finds nothing left."""
+
+    async def act(peer: Peer) -> None:
+        await (_fail(peer) if _is_bad(peer) else _score(peer))
+
+    sink, names_bad = Sink(), set(map(str, bad))
+    batch = Batch([str(i) for i in range(sessions)], lambda names: {n: BAD if n in names_bad else GOOD for n in names}, sink, run="r")
+    with broken(act) as upstream:
+        summary = batch.run([OpenAIEngine(upstream.url) for _ in range(engines)], at_once=at_once)
+        times = sum(len(body["prompt"]) == LENGTH_BAD for body in upstream.bodies)
+    reasons = {p.reason for _, p in sink.recorded if isinstance(p, e.ReplayFinished) and p.verdict == "inconclusive"}
+
+    assert Counter(inconclusive=len(bad), identical=sessions - len(bad)) == summary.verdicts
+    assert 3 * len(bad) == times
+    assert {f"1 of 1 sequence: the engine failed at it 3 times: ask engine: status 500: out of memory ({upstream.url})"} == reasons
+
+
+@pytest.mark.parametrize("at_once", [1, 32])
+@pytest.mark.parametrize("how", ["status", "reset"])
+def test_a_server_that_is_down_ends_a_run(at_once: int, how: str) -> None:
+    """Soon, in one line, without a verdict on what it was asked for last: that is done when the run goes on."""
+    asked: list[int] = []
+
+    async def act(peer: Peer) -> None:
+        asked.append(1)
+        if len(asked) <= 100:
+            await _score(peer)
+        elif how == "status":
+            await _fail(peer, b"502 Bad Gateway")
+
+    batch = Batch([str(number) for number in range(2000)], lambda names: dict.fromkeys(names, GOOD), Sink(), run="r")
+    fault = "status 502: out of memory" if how == "status" else "does not answer"
+    ended = f"no engine is left after 100 sessions, 1900 wait: ask engine: {fault}"
+    with broken(act) as upstream, pytest.raises(EngineUnavailable, match=ended):
+        batch.run([OpenAIEngine(upstream.url)], at_once=at_once)
+
+    assert {"identical": 100} == dict(batch.summary.verdicts)
+    assert len(asked) <= 100 + at_once + 2
+
+
+def test_what_one_engine_cannot_do_another_does() -> None:
+    """One that answers little and fails at the rest, and so is free all the time, has no say where another is there."""
+
+    async def ailing(peer: Peer) -> None:
+        await (_fail(peer) if len(json.loads(peer.body)["prompt"]) > 2 else _score(peer))
+
+    with broken(ailing) as ill, broken(_score) as well:
+        batch = Batch([str(number) for number in range(300)], lambda names: dict.fromkeys(names, GOOD), Sink(), run="r")
+        summary = batch.run([OpenAIEngine(upstream.url) for upstream in (ill, well)], at_once=16)
+
+    assert {"identical": 300} == dict(summary.verdicts)
+
+
+@pytest.mark.parametrize("status", [b"429 Too Many Requests", b"503 Service Unavailable"])
+def test_a_server_that_says_when_to_come_again_is_asked_again(status: bytes) -> None:
+    """Then, as long as that is soon; one that wants an hour has failed."""
+    again = iter([b"0", b"0", None, b"3600"])
+
+    async def act(peer: Peer) -> None:
+        wait = next(again)
+        await (_score(peer) if wait is None else _fail(peer, status, b"retry-after: %b\r\n" % wait))
+
+    with broken(act) as upstream:
+        engine = OpenAIEngine(upstream.url)
+        found = engine.force(Request("m"), (1,), (2,))
+        with pytest.raises(EngineUnavailable, match="out of memory"):
+            engine.force(Request("m"), (1,), (2,))
+        engine.close()
+
+    assert Scored((-1.0,), (1,), (-1.0,)) == found
+
+
 def test_what_waits_goes_as_one_batch() -> None:
     """While the engine is at work others ask; it then gets all of them at once, each has its own answer, and a failure is everyone's."""
     begun, go, sizes = threading.Event(), threading.Event(), []

@@ -18,8 +18,11 @@ import pytest
 from click.testing import CliRunner
 from minio import Minio
 
-from store.weights import MANIFEST
-from store.weights.cache import PIECE
+from schemas.errors import StorageFull
+from schemas.settings import WeightsSettings
+from store.fences import waiting
+from store.weights import MANIFEST, WeightCache
+from store.weights.cache import PIECE, SPARE_BYTES
 from tests.conftest import MinioService
 from tests.flaky_proxy import Proxy
 from tests.program import ROOT, until
@@ -195,6 +198,44 @@ def test_the_cache_has_a_size(store: Store) -> None:
     assert {digests[0], digests[2]} == kept
     assert "bytes do not fit into a cache of 1,000" in complaint
     assert kept == {path.name for path in (store.cache / "models").iterdir()}
+
+
+def test_two_that_come_at_once_keep_within_its_size(store: Store) -> None:
+    """What another process fetches counts as a whole from when it begins, and is never evicted; what has come of one's own counts too."""
+    data = {name: {"model.safetensors": large(2), "name": name.encode()} for name in "ab"}
+    first, second = (store.publish(files, name) for name, files in data.items())
+    both = 2 * len(large(2))
+    partial, pieces = store.cache / "partial" / first, store.cache / "partial" / first / "model.safetensors.pieces"
+    with Proxy(store.minio.endpoint) as proxy:
+        proxy.silent_after = PIECE * 3 // 2
+        process = store.started("fetch", store.address("a"), endpoint=proxy.endpoint, bytes_max=both * 7 // 8, connections=1)
+        until(lambda: pieces.exists() and len(pieces.read_text().splitlines()) > 1)
+        complaint = store.run("fetch", store.address("b"), code=8, bytes_max=both * 7 // 8)
+        lies = partial.is_dir()
+        process.kill()
+        process.communicate()
+    store.run("fetch", store.address("b"), bytes_max=2 * both)
+    resumed = Path(store.run("fetch", store.address("a"), bytes_max=both * 7 // 8))
+
+    assert "bytes do not fit into a cache of" in complaint
+    assert "that others fetch" in complaint
+    assert lies
+    assert data["a"] == content(resumed)
+    assert [first] == [path.name for path in (store.cache / "models").iterdir()], f"{second} had to go"
+
+
+def test_a_fetch_that_goes_on_has_its_room_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files took the whole of it when it began: a disk that has nothing but the spare room left is enough."""
+    cache, size, here = WeightCache(WeightsSettings(cache=tmp_path)), 300 << 10, 100 << 10
+    partial = tmp_path / "partial" / ("a" * 64)
+    partial.mkdir(parents=True)
+    with (partial / "model.safetensors").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    monkeypatch.setattr(WeightCache, "_free", lambda _: SPARE_BYTES)
+    with waiting(tmp_path / "locks" / f"{partial.name}.lock", "this one"):
+        assert [] == cache.evict(size - here, arriving=partial, here=here)
+        with pytest.raises(StorageFull, match="bytes are needed"):
+            cache.evict(2 * size - here, arriving=partial, here=here)
 
 
 def test_what_cannot_be_fetched(store: Store) -> None:

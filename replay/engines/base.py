@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from schemas.errors import RequestFailed
 from schemas.events import EnvironmentCaptured
 from schemas.requests.recorded import CHAT
 
@@ -80,6 +81,15 @@ class Refused:
     """The engine answered, but cannot do this: a reason a person can act on. Not an outage, which is EngineUnavailable."""
 
     reason: str
+
+
+class SomeFailed(RequestFailed):
+    """Of several that were asked for at once some failed, each for itself: `answers` are all, in their order, a failure in its place."""
+
+    def __init__(self, answers: Sequence[Any]) -> None:
+        first = next(answer for answer in answers if isinstance(answer, RequestFailed))
+        super().__init__(first.fault, operation=first.operation, place=first.place, hint=first.hint)
+        self.answers = answers
 
 
 def same(answer: T) -> T:
@@ -154,6 +164,7 @@ class Engine(Protocol):
         """As `generate`, for several that the engine may work on at once; answers in their order.
 
         Raises:
+            SomeFailed: at some of them it failed.
             EngineUnavailable: it does not answer.
         """
         ...
@@ -162,6 +173,7 @@ class Engine(Protocol):
         """As `force`, for several that the engine may work on at once; answers in their order.
 
         Raises:
+            SomeFailed: at some of them it failed.
             EngineUnavailable: it does not answer.
         """
         ...

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from replay.engines.apart import Done, Elsewhere, Hosted
@@ -69,11 +71,21 @@ class Cluster:
         """
         actors, gpus = room(self._ray.cluster_resources(), options, actors)
         host = self._ray.remote(num_cpus=1, num_gpus=gpus)(Hosted)
-        hosts = [host.remote() for _ in range(actors)]
-        names = [self.answer(one.load.remote(model, options), model, START_S) for one in hosts]
+        with self._reached(model):
+            hosts = [host.remote() for _ in range(actors)]
+        names = [self.answer(asked, model, START_S) for asked in [self.ask(one, model, "load", model, options) for one in hosts]]
         return [
             ActorEngine(self, one, f"{name} in Ray actor {number}") for number, (one, name) in enumerate(zip(hosts, names, strict=True))
         ]
+
+    def ask(self, host: Any, place: str, method: str, *arguments: Any) -> Any:
+        """Have an actor's method called: what `answer` waits for.
+
+        Raises:
+            EngineUnavailable: the cluster cannot be reached any more, which a client of `ray://` hears here already.
+        """
+        with self._reached(place):
+            return getattr(host, method).remote(*arguments)
 
     def answer(self, asked: Any, place: str, timeout_s: float | None = None) -> Any:
         """What an actor answers.
@@ -82,14 +94,19 @@ class Cluster:
             EngineUnavailable: it died, or does not start in time.
             TokentapeError: what its engine raised.
         """
-        try:
+        with self._reached(place):
             answer = self._ray.get(asked, timeout=timeout_s)
-        except (self._ray.exceptions.RayError, ConnectionError) as error:
-            hint = "its log on the node says more; what was compared before stands"
-            raise EngineUnavailable(_said(error), operation="ask Ray actor", place=place, hint=hint) from error
         if isinstance(answer, TokentapeError):
             raise answer
         return answer
+
+    @contextmanager
+    def _reached(self, place: str) -> Iterator[None]:
+        try:
+            yield
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
+            hint = "its log on the node says more; what was compared before stands"
+            raise EngineUnavailable(_said(error), operation="ask Ray actor", place=place, hint=hint) from error
 
     def close(self) -> None:
         """Leave the cluster, which ends this process's actors; one that was started here ends with it."""
@@ -121,8 +138,8 @@ class ActorEngine(Elsewhere):
 
     def step(self) -> Done:
         """See `Continuous.step`. The actor has the next one before it ends this one: it waits for nobody between them."""
-        asked, self._ahead = self._ahead or self._host.step.remote(STEP_S), None
-        ahead = self._host.step.remote(STEP_S)
+        asked, self._ahead = self._ahead or self._ask("step", STEP_S), None
+        ahead = self._ask("step", STEP_S)
         done: Done = self._cluster.answer(asked, self.name)
         self._ahead = ahead
         return done
@@ -131,14 +148,13 @@ class ActorEngine(Elsewhere):
         """The actor ends with its cluster's connection."""
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return self._cluster.answer(self._host.call.remote(method, *arguments), self.name)
+        return self._cluster.answer(self._ask("call", method, *arguments), self.name)
 
     def _begin(self, name: int, forced: Forced) -> None:
-        try:
-            self._host.begin.remote(name, forced)
-        except ConnectionError as error:
-            hint = "what was compared before stands"
-            raise EngineUnavailable(_said(error), operation="ask Ray actor", place=self.name, hint=hint) from error
+        self._ask("begin", name, forced)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return self._cluster.ask(self._host, self.name, method, *arguments)
 
 
 def _reach(address: str) -> None:

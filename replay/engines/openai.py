@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import ssl
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from replay.engines.answers import completed, generated, scored
-from replay.engines.base import Forced, Generated, Refused, Request, Scored
+from replay.engines.base import Forced, Generated, Refused, Request, Scored, SomeFailed
 from replay.words import printable, shorten
-from schemas.errors import EngineUnavailable, UsageError
+from schemas.errors import EngineUnavailable, RequestFailed, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import questions
 from schemas.requests.recorded import CHAT, COMPLETIONS, as_chat, as_generation
@@ -37,6 +39,10 @@ BEHIND = 1
 """vLLM's priority of work that nobody waits for; what names none has 0 and goes first."""
 PARALLEL = 32
 """Requests that are sent at once where the engine may work on several."""
+BUSY = (429, 503)
+"""Statuses with which a server may say when to come again (Retry-After)."""
+AGAIN_S_MIN, PATIENCE_S = 0.1, 65.0
+"""What is waited at least, and in all, for a server that says so: limits of gateways are by the minute."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
 
 T = TypeVar("T")
@@ -188,15 +194,21 @@ class OpenAIEngine:
         return self._all(lambda engine, each: engine.force(each.request, each.prompt_token_ids, each.token_ids), several)
 
     def _all(self, ask: Callable[[OpenAIEngine, T], R], several: Sequence[T]) -> list[R]:
-        def one(each: T) -> R:
+        def one(each: T) -> R | RequestFailed:
             engine = OpenAIEngine(self.place, model=self._model, api_key=self._key, timeout_s=self._timeout_s, background=self._background)
             try:
                 return ask(engine, each)
+            except RequestFailed as error:
+                return error
             finally:
                 engine.close()
 
         with ThreadPoolExecutor(PARALLEL, "engine") as pool:
-            return list(pool.map(one, several))
+            answers = list(pool.map(one, several))
+        found = [answer for answer in answers if not isinstance(answer, RequestFailed)]
+        if len(found) < len(answers):
+            raise SomeFailed(answers)
+        return found
 
     def close(self) -> None:
         """Close the connection."""
@@ -208,15 +220,15 @@ class OpenAIEngine:
         """Why the server will not, in its own words.
 
         Raises:
-            EngineUnavailable: it may do so later, or with another key.
+            RequestFailed: it may do so later, or with another key.
         """
         words = _words(answer.value)
         if answer.status in (401, 403):
             hint = "give the server's API key; recorded requests hold none"
-            raise EngineUnavailable(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
+            raise RequestFailed(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
         if answer.status in (408, 429) or answer.status >= 500:
             hint = "wait until the server has settled and replay again"
-            raise EngineUnavailable(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
+            raise RequestFailed(f"status {answer.status}: {words}", operation="ask engine", place=self.place, hint=hint)
         if answer.status in (404, 405, 501) and "model" not in words.lower():
             return Refused("it has no /v1/completions: recorded tokens are scored by vLLM only")
         cure = "" if self._model or answer.status != 404 else "; name the model to use instead"
@@ -238,6 +250,16 @@ class OpenAIEngine:
             return Answer(status, None)
 
     def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        """A server's answer; one that says when it will have room is asked again then, if that is soon."""
+        patience_s = PATIENCE_S
+        while True:
+            status, content, again_s = self._asked(method, path, body)
+            patience_s -= max(again_s, AGAIN_S_MIN)
+            if status not in BUSY or patience_s < 0:
+                return status, content
+            time.sleep(max(again_s, AGAIN_S_MIN))
+
+    def _asked(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes, float]:
         while True:
             kept = self._connection is not None
             try:
@@ -248,19 +270,21 @@ class OpenAIEngine:
                 if not (kept and isinstance(error, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)):
                     raise self._unavailable(error) from error
 
-    def _unavailable(self, error: Exception) -> EngineUnavailable:
+    def _unavailable(self, error: Exception) -> RequestFailed:
         if isinstance(error, TimeoutError):
             hint = f"it had {self._timeout_s:g} s; a long sequence on a busy engine may need more"
-            return EngineUnavailable("no answer in time", operation="ask engine", place=self.place, hint=hint)
+            return RequestFailed("no answer in time", operation="ask engine", place=self.place, hint=hint)
         what = printable(str(error)) or type(error).__name__
         hint = "start the engine, or name another with --engine"
-        return EngineUnavailable(f"does not answer: {what}", operation="ask engine", place=self.place, hint=hint)
+        return RequestFailed(f"does not answer: {what}", operation="ask engine", place=self.place, hint=hint)
 
-    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+    def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes, float]:
+        """Status, body, and after how many seconds to ask again: infinite where it does not say."""
         connection = self._connection or self._connect()
         connection.request(method, self._url.path + path, body, self._headers())
         answer = connection.getresponse()
-        return answer.status, answer.read(ANSWER_BYTES_MAX)
+        again = (answer.getheader("retry-after") or "").strip()
+        return answer.status, answer.read(ANSWER_BYTES_MAX), float(again) if again.isdecimal() else math.inf
 
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._url.hostname or "", self._url.port

@@ -3,6 +3,7 @@
     CACHE/models/<digest>/…        a model, read-only from when it is there
     CACHE/partial/<digest>/…       one on its way: files of full length, and beside each the list of pieces that have come
     CACHE/locks/<digest>.lock      held by the process that fetches it; others wait
+    CACHE/locks/room.lock          held while room for one is made and taken
 
 A process that dies leaves its lock to the next, which goes on from the pieces that are there.
 """
@@ -74,21 +75,28 @@ class WeightCache:
         found = [(path.name, _size(path), _used(path)) for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
         return sorted(found, key=lambda model: model[2])
 
-    def evict(self, room: int) -> list[str]:
+    def evict(self, room: int, *, arriving: Path | None = None, here: int = 0) -> list[str]:
         """Let what nobody fetches any more, then models, go until so many further bytes fit; names of what went.
 
+        They are for the model that is `arriving`, of which `here` bytes have come. What others fetch stays, and counts as a whole.
         An engine that has a model's files open keeps them.
 
         Raises:
-            StorageFull: they would not fit into an empty cache.
+            StorageFull: they would not fit into a cache of that alone.
         """
-        if room > self._settings.bytes_max:
-            fault = f"{room:,} bytes do not fit into a cache of {self._settings.bytes_max:,}"
+        bytes_max = self._settings.bytes_max
+        abandoned, fetched = self._on_the_way()
+        others = sum(_size(path) for path in fetched if path != arriving)
+        if others + here + room > bytes_max:
+            fault = f"{here + room:,} bytes do not fit into a cache of {bytes_max:,}"
+            fault += f" beside {others:,} that others fetch" if others else ""
             raise StorageFull(fault, operation="fetch weights", place=str(self.root), hint="raise weights.bytes_max")
-        kept = [(path, _size(path)) for path in self._abandoned()]
+        kept = [(path, _size(path)) for path in abandoned]
         kept += [(self.root / "models" / name, size) for name, size, _ in self.models()]
-        held, gone = sum(size for _, size in kept), []
-        while kept and (held + room > self._settings.bytes_max or self._free() < room + SPARE_BYTES):
+        held, gone = others + here + sum(size for _, size in kept), []
+        taken = _taken(arriving) if arriving else here  # its holes are taken already where it is gone on with
+        wanted = SPARE_BYTES + max(0, room + here - taken)
+        while kept and (held + room > bytes_max or self._free() < wanted):
             path, size = kept.pop(0)
             away = self.root / "partial" / f"{path.name}{EVICTED}{os.getpid()}"
             with contextlib.suppress(OSError):  # another process may be quicker
@@ -96,17 +104,20 @@ class WeightCache:
                 shutil.rmtree(away)
             held -= size
             gone.append(path.name)
-        if self._free() < room + SPARE_BYTES:
-            fault = f"{room:,} bytes are needed and {self._free():,} are free"
+        if (free := self._free()) < wanted:
+            fault = f"{wanted:,} bytes are needed and {free:,} are free"
             raise StorageFull(
                 fault, operation="fetch weights", place=str(self.root), hint="free some space, or set weights.cache elsewhere"
             )
         return gone
 
-    def _abandoned(self) -> list[Path]:
-        """What a process left on the way to or from the cache that nobody works on."""
+    def _on_the_way(self) -> tuple[list[Path], list[Path]]:
+        """What lies half way to or from the cache: what nobody works on, and what some process fetches."""
         root = self.root / "partial"
-        return [path for path in root.iterdir() if not is_held(self._lock(path.name.partition(EVICTED)[0]))] if root.is_dir() else []
+        found: tuple[list[Path], list[Path]] = ([], [])
+        for path in root.iterdir() if root.is_dir() else ():
+            found[EVICTED not in path.name and is_held(self._lock(path.name))].append(path)
+        return found
 
     def _fetch(self, remote: Remote, manifest: Manifest, folder: Path, progress: Progress) -> None:
         partial = self.root / "partial" / manifest.digest
@@ -116,7 +127,7 @@ class WeightCache:
             objects = list(pool.map(remote.head, manifest.files))
             files = [_Arriving(partial, found) for found in objects]
             try:
-                self.evict(sum(file.missing for file in files))
+                self._make_room(partial, files)
                 _Fetching(remote, files, progress).run(pool)
                 self._check(remote, manifest, files, pool)
             finally:
@@ -129,6 +140,14 @@ class WeightCache:
         os.rename(partial, folder)
         _sync(folder.parent)
 
+    def _make_room(self, partial: Path, files: list[_Arriving]) -> None:
+        """Take the room for all that is missing, one process at a time: two would both find the same bytes free."""
+        missing = sum(file.missing for file in files)
+        with waiting(self._lock("room"), f"pid {os.getpid()}", timeout_s=self._settings.wait_s):
+            self.evict(missing, arriving=partial, here=sum(file.object.size for file in files) - missing)
+            for file in files:
+                file.reserve()
+
     def _check(self, remote: Remote, manifest: Manifest, files: list[_Arriving], pool: ThreadPoolExecutor) -> None:
         """Every file by its digest. One that differs is forgotten, so that the next attempt asks for it anew."""
         wrong = []
@@ -140,8 +159,8 @@ class WeightCache:
             fault = f"altered on the way or in the store: {', '.join(wrong)}"
             raise DataError(fault, operation="fetch weights", place=remote.address, hint="try again; if it stays, publish the model anew")
 
-    def _lock(self, digest: str) -> Path:
-        return self.root / "locks" / f"{digest}.lock"
+    def _lock(self, name: str) -> Path:
+        return self.root / "locks" / f"{name}.lock"
 
     def _free(self) -> int:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -231,8 +250,6 @@ class _Fetching:
 
     def run(self, pool: ThreadPoolExecutor) -> None:
         """Fetch; the first failure ends it once the pieces under way have ended."""
-        for file in self._files:
-            file.reserve()
         done = self._size - sum(file.missing for file in self._files)
         self._progress(done, self._size)
         futures = [
@@ -248,7 +265,20 @@ class _Fetching:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of its files, of those that are fetched now as they will be."""
+    return sum(stat.st_size for stat in _stats(folder))
+
+
+def _taken(folder: Path) -> int:
+    """Bytes of the disk that its files have, whether anything stands there or not."""
+    return sum(stat.st_blocks * 512 for stat in _stats(folder))
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # it was on its way, and has just come
+                yield os.stat(os.path.join(inside, name))
 
 
 def _used(folder: Path) -> float:
