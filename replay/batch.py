@@ -55,6 +55,8 @@ class Summary:
     """What a run found so far, of the sessions that this process replayed."""
 
     verdicts: Counter[str] = field(default_factory=Counter)
+    unjudged: Counter[str] = field(default_factory=Counter)
+    """Why sessions were inconclusive."""
     tokens: int = 0
     unknown: int = 0
     worst: list[Token] = field(default_factory=list)
@@ -63,6 +65,9 @@ class Summary:
     def add(self, outcome: Outcome) -> None:
         """Count one more."""
         self.verdicts[outcome.verdict] += 1
+        if outcome.verdict == "inconclusive":
+            reasons = {s.judgement.reason for s in outcome.sequences if s.judgement.verdict == "inconclusive"}
+            self.unjudged.update(reasons or [outcome.reason])
         self.tokens += sum(sequence.judgement.scored for sequence in outcome.sequences)
         found = [
             Token(s.judgement.drift_max, outcome.subject_session, g.generation_id, s.index, s.judgement.first_telling)

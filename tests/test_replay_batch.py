@@ -43,19 +43,22 @@ MESSAGES = [{"role": "user", "content": "What happened at nine?"}]
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory, vllm: VllmService) -> tuple[Program, list[str]]:
     """An installation with many sessions of an engine's answer on its tape, one in seven with another token; their ids."""
+    return _recorded(tmp_path_factory.mktemp("batch"), vllm, SESSIONS, vllm.model)
+
+
+def _recorded(folder: Path, vllm: VllmService, count: int, model: str) -> tuple[Program, list[str]]:
     engine = OpenAIEngine(vllm.url)
     environment = engine.fingerprint()
     said = engine.generate(Request(vllm.model, {"messages": MESSAGES, "max_tokens": 16, "temperature": 0}))
     engine.close()
     assert isinstance(said, Generated)
-    folder = tmp_path_factory.mktemp("batch")
     program = Program(folder, Settings(data=folder / "data", gateway=GatewaySettings(upstream=vllm.url)))
     sessions = []
     with opened(program.settings) as (recorder, _):
-        for number in range(SESSIONS):
+        for number in range(count):
             context = SessionContext(new_id(), "default", "gateway")
             sessions.append(uuid(context.session_id))
-            for stored in _tape(said, vllm.model, environment, altered=number % 7 == 0).events:
+            for stored in _tape(said, model, environment, altered=number % 7 == 0).events:
                 recorder.record(context, stored.event.payload)
     program.run("index")
     return program, sessions
@@ -116,19 +119,33 @@ def test_a_killed_run_goes_on_and_does_each_session_once(recorded: tuple[Program
     assert (SESSIONS - SESSIONS // 7, SESSIONS // 7) == (honest, said["model differs"])
 
 
-def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list[str]]) -> None:
-    """Nothing is lost and nothing is recorded as done; a condition or name that is none is one line."""
+def test_without_an_engine_a_run_says_how_to_go_on(recorded: tuple[Program, list[str]], vllm: VllmService) -> None:
+    """Nothing is lost and nothing is recorded as done; a condition, name or model that is none is one line."""
     program, _ = recorded
+    before = _finished(program)
     dead = f"http://127.0.0.1:{free_port()}"
     for words, code, fault in (
         (["--where", "tokens > 0", "--engine", dead, "--run", "other"], 8, f"no engine is left after 0 sessions, {SESSIONS} wait"),
         (["--where", "no_such_column = 1"], 4, "no_such_column"),
         (["--where", "true", "--run", "a b"], 2, "is no name of a run"),
         (["--where", "true", "--engine", "vllm:x", "--engine", dead], 2, "it stands alone"),
+        (["--where", "tokens > 0", "--engine", vllm.url, "--model", "other"], 2, "serves no model 'other'"),
     ):
         ran = program.run("replay-batch", *words, code=code)
 
         assert fault in ran.stderr.splitlines()[-2]  # the last line is the hint; before it stands what was to be done
+    assert before == _finished(program)
+
+
+def test_why_sessions_are_inconclusive_is_said(tmp_path: Path, vllm: VllmService) -> None:
+    """A server without the recorded model has one line for all of them, and so has JSON."""
+    program, _ = _recorded(tmp_path, vllm, 2, "gone")
+    words = ["replay-batch", "--where", "tokens > 0", "--engine", vllm.url]
+    said = program.run(*words).stdout.decode()
+    told = program.run(*words, "--run", "again", "--format", "json").rows[0]
+
+    assert "inconclusive, 2 sessions: it refused model 'gone' (status 404)" in said
+    assert [2] == list(told["inconclusive"].values())
 
 
 @pytest.mark.parametrize("knows", [True, False])

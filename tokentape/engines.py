@@ -106,7 +106,9 @@ def made_engine(
     gateway = installation.settings.gateway
     url = engine or _upstream(installation)
     secret = next((entry.key for entry in gateway.every_upstream if entry.url == url), gateway.upstream_key)
-    return OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=batch)
+    made = OpenAIEngine(url, model=model, api_key=secret.get_secret_value() if secret else None, background=batch)
+    made.check_model()
+    return made
 
 
 def _upstream(installation: Installation) -> str:

@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -184,6 +185,23 @@ class OpenAIEngine:
             return [str(entry["id"]) for entry in json.loads(content)["data"]] if status == 200 else []
         except (ValueError, KeyError, TypeError):
             return []
+
+    def check_model(self) -> None:
+        """Whether the server takes the name that stands in for the recorded ones; one that does not answer or tell is not asked.
+
+        Raises:
+            UsageError: it serves others.
+        """
+        with suppress(EngineUnavailable):
+            served = self.models() if self._model else []
+            if not served or self._model in served:
+                return
+            answer = self._post(
+                COMPLETIONS, {"model": self._model, "prompt": "a", "max_tokens": 1}
+            )  # some take names that they do not list
+            if answer.status == 404 and "model" in _words(answer.value).lower():
+                hint = f"it serves {', '.join(served)}; --model names one of them"
+                raise UsageError(f"{self.place} serves no model {self._model!r}", operation="read --model", hint=hint)
 
     def generate_all(self, requests: Sequence[Request]) -> list[Generated | Refused]:
         """Up to `PARALLEL` at once, each over a connection of its own."""

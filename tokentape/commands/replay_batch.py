@@ -29,6 +29,8 @@ DONE = (
 )
 """Sessions that a run has replayed, and what came of each."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+REASONS = 3
+"""Why sessions are inconclusive, as many as are printed."""
 ON_SERVER, OF_ITS_OWN = 32, 768
 """Sessions beside one another: others use a server too; an engine of a run's own gets more than it takes in at once, and never waits."""
 
@@ -172,12 +174,20 @@ def _print(run: str, summary: Summary, earlier: Counter[str], fmt: str) -> None:
     worst = [{**token._asdict(), "session": uuid(token.session), "generation": uuid(token.generation)} for token in summary.worst]
     if fmt == "json":
         verdicts = {"verdicts": dict(summary.verdicts), "verdicts_before": dict(earlier)}
-        figures = {**verdicts, "tokens": summary.tokens, "tokens_per_s": speed, "unknown": summary.unknown}
+        figures = {
+            **verdicts,
+            "inconclusive": dict(summary.unjudged.most_common(REASONS)),
+            "tokens": summary.tokens,
+            "tokens_per_s": speed,
+            "unknown": summary.unknown,
+        }
         write_json({"run": run, **figures, "worst": worst})
         return
     for verdict, sessions in (summary.verdicts + earlier).most_common():
         before = f", {earlier[verdict]:,} of them before" if earlier[verdict] else ""
         click.echo(f"{sessions:8,}  {verdict.replace('_', ' ')}{before}")
+    for reason, sessions in summary.unjudged.most_common(REASONS):
+        click.echo(f"  inconclusive, {count(sessions, 'session')}: {reason}")
     if summary.unknown:
         click.echo(f"{summary.unknown:8,}  gone since they were listed")
     click.echo(f"{count(summary.tokens, 'token')} in {summary.seconds:.1f} s, {speed:,.0f} tokens/s; recorded as run {run}")
