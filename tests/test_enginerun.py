@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,39 +152,44 @@ class _Fake:
         self.tap = Tap(self.header, caching=False)
         self.live: list[str] = []
 
-    def arrive(self, name: str, **parameters: Any) -> None:
-        said = {"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters}
+    def arrive(self, name: str, *, lora_request: str | None = None, **parameters: Any) -> None:
+        said = _Struct({"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters})
+        said.structured_outputs = parameters.get("structured_outputs")
         request = SimpleNamespace(
-            request_id=name, sampling_params=_Struct(said), prompt_token_ids=[5, 6, 7], arrival_time=1.5, priority=0, client_index=0
+            request_id=name, sampling_params=said, prompt_token_ids=[5, 6, 7], arrival_time=1.5, priority=0, client_index=0
         )
-        for other in ("pooling_params", "lora_request", "cache_salt"):
-            setattr(request, other, None)
+        request.pooling_params, request.lora_request, request.cache_salt = None, lora_request, None
         self.tap.arrived(request, idle=not self.live)
         self.live.append(name)
 
     def step(self, *, first: bool = False, ends: tuple[str, ...] = ()) -> None:
-        import numpy
+        self.schedule(dict.fromkeys(self.live, 3 if first else 1), cached=dict.fromkeys(self.live, 0) if first else {})
+        self.update(self.live, ends)
 
-        new = [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in self.live] if first else []
-        cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[])
-        counts = dict.fromkeys(self.live, 3 if first else 1)
+    def schedule(self, counts: dict[str, int], *, cached: dict[str, int], preempted: set[str] | None = None) -> None:
+        """Decide on a step; `cached` tells of those admitted how much was computed already."""
         self.tap.scheduling()
         self.tap.scheduled(
             SimpleNamespace(
                 num_scheduled_tokens=counts,
                 total_num_scheduled_tokens=sum(counts.values()),
-                scheduled_new_reqs=new,
-                scheduled_cached_reqs=cached,
-                preempted_req_ids=None,
+                scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=tokens) for name, tokens in cached.items()],
+                scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[]),
+                preempted_req_ids=preempted,
             )
         )
+
+    def update(self, names: Sequence[str], ends: tuple[str, ...] = ()) -> None:
+        """Take in the oldest step, in which these said something."""
+        import numpy
+
         said = [
             SimpleNamespace(request_id=name, new_token_ids=[40 + i], finish_reason="stop" if name in ends else None, stop_reason=None)
-            for i, name in enumerate(self.live)
+            for i, name in enumerate(names)
         ]
-        scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(self.live), 1))
-        ids = numpy.array([[40 + i, 90, 40 + i, 91] for i in range(len(self.live))])
-        result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(self.live))
+        scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(names), 1))
+        ids = numpy.array([[40 + i, 90, 40 + i, 91] for i in range(len(names))])
+        result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(names))
         self.live = [name for name in self.live if name not in ends]
         scheduler = SimpleNamespace(running=self.live, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.25), requests=self.live)
         self.tap.updated({0: SimpleNamespace(outputs=said)}, result, scheduler)
@@ -192,7 +198,7 @@ class _Fake:
 class _Struct(dict[str, Any]):
     """Sampling parameters that msgspec takes for plain ones."""
 
-    structured_outputs = None
+    structured_outputs: Any = None
 
 
 def _run(data: Path) -> tuple[Run, list[Event]]:
@@ -263,6 +269,33 @@ def test_a_replay_begins_at_the_last_idle_moment(tmp_path: Path, monkeypatch: py
     assert 2 == late.first_step
     assert [calls.Idle, calls.Arrive, calls.ArriveBeside] == [type(call) for call in late.between()]
     assert 1 == late.arrive().number
+
+
+def test_decisions_of_an_engine_that_schedules_ahead_are_imposed_on_their_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it takes in a step it has decided on the next: cache hits and preemptions go with the rows that they were decided with."""
+    engine = _Fake(tmp_path, monkeypatch)
+    a, b = "a-0000000a", "b-0000000b"
+    engine.arrive(a)
+    engine.schedule({a: 3}, cached={a: 0})
+    engine.schedule({a: 1}, cached={})
+    engine.update([a])
+    engine.arrive(b)
+    engine.schedule({a: 1, b: 1}, cached={b: 2})
+    engine.update([a])
+    engine.schedule({b: 1}, cached={}, preempted={a})
+    engine.update([a, b])
+    engine.schedule({b: 1}, cached={})  # it dies before it has taken in this one
+    engine.update([b])
+    engine.tap.close()
+    await_end(tmp_path)
+    imposed = list(Script(_run(tmp_path)[0]).imposed)
+
+    assert [({0: 3}, {}, ()), ({0: 1}, {}, ()), ({0: 1, 1: 1}, {1: 2}, ()), ({1: 1}, {}, (0,))] == [
+        (each.rows, each.cached, each.preempted) for each in imposed[:4]
+    ]
+    assert 5 == len(imposed)
 
 
 def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
