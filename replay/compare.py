@@ -13,14 +13,14 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
 from replay.draws import judged_by_draws
-from replay.drift import Judgement, Verdict, judge, worst
+from replay.drift import Judgement, Verdict, astray_nats, judge, worst
 from replay.engines.base import Engine, Forced, Refused, Rendering, Request, Scored
 from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
 from replay.measurement import alternatives_for
 from replay.memory import Memory
 from replay.prompts import needs_rendering, prompt_of
-from replay.sampling import sampler_of
+from replay.sampling import PENALTIES, Sampler, astray_beyond_penalties, defaults_of, effective, is_greedy, sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
@@ -35,13 +35,6 @@ T = TypeVar("T")
 Asking: TypeAlias = Generator[Forced | Rendering, Any, T]
 """What comes to a T by asking an engine: it yields what is to be forced or rendered, and is sent the answer."""
 
-NOT_BENDING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
-    "repetition_penalty": (None, 1),
-    **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "logits_processors"), (None, {}, [])),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
-}
-"""Parameters under which greedy decoding may take another token than the bare model's likeliest, and the values that do not."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning"})
 """Parts of a message that token ids carry; of an image or a sound they carry a placeholder."""
 
@@ -280,9 +273,11 @@ class _Run:
         model, endpoint = (asked.model, asked.endpoint) if asked else (None, CHAT)
         edited = self.state.edited(generation)
         try:
-            document = edited and as_generation(endpoint, edited)
+            named = as_generation(endpoint, edited) if edited else None
         except UsageError as error:
             return _inconclusive(sequence, str(error.fault))
+        defaults = self._defaults(generation)
+        document = effective(named, defaults) if named else None
         request = Request(model, edited or {}, self._alternatives(document), endpoint)
         try:
             rendered: tuple[int, ...] | Refused | None = None
@@ -293,26 +288,39 @@ class _Run:
                 return _inconclusive(sequence, why)
             calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
             floor = self._floor(request.model, calibration)  # before it has work: to measure one it has to be idle
-            scored: Scored | Refused = yield Forced(request, prompt.token_ids, tape.token_ids)
+            forced = Forced(request, prompt.token_ids, tape.token_ids)
+            scored: Scored | Refused = yield forced
+            if isinstance(scored, Refused):
+                return _inconclusive(sequence, scored.reason)
+            greedy, alarm = is_greedy(document), self._false_alarm
+            judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
+            if greedy and (untold := _untold(named, defaults)):
+                judgement = yield from _whatever_was_set(judgement, untold, forced, astray_nats(floor, calibration))
         except EngineUnavailable as error:
             if self._run is not None:
                 self._record(e.SessionClosed(reason="the engine failed"))
                 raise
             self._down = str(error)
             return _inconclusive(sequence, self._down)
-        if isinstance(scored, Refused):
-            return _inconclusive(sequence, scored.reason)
-        greedy, alarm = is_greedy(document), self._false_alarm
-        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
         if self._calibration and not calibration:
             measured = count(self._calibration.tokens_median, "token")
             judgement = replace(judgement, reason=f"{judgement.reason}; not by the calibration, which measured sequences of {measured}")
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
-            drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
+            drawn = _sampler(document, defaults, generation, sequence)
             judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, self._calibration, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
+
+    def _defaults(self, generation: Generation) -> dict[str, Any] | None:
+        """What the server puts in for sampling parameters that a request does not name; None where nobody knows.
+
+        An engine that makes again all choices of requests that name none puts in nothing: a calibration shows that where nobody told.
+        """
+        environment = self.state.environment_of(generation)
+        told = defaults_of(environment.event if environment else None)
+        shown = self._calibration is not None and self._calibration.noise is not None and not self._calibration.noise_misses
+        return {} if told is None and shown else told
 
     def _alternatives(self, document: dict[str, Any] | None) -> int:
         return alternatives_for(document or {}) if self._calibration and self._calibration.noise else 0
@@ -387,18 +395,31 @@ def _media(document: dict[str, Any]) -> set[str]:
     return {str(part.get("type")) for part in parts} - TEXT_PARTS - {"None"}
 
 
-def is_greedy(document: dict[str, Any] | None) -> bool:
-    """Whether each token was to be the bare model's likeliest: temperature 0 and nothing that bends the distribution."""
-    if document is None or document.get("temperature") not in (0, 0.0) or isinstance(document.get("temperature"), bool):
-        return False
-    if any(document.get(name) not in plain for name, plain in NOT_BENDING.items()) or document.get("tool_choice") not in (
-        None,
-        "auto",
-        "none",
-    ):
-        return False
-    form = document.get("response_format")
-    return form is None or (isinstance(form, dict) and form.get("type") == "text")
+def _untold(named: dict[str, Any] | None, defaults: dict[str, Any] | None) -> list[str]:
+    """Penalties of which nobody knows whether the server put them in."""
+    return [name for name in PENALTIES if (named or {}).get(name) is None] if defaults is None else []
+
+
+def _whatever_was_set(judgement: Judgement, untold: list[str], forced: Forced, nats: float) -> Asking[Judgement]:
+    """The judgement on greedy tokens that passed over likelier ones: it stands where no penalty can have made them do so.
+
+    Which tokens those were is asked for here, since hardly a sequence needs to know.
+    """
+    if judgement.first_telling is None or judgement.verdict not in ("sampling_differs", "inconclusive"):
+        return judgement
+    scored = yield replace(forced, request=replace(forced.request, alternatives=2))
+    proof = None if isinstance(scored, Refused) else astray_beyond_penalties(forced.prompt_token_ids, forced.token_ids, scored, nats)
+    if proof is not None:
+        return judgement
+    reason = f"{judgement.reason}; a {untold[0]} that the server sets for all may have done that, and what it sets is not told"
+    return replace(judgement, verdict="inconclusive", reason=reason)
+
+
+def _sampler(document: dict[str, Any] | None, defaults: dict[str, Any] | None, generation: Generation, sequence: Sequence) -> Sampler | str:
+    """How a sequence's tokens were to be drawn, or why that cannot be told."""
+    if defaults is None and document is not None and document.get("temperature") is None:
+        return "the request names no temperature, and which one the server sets then is not told"
+    return sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
 
 
 def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:

@@ -193,6 +193,7 @@ def test_a_fingerprint_tells_content_and_no_secrets(loaded: VllmEngine, vllm: Vl
     environment = loaded.fingerprint()
     keys = {pair.key for pair in environment.items}
 
+    assert {} == item(environment, "sampling.defaults")
     assert {"weights.sha256", "tokenizer.sha256", "chat_template.sha256", "model.vocabulary", "config.model_config.dtype"} <= keys
     assert {"version", "library.torch", "hardware.cpu", "engine.runner", "engine.attention_backends", "engine.threads"} <= keys
     assert {"config.scheduler_config.max_num_seqs", "engine.split_kv", "env.VLLM_CPU_KVCACHE_SPACE"} <= keys
@@ -251,6 +252,17 @@ def test_structured_output_is_forced_and_not_generated(loaded: VllmEngine) -> No
     refused = loaded.generate(request)
     assert isinstance(refused, Refused)
     assert "response_format" in refused.reason
+
+
+def test_what_a_request_does_not_name_is_what_the_model_s_files_say(loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `vllm serve` has it; what the request names goes before."""
+    document = {"messages": MESSAGES, "max_tokens": 12, "seed": 3}
+    greedy, drawn = (loaded.generate(Request(None, {**document, "temperature": temperature})) for temperature in (0, 1.0))
+    monkeypatch.setattr(loaded, "_set", {"temperature": 0.0})
+
+    assert greedy != drawn
+    assert greedy == loaded.generate(Request(None, document))
+    assert drawn == loaded.generate(Request(None, {**document, "temperature": 1.0}))
 
 
 def test_both_go_on_from_token_ids(loaded: VllmEngine, vllm: VllmService) -> None:

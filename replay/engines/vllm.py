@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.engines.loading import ALTERNATIVES_MAX, check_version, said, start
+from replay.sampling import effective
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
-from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed
+from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed, sampling_defaults
 from schemas.requests.recorded import as_generation
 from store.digests import FileDigests
 from store.fingerprint import environment_of, worker_facts
@@ -77,6 +78,7 @@ class VllmEngine:
         self._held: deque[tuple[str, _Asked]] = deque()
         self._held_steps = 0
         self._begun: dict[str, Callable[[Any], Callable[[], Scored]]] = {}
+        self._set = sampling_defaults(config.get_diff_sampling_param())  # what `vllm serve` puts in for what a request does not name
         self._vocabulary: int = config.get_vocab_size()
         self.context: int = config.max_model_len
 
@@ -157,7 +159,7 @@ class VllmEngine:
         document = as_generation(request.endpoint, request.document)
         if found := [name for name in NOT_FREE if document.get(name)]:
             return Refused(f"free generation in this process does not carry out {found[0]}")
-        fields = {name: document[name] for name in PASSED_ON if document.get(name) is not None}
+        fields = {name: value for name, value in effective(document, self._set).items() if name in PASSED_ON}
         fields.setdefault("max_tokens", document.get("max_completion_tokens") or self.context - len(prompt))
         try:
             return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0, detokenize=True))
