@@ -25,9 +25,10 @@ from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
 from schemas import events as e
+from schemas.enginerun.facts import GRAMMAR
 from schemas.environment import compare as compare_environments
 from schemas.errors import EngineUnavailable, UnknownSession, UsageError
-from schemas.requests.recorded import CHAT, as_generation
+from schemas.requests.recorded import CHAT, ENGINE, sampled_as
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
 
@@ -273,7 +274,7 @@ class _Run:
         model, endpoint = (asked.model, asked.endpoint) if asked else (None, CHAT)
         edited = self.state.edited(generation)
         try:
-            named = as_generation(endpoint, edited) if edited else None
+            named = sampled_as(endpoint, edited) if edited else None
         except UsageError as error:
             return _inconclusive(sequence, str(error.fault))
         defaults = self._defaults(generation)
@@ -284,7 +285,8 @@ class _Run:
             if not self._down and needs_rendering(generation, self.differences):
                 rendered = yield Rendering(request)
             prompt = prompt_of(generation, rendered)
-            if why := self._down or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
+            why = self._down or _of_an_engine(generation, sequence, edited)
+            if why := why or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
                 return _inconclusive(sequence, why)
             calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
             floor = self._floor(request.model, calibration)  # before it has work: to measure one it has to be idle
@@ -315,8 +317,11 @@ class _Run:
     def _defaults(self, generation: Generation) -> dict[str, Any] | None:
         """What the server puts in for sampling parameters that a request does not name; None where nobody knows.
 
-        An engine that makes again all choices of requests that name none puts in nothing: a calibration shows that where nobody told.
+        Nothing is put in for what an engine recorded, which is resolved. An engine that makes again all choices of requests that name none
+        puts in nothing: a calibration shows that where nobody told.
         """
+        if generation.request is not None and generation.request.endpoint == ENGINE:
+            return {}
         environment = self.state.environment_of(generation)
         told = defaults_of(environment.event if environment else None)
         shown = self._calibration is not None and self._calibration.noise is not None and not self._calibration.noise_misses
@@ -375,6 +380,17 @@ def _differences(recorded: list[e.EnvironmentCaptured], present: e.EnvironmentCa
         return ()
     found = {(d.key, d.recorded): d for environment in recorded for d in compare_environments(environment, present)}
     return tuple(found.values())
+
+
+def _of_an_engine(generation: Generation, sequence: Sequence, document: dict[str, Any] | None) -> str | None:
+    """Why a sequence that was recorded inside the engine cannot be forced by its ids, if it cannot."""
+    if generation.request is None or generation.request.endpoint != ENGINE:
+        return None
+    if generation.recording and generation.recording.starts > 1 and sequence.index:
+        return "its request had several prompts, and which of them is this one's is not told"
+    unlike = (document or {}).get("unrepeatable")
+    found = [what for what in unlike if what != GRAMMAR] if isinstance(unlike, list) else []
+    return f"it had {found[0]}, which token ids do not carry" if found else None
 
 
 def hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tuple[int, ...], missing: str | None) -> str | None:

@@ -99,5 +99,10 @@ def compare(recorded: EnvironmentCaptured, present: EnvironmentCaptured) -> list
     return [
         Difference(key=key, recorded=before.get(key), present=after.get(key), digest=classify(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if _plain(before.get(key)) != _plain(after.get(key))
     ]
+
+
+def _plain(value: str | None) -> str | None:
+    """A value as every origin tells it: a dtype stands with its module in vLLM's own configuration, and without in an engine's facts."""
+    return value and value.replace('"torch.', '"')

@@ -8,7 +8,7 @@ import math
 import subprocess
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 
 from ingest.vllm.names import named, request_name
 from ingest.vllm.tap import SIZE, Tap
+from replay.compare import Outcome, run_compare
+from replay.engines.base import Refused, Scored
 from replay.exact.engine import check, refuse_differences
 from replay.exact.run import Run, load
 from replay.exact.script import Script
@@ -30,6 +32,7 @@ from schemas.events import ChunkAlternatives, EngineStep, Event, GenerationStart
 from schemas.sink import new_id
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of
+from tests.test_compare import Scorer, Sink, scored
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -240,6 +243,44 @@ def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {-0.5} == {value for said in run.said.values() for value in said.logprobs}
     assert "abort" == run.said[run.requests[2].place].finish_reason
     assert 4 == len(run.steps)
+
+
+def _compared(run: Run, events: list[Event], view: Callable[[tuple[int, ...]], Scored | Refused], **options: Any) -> Outcome:
+    """What a compare replay finds of the session of an engine run."""
+    owned = [StoredEvent(event, "log", 0, at, event.recorded_at) for at, event in enumerate(events) if event.session_id == run.engine_run]
+    return run_compare(owned, Scorer(view), Sink(), **options)
+
+
+def test_what_an_engine_recorded_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the prompt that it recorded and by the parameters that it resolved; of greedy tokens also whether they are the likeliest."""
+    run, events = _recorded(tmp_path, monkeypatch)
+    same = _compared(run, events, lambda ids: scored([-0.5] * len(ids)))
+    passed_over = _compared(run, events, lambda ids: scored([-0.5] * len(ids), [-0.5, *[2.0] * (len(ids) - 1)]))
+
+    assert ["identical"] * 3 == [each.judgement.verdict for each in same.sequences], same.reason
+    assert ["sampling_differs", "identical", "identical"] == [each.judgement.verdict for each in passed_over.sequences]
+    assert (0, "model_differs") == (same.skipped, _compared(run, events, lambda ids: scored([-4.0] * len(ids))).verdict)
+
+
+def test_what_the_ids_of_an_engine_do_not_carry_is_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter, and all but the first of several prompts under one request, are named; a grammar only keeps a run from being exact."""
+    ours = request_name(bytes(range(16)))
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(f"cmpl-{ours}-0-0000000b")
+    engine.arrive(f"cmpl-{ours}-1-0000000c")
+    engine.arrive("a-0000000a", lora_request="adapter")
+    engine.arrive("g-0000000d", structured_outputs={"json": "{}"})
+    engine.step(first=True, ends=tuple(engine.live))
+    engine.tap.close()
+    await_end(tmp_path)
+    outcome = _compared(*_run(tmp_path), lambda ids: scored([-0.5] * len(ids)))
+
+    assert [
+        ("identical", "1 logprob equal"),
+        ("inconclusive", "its request had several prompts, and which of them is this one's is not told"),
+        ("inconclusive", "it had a LoRA adapter, which token ids do not carry"),
+        ("identical", "1 logprob equal"),
+    ] == [(each.judgement.verdict, each.judgement.reason.partition(";")[0]) for each in outcome.sequences]
 
 
 def test_alternatives_are_each_request_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,12 @@ class TestDigests:
         }
         assert (a.environment_id == b.environment_id) == (not keys)
 
+    def test_a_dtype_is_one_whoever_tells_it(self) -> None:
+        """Facts of an engine name it without the module that vLLM's own configuration puts before it."""
+        engine, process = (capture([("config.model_config.dtype", value)], origin=value) for value in ('"bfloat16"', '"torch.bfloat16"'))
+
+        assert [] == compare(engine, process)
+
     @pytest.mark.parametrize(
         ("key", "kind"),
         [

@@ -13,6 +13,8 @@ from schemas.requests.responses import conversation, from_responses
 CHAT = "/v1/chat/completions"
 
 COMPLETIONS = "/v1/completions"
+ENGINE = "engine"
+"""Where a request went that was recorded inside the engine: its document is the engine core's, its prompt token ids."""
 
 _READERS = {
     "/v1/messages": from_anthropic,
@@ -43,3 +45,15 @@ def as_generation(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
         UsageError: as `as_chat` does.
     """
     return document if endpoint == COMPLETIONS else as_chat(endpoint, document)
+
+
+def sampled_as(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the parameters by which tokens were chosen; of an engine's own request these alone, resolved as they were.
+
+    Raises:
+        UsageError: as `as_chat` does.
+    """
+    if endpoint != ENGINE:
+        return as_generation(endpoint, document)
+    parameters = document.get("sampling_params")
+    return parameters if isinstance(parameters, dict) else {}
