@@ -28,16 +28,13 @@ from schemas import events as e
 from schemas.enginerun.facts import GRAMMAR
 from schemas.environment import compare as compare_environments
 from schemas.errors import EngineUnavailable, UnknownSession, UsageError
-from schemas.requests.recorded import CHAT, ENGINE, sampled_as
+from schemas.requests.recorded import CHAT, ENGINE, media_of, sampled_as
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
 
 T = TypeVar("T")
 Asking: TypeAlias = Generator[Forced | Rendering, Any, T]
 """What comes to a T by asking an engine: it yields what is to be forced or rendered, and is sent the answer."""
-
-TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning"})
-"""Parts of a message that token ids carry; of an image or a sound they carry a placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,16 +396,8 @@ def hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tup
         return missing or "it has no tokens"
     if not prompt:
         return "the recording has no prompt token ids"
-    parts = sorted(_media(document or {}))
+    parts = media_of(document or {})
     return f"its prompt holds {', '.join(parts)}, which token ids do not carry" if parts else None
-
-
-def _media(document: dict[str, Any]) -> set[str]:
-    """Types of message parts that are no text."""
-    messages = document.get("messages")
-    contents = [message.get("content") for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return {str(part.get("type")) for part in parts} - TEXT_PARTS - {"None"}
 
 
 def _untold(named: dict[str, Any] | None, defaults: dict[str, Any] | None) -> list[str]:
