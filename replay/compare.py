@@ -13,37 +13,28 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
 from replay.draws import judged_by_draws
-from replay.drift import Judgement, Verdict, judge, worst
+from replay.drift import Judgement, Verdict, astray_nats, judge, worst
 from replay.engines.base import Engine, Forced, Refused, Rendering, Request, Scored
 from replay.floors import Floor, floor_of, same_kernels, same_precision
 from replay.fold import Until, fold
 from replay.measurement import alternatives_for
 from replay.memory import Memory
 from replay.prompts import needs_rendering, prompt_of
-from replay.sampling import sampler_of
+from replay.sampling import PENALTIES, Sampler, astray_beyond_penalties, defaults_of, effective, is_greedy, sampler_of
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
 from schemas import events as e
+from schemas.enginerun.facts import GRAMMAR
 from schemas.environment import compare as compare_environments
 from schemas.errors import EngineUnavailable, UnknownSession, UsageError
-from schemas.requests.recorded import CHAT, as_generation
+from schemas.requests.recorded import CHAT, ENGINE, media_of, sampled_as
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
 
 T = TypeVar("T")
 Asking: TypeAlias = Generator[Forced | Rendering, Any, T]
 """What comes to a T by asking an engine: it yields what is to be forced or rendered, and is sent the answer."""
-
-NOT_BENDING: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
-    "repetition_penalty": (None, 1),
-    **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "logits_processors"), (None, {}, [])),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
-}
-"""Parameters under which greedy decoding may take another token than the bare model's likeliest, and the values that do not."""
-TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal", "thinking", "reasoning"})
-"""Parts of a message that token ids carry; of an image or a sound they carry a placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,39 +271,58 @@ class _Run:
         model, endpoint = (asked.model, asked.endpoint) if asked else (None, CHAT)
         edited = self.state.edited(generation)
         try:
-            document = edited and as_generation(endpoint, edited)
+            named = sampled_as(endpoint, edited) if edited else None
         except UsageError as error:
             return _inconclusive(sequence, str(error.fault))
+        defaults = self._defaults(generation)
+        document = effective(named, defaults) if named else None
         request = Request(model, edited or {}, self._alternatives(document), endpoint)
         try:
             rendered: tuple[int, ...] | Refused | None = None
             if not self._down and needs_rendering(generation, self.differences):
                 rendered = yield Rendering(request)
             prompt = prompt_of(generation, rendered)
-            if why := self._down or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
+            why = self._down or _of_an_engine(generation, sequence, edited)
+            if why := why or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
                 return _inconclusive(sequence, why)
             calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
             floor = self._floor(request.model, calibration)  # before it has work: to measure one it has to be idle
-            scored: Scored | Refused = yield Forced(request, prompt.token_ids, tape.token_ids)
+            forced = Forced(request, prompt.token_ids, tape.token_ids)
+            scored: Scored | Refused = yield forced
+            if isinstance(scored, Refused):
+                return _inconclusive(sequence, scored.reason)
+            greedy, alarm = is_greedy(document), self._false_alarm
+            judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
+            if greedy and (untold := _untold(named, defaults)):
+                judgement = yield from _whatever_was_set(judgement, untold, forced, astray_nats(floor, calibration))
         except EngineUnavailable as error:
             if self._run is not None:
                 self._record(e.SessionClosed(reason="the engine failed"))
                 raise
             self._down = str(error)
             return _inconclusive(sequence, self._down)
-        if isinstance(scored, Refused):
-            return _inconclusive(sequence, scored.reason)
-        greedy, alarm = is_greedy(document), self._false_alarm
-        judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
         if self._calibration and not calibration:
             measured = count(self._calibration.tokens_median, "token")
             judgement = replace(judgement, reason=f"{judgement.reason}; not by the calibration, which measured sequences of {measured}")
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
-            drawn = sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
+            drawn = _sampler(document, defaults, generation, sequence)
             judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, self._calibration, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
+
+    def _defaults(self, generation: Generation) -> dict[str, Any] | None:
+        """What the server puts in for sampling parameters that a request does not name; None where nobody knows.
+
+        Nothing is put in for what an engine recorded, which is resolved. An engine that makes again all choices of requests that name none
+        puts in nothing: a calibration shows that where nobody told.
+        """
+        if generation.request is not None and generation.request.endpoint == ENGINE:
+            return {}
+        environment = self.state.environment_of(generation)
+        told = defaults_of(environment.event if environment else None)
+        shown = self._calibration is not None and self._calibration.noise is not None and not self._calibration.noise_misses
+        return {} if told is None and shown else told
 
     def _alternatives(self, document: dict[str, Any] | None) -> int:
         return alternatives_for(document or {}) if self._calibration and self._calibration.noise else 0
@@ -369,36 +379,52 @@ def _differences(recorded: list[e.EnvironmentCaptured], present: e.EnvironmentCa
     return tuple(found.values())
 
 
+def _of_an_engine(generation: Generation, sequence: Sequence, document: dict[str, Any] | None) -> str | None:
+    """Why a sequence that was recorded inside the engine cannot be forced by its ids, if it cannot."""
+    if generation.request is None or generation.request.endpoint != ENGINE:
+        return None
+    if generation.recording and generation.recording.starts > 1 and sequence.index:
+        return "its request had several prompts, and which of them is this one's is not told"
+    unlike = (document or {}).get("unrepeatable")
+    found = [what for what in unlike if what != GRAMMAR] if isinstance(unlike, list) else []
+    return f"it had {found[0]}, which token ids do not carry" if found else None
+
+
 def hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tuple[int, ...], missing: str | None) -> str | None:
     """Why a sequence cannot be forced, if it cannot."""
     if not ids:
         return missing or "it has no tokens"
     if not prompt:
         return "the recording has no prompt token ids"
-    parts = sorted(_media(document or {}))
+    parts = media_of(document or {})
     return f"its prompt holds {', '.join(parts)}, which token ids do not carry" if parts else None
 
 
-def _media(document: dict[str, Any]) -> set[str]:
-    """Types of message parts that are no text."""
-    messages = document.get("messages")
-    contents = [message.get("content") for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    return {str(part.get("type")) for part in parts} - TEXT_PARTS - {"None"}
+def _untold(named: dict[str, Any] | None, defaults: dict[str, Any] | None) -> list[str]:
+    """Penalties of which nobody knows whether the server put them in."""
+    return [name for name in PENALTIES if (named or {}).get(name) is None] if defaults is None else []
 
 
-def is_greedy(document: dict[str, Any] | None) -> bool:
-    """Whether each token was to be the bare model's likeliest: temperature 0 and nothing that bends the distribution."""
-    if document is None or document.get("temperature") not in (0, 0.0) or isinstance(document.get("temperature"), bool):
-        return False
-    if any(document.get(name) not in plain for name, plain in NOT_BENDING.items()) or document.get("tool_choice") not in (
-        None,
-        "auto",
-        "none",
-    ):
-        return False
-    form = document.get("response_format")
-    return form is None or (isinstance(form, dict) and form.get("type") == "text")
+def _whatever_was_set(judgement: Judgement, untold: list[str], forced: Forced, nats: float) -> Asking[Judgement]:
+    """The judgement on greedy tokens that passed over likelier ones: it stands where no penalty can have made them do so.
+
+    Which tokens those were is asked for here, since hardly a sequence needs to know.
+    """
+    if judgement.first_telling is None or judgement.verdict not in ("sampling_differs", "inconclusive"):
+        return judgement
+    scored = yield replace(forced, request=replace(forced.request, alternatives=2))
+    proof = None if isinstance(scored, Refused) else astray_beyond_penalties(forced.prompt_token_ids, forced.token_ids, scored, nats)
+    if proof is not None:
+        return judgement
+    reason = f"{judgement.reason}; a {untold[0]} that the server sets for all may have done that, and what it sets is not told"
+    return replace(judgement, verdict="inconclusive", reason=reason)
+
+
+def _sampler(document: dict[str, Any] | None, defaults: dict[str, Any] | None, generation: Generation, sequence: Sequence) -> Sampler | str:
+    """How a sequence's tokens were to be drawn, or why that cannot be told."""
+    if defaults is None and document is not None and document.get("temperature") is None:
+        return "the request names no temperature, and which one the server sets then is not told"
+    return sampler_of(document, generation.request.seed if generation.request else None, sequence.index)
 
 
 def _inconclusive(sequence: Sequence, reason: str) -> SequenceOutcome:

@@ -43,6 +43,7 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("probe.chat_template", "the token ids of a fixed conversation"),
     ("probe.choices", "the model's own choices in a fixed text"),
     ("probe.logprobs", "the logprobs of a fixed text"),
+    ("sampling.defaults", "sampling parameters of requests that name none"),
     ("version", "the version of vLLM"),
     ("library.", "library "),
     ("hardware.", "hardware: "),

@@ -74,7 +74,7 @@ def judge(
     """
     tokens = len(recorded)
     places = [i for i in range(tokens) if recorded[i] is not None and i < len(scored.logprobs) and scored.logprobs[i] is not None]
-    astray = _first_astray(scored, calibration.far_nats if calibration else TOP_FLOORS * floor.nats) if greedy else None
+    astray = _first_astray(scored, astray_nats(floor, calibration)) if greedy else None
     if not places:
         return _without_logprobs(tokens, scored, astray, greedy, floor)
     drift = drift_of([recorded[i] or 0.0 for i in places], [scored.logprobs[i] or 0.0 for i in places])
@@ -147,8 +147,13 @@ def beyond_limit(tokens: int) -> int:
     return tokens
 
 
+def astray_nats(floor: Floor, calibration: Calibration | None) -> float:
+    """By how much a greedy token may lie under the best one by noise and ties."""
+    return calibration.far_nats if calibration else TOP_FLOORS * floor.nats
+
+
 def _first_astray(scored: Scored, nats: float) -> int | None:
-    """The first token that is not the likeliest by more than noise and ties explain."""
+    """The first token that is not the likeliest by more than so many nats."""
     for i, (own, top) in enumerate(zip(scored.logprobs, scored.top_logprobs, strict=True)):
         if own is not None and top is not None and top - own > nats:
             return i

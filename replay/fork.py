@@ -22,7 +22,7 @@ from replay.words import count, uuid
 from schemas import events as e
 from schemas.errors import ConflictError, UnknownSession, UsageError
 from schemas.patch import Operation, apply_patch
-from schemas.requests.recorded import COMPLETIONS, as_generation
+from schemas.requests.recorded import COMPLETIONS, SHAPING, as_generation
 from store.rows import StoredEvent
 
 CARRIED = (
@@ -35,8 +35,6 @@ FROM_THE_START = (
     "guided_grammar",
 )  # fmt: skip
 """Fields that look at all that the engine itself said since its first token: they hold for a fork before that token only."""
-TELL_THE_PROMPT = ("messages", "prompt", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-"""Fields that the prompt's ids are made of."""
 SEED_BITS = 31
 """Width of a seed that is drawn where none is given: every engine takes it."""
 _OPERATION = "fork"
@@ -187,7 +185,7 @@ def _prompt(state: SessionState, generation: Generation, asked: Request, engine:
 
 def _told(endpoint: str, document: dict[str, Any]) -> dict[str, Any]:
     asked = as_generation(endpoint, document)
-    return {name: asked.get(name) for name in TELL_THE_PROMPT}
+    return {name: asked.get(name) for name in ("prompt", *SHAPING)}
 
 
 def _continuation(document: dict[str, Any], ids: tuple[int, ...], said: int, ask: Ask) -> dict[str, Any]:

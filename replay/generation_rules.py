@@ -133,6 +133,7 @@ def _generation_started(state: SessionState, stored: StoredEvent, payload: e.Gen
     if recording.started is not None and payload.attempt > recording.attempt:
         recording = Recording(recording.source, payload.attempt, stored.event.recorded_at - payload.offset_us)
     elif recording.started is not None:
+        state = _keep(state, _with(generation, evolve(recording, starts=recording.starts + 1)))
         return anomaly(state, stored, "again", f"attempt {recording.attempt} had started already")
     ids = tuple(payload.content.prompt_token_ids) if payload.content else ()
     started = payload.model_copy(update={"content": None})

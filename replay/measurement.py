@@ -17,7 +17,7 @@ from replay.calibration import Calibration, Measured, calibrated
 from replay.engines.base import Engine, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.floors import floor_of
 from replay.noise import Noise, possible
-from replay.sampling import made_again, sampler_of
+from replay.sampling import defaults_of, effective, made_again, sampler_of
 from schemas import clock
 from schemas.errors import UsageError
 from schemas.probe import item
@@ -61,7 +61,8 @@ def measure(
     environment = engine.fingerprint()
     if environment is None:
         raise UsageError("the environment of this engine cannot be asked, so nothing would find its calibration", operation="calibrate")
-    requests = [_request(model, number, tokens) for number in range(sequences)]
+    alternatives = alternatives_for(defaults_of(environment) or {})
+    requests = [_request(model, number, tokens, alternatives) for number in range(sequences)]
     say(f"{sequences} sequences of {tokens} tokens, in batches")
     together = _said(requests, engine.generate_all(requests))
     say(f"{ALONE} sequences alone")
@@ -79,13 +80,13 @@ def alternatives_for(document: Mapping[str, Any]) -> int:
     return ALTERNATIVES_TOP_P if document.get("top_p") not in (None, 1, 1.0) else ALTERNATIVES
 
 
-def _request(model: str | None, number: int, tokens: int) -> Request:
+def _request(model: str | None, number: int, tokens: int, alternatives: int) -> Request:
     """Three of four are sampled, and every other one of those leaves the temperature to the engine, whose default then shows."""
     document = {"messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}], "max_tokens": tokens}
     if number % 4 == 3:
         return Request(model, {**document, "temperature": 0})
     temperature = {} if number % 2 else {"temperature": 1.0}
-    return Request(model, {**document, **temperature, "seed": 1000 + number}, alternatives=ALTERNATIVES)
+    return Request(model, {**document, **temperature, "seed": 1000 + number}, alternatives=alternatives)
 
 
 class _Said:
@@ -148,11 +149,12 @@ def _against(name: str, before: Sequence[Sequence[float | None]], after: Sequenc
 def _with_noise(found: Calibration, said: Sequence[_Said], scored: Sequence[Scored], noises: Sequence[Noise]) -> Calibration:
     """The calibration with the first noise function that makes the seeded tokens again."""
     tolerance = max(TOLERANCE_DRIFTS * max(condition.p99 for condition in found.conditions), TOLERANCE_NATS)
-    vocabulary = item(found.environment, "model.vocabulary") or 0
+    vocabulary, defaults = item(found.environment, "model.vocabulary") or 0, defaults_of(found.environment)
     for noise in noises:
         again: list[bool] = []
         for each, scores in zip(said, scored, strict=True):
-            sampler = sampler_of(each.request.document, each.request.document.get("seed"), each.spoken.index)
+            document = effective(each.request.document, defaults)
+            sampler = sampler_of(document, document.get("seed"), each.spoken.index)
             if isinstance(sampler, str):
                 continue
             prompt_tokens = len(each.forced.prompt_token_ids)

@@ -13,17 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from replay.engines.base import Alternatives
+from replay.engines.base import Alternatives, Scored
 from replay.noise import Floats, Noise, Stream
+from schemas.events import EnvironmentCaptured
+from schemas.probe import DEFAULTS, item
 
 GREEDY_BELOW = 1e-5
 """Temperatures that vLLM takes as 0."""
-BENDING = (
-    "presence_penalty", "frequency_penalty", "min_tokens", "logit_bias", "bad_words", "allowed_token_ids", "structured_outputs",
-    "logits_processors", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "repetition_detection",
-    "thinking_token_budget",
-)  # fmt: skip
-"""Parameters that change the distribution by what was said before or by rules that are not computed here."""
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+"""What a server may set for all requests that do not name it, and what makes it pass over the likeliest token."""
+NOT_BENDING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (None, 0)),
+    "repetition_penalty": (None, 1),
+    "thinking_token_budget": (None, -1),
+    **dict.fromkeys(("use_beam_search", "watermarking"), (None, False)),
+    **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs", "logits_processors"), (None, {}, [])),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
+}
+"""Parameters that change the distribution by what was said before or by rules that are not computed here, so that even greedy decoding
+may take another token than the bare model's likeliest; and the values that do not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +45,59 @@ class Sampler:
     min_p: float
 
 
+def defaults_of(environment: EnvironmentCaptured | None) -> dict[str, Any] | None:
+    """The sampling parameters of requests that name none, as a server sets them; None where its environment does not tell."""
+    told = item(environment, DEFAULTS) if environment else None
+    return told if isinstance(told, dict) else None
+
+
+def effective(document: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A request with what the server put in for what it does not name."""
+    return {**(defaults or {}), **{name: value for name, value in document.items() if value is not None}}
+
+
+def bent_by(document: Mapping[str, Any]) -> str | None:
+    """What of a request bends the distribution, None if nothing does."""
+    if found := [name for name, plain in NOT_BENDING.items() if document.get(name) not in plain]:
+        return found[0]
+    form = document.get("response_format")
+    formed = form is not None and not (isinstance(form, dict) and form.get("type") in (None, "text"))
+    return "structured output" if formed or document.get("tool_choice") not in (None, "auto", "none") else None
+
+
+def is_greedy(document: Mapping[str, Any] | None) -> bool:
+    """Whether each token was to be the bare model's likeliest: temperature 0 and nothing that bends the distribution."""
+    if document is None or document.get("temperature") not in (0, 0.0) or isinstance(document.get("temperature"), bool):
+        return False
+    return bent_by(document) is None
+
+
+def astray_beyond_penalties(prompt: Sequence[int], token_ids: Sequence[int], scored: Scored, nats: float) -> int | None:
+    """The first token that was chosen over a likelier one by more than `nats`, where neither had occurred before.
+
+    A penalty lowers or raises what has occurred, so that none, whatever a server sets, can have made that choice.
+    """
+    seen = set(prompt)
+    for at, (token, own, place) in enumerate(zip(token_ids, scored.logprobs, scored.alternatives, strict=False)):
+        if own is not None and place is not None:
+            best = int(np.argmax(place.logprobs))
+            if place.logprobs[best] - own > nats and not seen & {token, int(place.token_ids[best])}:
+                return at
+        seen.add(token)
+    return None
+
+
 def sampler_of(document: Mapping[str, Any] | None, seed: int | None, index: int) -> Sampler | str:
-    """How sequence `index` of a request was to be drawn, or why that cannot be told; vLLM seeds each sequence by its index."""
+    """How sequence `index` of a request was to be drawn, or why that cannot be told; vLLM seeds each sequence by its index.
+
+    `document` is the request as it took effect (`effective`).
+    """
     if document is None:
         return "the request's parameters are not known"
+    if bent := bent_by(document):
+        return f"{bent} is not recomputed"
     if seed is None:
         return "the request had no seed"
-    if found := [name for name in BENDING if document.get(name)]:
-        return f"{found[0]} is not recomputed"
-    if document.get("repetition_penalty") not in (None, 1, 1.0):
-        return "repetition_penalty is not recomputed"
-    if document.get("tool_choice") not in (None, "auto", "none") or (document.get("response_format") or {}).get("type") not in (
-        None,
-        "text",
-    ):
-        return "structured output is not recomputed"
     temperature, top_k, top_p, min_p = (
         value if (value := document.get(name)) is not None else plain
         for name, plain in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0))

@@ -173,6 +173,8 @@ class Recording:
     finished: e.GenerationFinished | None = None
     finished_at: int | None = None
     failures: Vector[Failure] = field(default_factory=Vector)
+    starts: int = 1
+    """How often it was said to start: an engine says so for each of several prompts, of which only the first is kept."""
 
     @property
     def lanes(self) -> list[Sequence]:

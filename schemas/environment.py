@@ -54,12 +54,17 @@ _PREFIXES: tuple[tuple[str, Class], ...] = (
     ("models", "semantic"),
     ("probe.logprobs", "numeric"),
     ("probe.", "semantic"),
+    ("sampling.", "semantic"),
     ("system_fingerprint", "scheduling"),  # a compile-cache key: it also changes with max_num_seqs
     ("tokenizer", "semantic"),
     ("chat_template", "semantic"),
     ("weights", "semantic"),
 )
 """The first prefix that fits decides; what none fits is numeric."""
+
+
+NOT_ALWAYS_TOLD = frozenset({"sampling.defaults"})
+"""Items that captures of one server may tell or not, as older ones never did: only where both tell can they differ."""
 
 
 def classify(key: str) -> Class:
@@ -82,15 +87,22 @@ def digest(pairs: Iterable[Pair]) -> bytes:
 def compare(recorded: EnvironmentCaptured, present: EnvironmentCaptured) -> list[Difference]:
     """What differs, ordered by key; an item that only one side could ask is a difference with None on the other.
 
-    Between captures of different origins only what both tell can differ: the one tells more than the other by its nature.
+    Between captures of different origins only what both tell can differ: the one tells more than the other by its nature. So it is
+    with items that are not always told.
     """
     before = {pair.key: pair.value for pair in recorded.items}
     after = {pair.key: pair.value for pair in present.items}
-    if recorded.origin != present.origin:
-        both = before.keys() & after.keys()
-        before, after = ({key: side[key] for key in both} for side in (before, after))
+    for key in before.keys() ^ after.keys():
+        if recorded.origin != present.origin or key in NOT_ALWAYS_TOLD:
+            before.pop(key, None)
+            after.pop(key, None)
     return [
         Difference(key=key, recorded=before.get(key), present=after.get(key), digest=classify(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if _plain(before.get(key)) != _plain(after.get(key))
     ]
+
+
+def _plain(value: str | None) -> str | None:
+    """A value as every origin tells it: a dtype stands with its module in vLLM's own configuration, and without in an engine's facts."""
+    return value and value.replace('"torch.', '"')

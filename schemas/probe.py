@@ -33,11 +33,19 @@ PROBE_MESSAGES = [
 DRIFT_NATS = 0.25
 """Two probes of one model differ by less than this with the composition of batches; the first capture then stands."""
 
+DEFAULTS = "sampling.defaults"
+"""The item that says which sampling parameters a server puts in for requests that name none: vLLM takes them from the model's
+`generation_config.json`. Only values that choose other tokens than plain sampling stand in it."""
+_PLAIN: dict[str, tuple[float, ...]] = {
+    "repetition_penalty": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "temperature": (1,), "top_k": (0, -1), "top_p": (1,),
+    "min_p": (0,),
+}  # fmt: skip
+
 _LOGPROB_DIGITS = 3  # keeps rounding noise of 32-bit kernels out of the digest
 
 _SECRET = re.compile(r"key|token(?!izer|s$|s_|_ids?$)|secret|passw|auth|credential", re.IGNORECASE)
 
-_UNKNOWN_OPENAI = ("version", "tokenizer", "chat_template", "weights", "dtype", "quantization", "hardware", "configuration")
+_UNKNOWN_OPENAI = ("version", "tokenizer", "chat_template", "weights", "dtype", "quantization", "hardware", "configuration", "sampling")
 _UNKNOWN_VLLM = ("weights",)
 _UNKNOWN_WITHOUT_CONFIG = ("dtype", "quantization", "hardware", "configuration", "libraries", "attention_backend", "model_runner")
 
@@ -83,8 +91,9 @@ def questions(kind: str | None = None, *, previous: EnvironmentCaptured | None =
     unknown |= _server_info((yield Ask("/server_info?config_format=json")), items)
     _tokenizer_info((yield Ask("/tokenizer_info")), items)
     if not models:
-        return _event(items, unknown | {"models", "tokenizer", "chat_template", "probe"})
+        return _event(items, unknown | {"models", "tokenizer", "chat_template", "probe", "sampling"})
     model = _base_model(models)
+    unknown |= _sampling((yield Ask("/v1/completions/render", dump({"model": model, "prompt": PROBE_TEXT}))), items)
     for name, body in (("tokenizer", {"prompt": PROBE_TEXT}), ("chat_template", {"messages": PROBE_MESSAGES})):
         unknown |= _tokens(name, (yield Ask("/tokenize", dump({"model": model, **body}))), items)
     unknown |= _score((yield Ask("/v1/completions", dump({"model": model, **_SCORING}))), items, previous)
@@ -155,6 +164,25 @@ def _server_info(answer: Answer, items: dict[str, Any]) -> set[str]:
     items.update(flat("config", info.get("vllm_config"), 2))
     for section in ("vllm_env", "system_env"):
         items.update(flat(section, info.get(section), 1))
+    return set()
+
+
+def sampling_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the sampling parameters that a server sets those that choose other tokens than plain sampling does."""
+    return {name: found[name] for name, plain in _PLAIN.items() if found.get(name) not in (None, *plain)}
+
+
+def _sampling(answer: Answer, items: dict[str, Any]) -> set[str]:
+    """What a request without sampling parameters is sampled by: told by the endpoint that renders, where it is switched on, and by a
+    configuration that takes nothing from the model's files."""
+    rendered = _json(answer)
+    first = rendered[0] if isinstance(rendered, list) and rendered else None
+    parameters = first.get("sampling_params") if isinstance(first, dict) else None
+    if parameters is None and items.get("config.model_config.generation_config") == "vllm":
+        parameters = items.get("config.model_config.override_generation_config") or {}
+    if not isinstance(parameters, dict):
+        return {"sampling"}
+    items[DEFAULTS] = sampling_defaults(parameters)
     return set()
 
 

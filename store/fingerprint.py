@@ -16,7 +16,7 @@ from typing import Any
 
 from schemas.environment import capture
 from schemas.events import EnvironmentCaptured
-from schemas.probe import flat, is_secret
+from schemas.probe import DEFAULTS, flat, is_secret, sampling_defaults
 from schemas.requests import dump
 from store.digests import FileDigests, combined
 
@@ -113,6 +113,7 @@ def _model(config: Any, digests: FileDigests) -> Iterator[tuple[str, Any]]:
     """Contents of the model's files, where they lie on this machine."""
     model = config.model_config
     yield "model.vocabulary", model.get_vocab_size()
+    yield DEFAULTS, sampling_defaults(model.get_diff_sampling_param())
     folder, tokenizer = Path(str(model.model)), Path(str(model.tokenizer))
     for name, place, patterns in (
         ("weights", folder, WEIGHTS),

@@ -26,7 +26,8 @@ from replay.differences import report, sentence
 from replay.drift import judge
 from replay.engines.base import Request, Scored
 from replay.floors import Floor
-from replay.sampling import Sampler, sampler_of
+from replay.noise import KNOWN
+from replay.sampling import Sampler, defaults_of, effective, sampler_of
 from schemas.environment import capture, compare
 from schemas.errors import CorruptStore
 from schemas.events import EnvironmentCaptured
@@ -233,6 +234,7 @@ def test_a_prompt_without_ids_is_rendered_today() -> None:
         (None, 1, "the request's parameters are not known"),
         ({"temperature": 0}, 1, "nothing is drawn at temperature 0"),
         ({"presence_penalty": 1}, 1, "presence_penalty is not recomputed"),
+        ({"thinking_token_budget": 16}, 1, "thinking_token_budget is not recomputed"),
         ({"response_format": {"type": "json_object"}}, 1, "structured output is not recomputed"),
     ],
 )
@@ -240,6 +242,28 @@ def test_how_a_token_was_to_be_drawn(document: dict[str, Any] | None, seed: int 
     """The third sequence of a request, or why its choices cannot be made again."""
 
     assert expected == sampler_of(document, seed, 2)
+
+
+def test_what_a_server_sets_is_what_tokens_are_drawn_with() -> None:
+    """What a request names goes before it; an environment that does not tell is no environment that sets nothing."""
+    items: dict[str, Any] = {"sampling.defaults": {"temperature": 0.6, "top_k": 20}}
+    told = environment(**items)
+
+    assert Sampler(1, 0.6, 5, 1.0, 0.0) == sampler_of(effective({"top_k": 5, "temperature": None}, defaults_of(told)), 1, 0)
+    assert [{"temperature": 0.6, "top_k": 20}, None, None] == [defaults_of(each) for each in (told, environment(), None)]
+
+
+@pytest.mark.parametrize(("misses", "told", "guessed"), [(3, {}, True), (0, {}, False), (3, {"sampling.defaults": {}}, False)])
+def test_a_temperature_that_nobody_told_is_not_guessed(misses: int, told: dict[str, Any], guessed: bool, tmp_path: Path) -> None:
+    """Choices of a request that names none are made again where the environment tells which holds, or the engine made all its own again."""
+    probe: dict[str, Any] = {"probe.logprobs": [-1.0], "probe.choices": [5]}
+    tape, here, store = taped([-1.0] * 20, temperature=None, seed=3), environment(**probe, **told), Calibrations(tmp_path)
+    recorded_in(tape, here)
+    seen = {"noise": KNOWN[0].name, "noise_misses": misses, "noise_tokens": 1000}
+    store.save(calibration(np.random.default_rng(0), here).model_copy(update=seen))
+    outcome = run_compare(tape.events, Scorer(lambda ids: scored([-1.0] * len(ids)), here), Sink(), calibrations=store)
+
+    assert guessed is ("which one the server sets then is not told" in outcome.reason)
 
 
 def test_a_digest_is_taken_once(tmp_path: Path) -> None:
@@ -276,6 +300,10 @@ def test_differences_are_told_in_words() -> None:
     assert "  the weights differ" in lines
     assert "  cache: block size: only the second tells it (16)" in lines
     assert "not told by the second: hardware" == lines[-1]
+    set_now = capture([("version", '"1"'), ("sampling.defaults", '{"repetition_penalty":1.05}')], origin="process")
+    assert [] == compare(capture([("version", '"1"')], origin="process"), set_now)
+    (difference,) = compare(capture([("version", '"1"'), ("sampling.defaults", "{}")], origin="process"), set_now)
+    assert 'sampling parameters of requests that name none: {} → {"repetition_penalty": 1.05}' == sentence(difference)
     over_http = capture([("version", '"2"')], origin="http")
     assert ["the version of vLLM: 1 → 2"] == [sentence(difference) for difference in compare(first, over_http)]
     assert any("captured in two ways (process, http)" in line for line in report(first, over_http, compare(first, over_http)))

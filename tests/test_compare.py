@@ -8,20 +8,22 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
 
-from replay.compare import is_greedy, run_compare
+from replay.compare import run_compare
 from replay.drift import beyond_limit, judge, worst
-from replay.engines.base import Forced, Generated, Refused, Request, Scored, Spoken
+from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.engines.openai import OpenAIEngine
 from replay.engines.recorded import RecordedEngine
 from replay.floors import Floor, floor_of, measured
 from replay.fold import fold
 from replay.render import OutcomeView
+from replay.sampling import is_greedy
 from schemas import events as e
 from schemas.errors import EngineUnavailable, UnknownSession, UsageError
 from schemas.sink import SessionContext
@@ -97,7 +99,7 @@ class Scorer:
         """Nothing."""
 
 
-def taped(logprobs: list[float], *, temperature: float = 0.0, ids: bool = True, **fields: Any) -> Tape:
+def taped(logprobs: list[float], *, temperature: float | None = 0.0, ids: bool = True, **fields: Any) -> Tape:
     """A session of one generation with these logprobs; token i has id i."""
     tape = Tape()
     first = environment()
@@ -240,12 +242,53 @@ def test_a_measured_floor_sees_what_the_default_hides() -> None:
         ({"temperature": 0, "tool_choice": "required"}, False),
         ({"temperature": 0, "response_format": {"type": "json_object"}}, False),
         ({"temperature": 0, "guided_regex": "a*"}, False),
+        ({"temperature": 0, "thinking_token_budget": 16}, False),
+        ({"temperature": 0, "thinking_token_budget": -1}, True),
+        ({"temperature": 0, "watermarking": True}, False),
     ],
 )
 def test_greedy_means_nothing_bends_the_choice(document: dict[str, Any] | None, expected: bool) -> None:
     """Penalties, biases, grammars and forced tools let greedy decoding take another token than the likeliest."""
 
     assert expected is is_greedy(document)
+
+
+NAMED = {"repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "likelier", "fields", "verdict"),
+    [
+        (None, 3, {}, "inconclusive"),
+        (None, 900, {}, "sampling_differs"),
+        (None, 3, NAMED, "sampling_differs"),
+        ({}, 3, {}, "sampling_differs"),
+        ({"repetition_penalty": 1.05}, 3, {}, "identical"),
+        ({"repetition_penalty": 1.05}, 3, NAMED, "sampling_differs"),
+    ],
+)
+def test_a_penalty_of_the_server_is_not_held_against_greedy_tokens(
+    defaults: dict[str, Any] | None, likelier: int, fields: dict[str, Any], verdict: str
+) -> None:
+    """Where it is not told what a server sets for all, a token that had occurred may have been passed over; one that had not cannot."""
+    tape = taped([-1.0] * 20, **fields)
+    if defaults is not None:
+        told: dict[str, Any] = {"sampling.defaults": defaults}
+        first = environment(**told)
+        tape.events[0] = replace(tape.events[0], event=tape.events[0].event.model_copy(update={"payload": first}))
+    tops = [-1.0] * 20
+    tops[7] = -0.1
+
+    def view(ids: tuple[int, ...]) -> Scored:
+        places = [
+            Alternatives(np.array([token, likelier]), np.array([-1.0, tops[i] if i == 7 else -2.0]), False) for i, token in enumerate(ids)
+        ]
+        return replace(scored([-1.0] * len(ids), tops), alternatives=tuple(places))
+
+    outcome = run_compare(tape.events, Scorer(view), Sink())
+
+    assert verdict == outcome.verdict
+    assert ("what it sets is not told" in outcome.reason) is (verdict == "inconclusive")
 
 
 def test_what_differs_outweighs_what_could_not_be_told() -> None:

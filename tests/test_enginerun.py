@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 
 from ingest.vllm.names import named, request_name
 from ingest.vllm.tap import SIZE, Tap, marshal_safe
+from replay.compare import Outcome, run_compare
+from replay.engines.base import Refused, Scored
 from replay.exact.engine import check, refuse_differences
 from replay.exact.run import Run, load
 from replay.exact.script import Script
@@ -44,6 +46,7 @@ from schemas.events import (
 from schemas.sink import new_id
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of, runs_of
+from tests.test_compare import Scorer, Sink, scored
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -168,30 +171,30 @@ class _Fake:
         self.live: list[str] = []
         self.logprobs: dict[str, float] = {}
 
-    def arrive(self, name: str, **parameters: Any) -> None:
-        said = {"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters}
+    def arrive(self, name: str, *, lora_request: str | None = None, **parameters: Any) -> None:
+        said = _Struct({"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters})
+        said.structured_outputs = parameters.get("structured_outputs")
         request = SimpleNamespace(
-            request_id=name, sampling_params=_Struct(said), prompt_token_ids=[5, 6, 7], arrival_time=1.5, priority=0, client_index=0
+            request_id=name, sampling_params=said, prompt_token_ids=[5, 6, 7], arrival_time=1.5, priority=0, client_index=0
         )
-        for other in ("pooling_params", "lora_request", "cache_salt"):
-            setattr(request, other, None)
+        request.pooling_params, request.lora_request, request.cache_salt = None, lora_request, None
         self.tap.arrived(request, idle=not self.live)
         self.live.append(name)
 
     def step(self, *, first: bool = False, ends: tuple[str, ...] = ()) -> None:
-        self.schedule(dict.fromkeys(self.live, 3 if first else 1), new=self.live if first else ())
+        self.schedule(dict.fromkeys(self.live, 3 if first else 1), cached=dict.fromkeys(self.live, 0) if first else None)
         said = self.live
         self.live = [name for name in self.live if name not in ends]
         self.update({name: 40 + i for i, name in enumerate(said)}, ends=dict.fromkeys(ends, "stop"))
 
-    def schedule(self, counts: dict[str, int], *, new: Iterable[str] = (), preempted: set[str] | None = None) -> None:
-        """Decide on a step: so many tokens of each, these for the first time."""
+    def schedule(self, counts: dict[str, int], *, cached: dict[str, int] | None = None, preempted: set[str] | None = None) -> None:
+        """Decide on a step; `cached` tells of those admitted how much was computed already."""
         self.tap.scheduling()
         self.tap.scheduled(
             SimpleNamespace(
                 num_scheduled_tokens=counts,
                 total_num_scheduled_tokens=sum(counts.values()),
-                scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=0) for name in new],
+                scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=tokens) for name, tokens in (cached or {}).items()],
                 scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[]),
                 preempted_req_ids=preempted,
             )
@@ -227,7 +230,7 @@ class _Fake:
 class _Struct(dict[str, Any]):
     """Sampling parameters that msgspec takes for plain ones."""
 
-    structured_outputs = None
+    structured_outputs: Any = None
 
 
 def _run(data: Path) -> tuple[Run, list[Event]]:
@@ -271,6 +274,44 @@ def test_a_run_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert 4 == len(run.steps)
 
 
+def _compared(run: Run, events: list[Event], view: Callable[[tuple[int, ...]], Scored | Refused], **options: Any) -> Outcome:
+    """What a compare replay finds of the session of an engine run."""
+    owned = [StoredEvent(event, "log", 0, at, event.recorded_at) for at, event in enumerate(events) if event.session_id == run.engine_run]
+    return run_compare(owned, Scorer(view), Sink(), **options)
+
+
+def test_what_an_engine_recorded_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the prompt that it recorded and by the parameters that it resolved; of greedy tokens also whether they are the likeliest."""
+    run, events = _recorded(tmp_path, monkeypatch)
+    same = _compared(run, events, lambda ids: scored([-0.5] * len(ids)))
+    passed_over = _compared(run, events, lambda ids: scored([-0.5] * len(ids), [-0.5, *[2.0] * (len(ids) - 1)]))
+
+    assert ["identical"] * 3 == [each.judgement.verdict for each in same.sequences], same.reason
+    assert ["sampling_differs", "identical", "identical"] == [each.judgement.verdict for each in passed_over.sequences]
+    assert (0, "model_differs") == (same.skipped, _compared(run, events, lambda ids: scored([-4.0] * len(ids))).verdict)
+
+
+def test_what_the_ids_of_an_engine_do_not_carry_is_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter, and all but the first of several prompts under one request, are named; a grammar only keeps a run from being exact."""
+    ours = request_name(bytes(range(16)))
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.arrive(f"cmpl-{ours}-0-0000000b")
+    engine.arrive(f"cmpl-{ours}-1-0000000c")
+    engine.arrive("a-0000000a", lora_request="adapter")
+    engine.arrive("g-0000000d", structured_outputs={"json": "{}"})
+    engine.step(first=True, ends=tuple(engine.live))
+    engine.tap.close()
+    await_end(tmp_path)
+    outcome = _compared(*_run(tmp_path), lambda ids: scored([-0.5] * len(ids)))
+
+    assert [
+        ("identical", "1 logprob equal"),
+        ("inconclusive", "its request had several prompts, and which of them is this one's is not told"),
+        ("inconclusive", "it had a LoRA adapter, which token ids do not carry"),
+        ("identical", "1 logprob equal"),
+    ] == [(each.judgement.verdict, each.judgement.reason.partition(";")[0]) for each in outcome.sequences]
+
+
 def test_alternatives_are_each_request_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as were asked for, by id; nothing that cannot be said, and none where none were asked for."""
     engine = _Fake(tmp_path, monkeypatch)
@@ -298,6 +339,33 @@ def test_a_replay_begins_at_the_last_idle_moment(tmp_path: Path, monkeypatch: py
     assert 2 == late.first_step
     assert [calls.Idle, calls.Arrive, calls.ArriveBeside] == [type(call) for call in late.between()]
     assert 1 == late.arrive().number
+
+
+def test_decisions_of_an_engine_that_schedules_ahead_are_imposed_on_their_own_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it takes in a step it has decided on the next: cache hits and preemptions go with the rows that they were decided with."""
+    engine = _Fake(tmp_path, monkeypatch)
+    a, b = "a-0000000a", "b-0000000b"
+    engine.arrive(a)
+    engine.schedule({a: 3}, cached={a: 0})
+    engine.schedule({a: 1})
+    engine.update({a: 40})
+    engine.arrive(b)
+    engine.schedule({a: 1, b: 1}, cached={b: 2})
+    engine.update({a: 40})
+    engine.schedule({b: 1}, preempted={a})
+    engine.update({a: 40, b: 41})
+    engine.schedule({b: 1})  # it dies before it has taken in this one
+    engine.update({b: 40})
+    engine.tap.close()
+    await_end(tmp_path)
+    imposed = list(Script(_run(tmp_path)[0]).imposed)
+
+    assert [({0: 3}, {}, ()), ({0: 1}, {}, ()), ({0: 1, 1: 1}, {1: 2}, ()), ({1: 1}, {}, (0,))] == [
+        (each.rows, each.cached, each.preempted) for each in imposed[:4]
+    ]
+    assert 5 == len(imposed)
 
 
 def test_what_cannot_be_replayed_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +442,7 @@ def test_one_that_fails_before_its_first_step(tmp_path: Path, monkeypatch: pytes
     engine = _Fake(tmp_path, monkeypatch)
     engine.arrive(A)
     engine.arrive(B)
-    engine.schedule({A: 3}, new=[A])
+    engine.schedule({A: 3}, cached={A: 0})
     engine.live = [A]
     engine.update({A: 40, B: None}, ends={B: "error"})
     engine.step(ends=(A,))
@@ -393,7 +461,7 @@ def test_one_that_a_reset_preempted_and_its_client_left(tmp_path: Path, monkeypa
     engine.tap.finished([A, A], "FINISHED_ABORTED", idle=False)
     engine.live = []
     engine.arrive(B)
-    engine.schedule({B: 3}, new=[B], preempted={A})
+    engine.schedule({B: 3}, cached={B: 0}, preempted={A})
     engine.live = []
     engine.update({B: 41}, ends={B: "stop"})
     run, events = engine.close()
@@ -406,7 +474,7 @@ def test_a_turn_of_an_input_that_is_still_sent(tmp_path: Path, monkeypatch: pyte
     """Its end is a turn's; the request lives on and has one end, the last."""
     engine = _Fake(tmp_path, monkeypatch)
     engine.arrive(A)
-    engine.schedule({A: 3}, new=[A])
+    engine.schedule({A: 3}, cached={A: 0})
     engine.update({A: 40}, ends={A: "stop"})
     engine.schedule({A: 1})
     engine.live = []
@@ -423,7 +491,7 @@ def test_rows_of_the_batch_in_another_order(tmp_path: Path, monkeypatch: pytest.
     engine.logprobs = {A: -0.25, B: -0.75}
     engine.arrive(A)
     engine.arrive(B)
-    engine.schedule({A: 3, B: 3}, new=[A, B])
+    engine.schedule({A: 3, B: 3}, cached={A: 0, B: 0})
     for at in range(5):
         engine.schedule({A: 1, B: 1})
         engine.update({A: 50 + at, B: 60 + at}, rows=[B, A] if at < 3 else [A, B])
@@ -456,12 +524,12 @@ def test_a_recorder_that_cannot_follow(tmp_path: Path, monkeypatch: pytest.Monke
     engine = _Fake(tmp_path, monkeypatch)
     engine.logprobs = {A: -0.25, B: -0.75, C: -1.0}
     engine.arrive(A)
-    engine.schedule({A: 3}, new=[A])
+    engine.schedule({A: 3}, cached={A: 0})
     engine.tap._send()
     put = engine.tap.pipe.put
     monkeypatch.setattr(engine.tap.pipe, "put", lambda calls, epoch: False)
     engine.arrive(B)  # nobody hears of it
-    engine.schedule({A: 1, B: 3}, new=[B])
+    engine.schedule({A: 1, B: 3}, cached={B: 0})
     engine.update({A: 40})
     engine.tap._send()
     engine.update({A: 41, B: 40}, rows=[B, A])
@@ -469,7 +537,7 @@ def test_a_recorder_that_cannot_follow(tmp_path: Path, monkeypatch: pytest.Monke
     engine.tap._send()
     monkeypatch.setattr(engine.tap.pipe, "put", put)
     engine.arrive(C)
-    engine.schedule({A: 1, B: 1, C: 3}, new=[C])
+    engine.schedule({A: 1, B: 1, C: 3}, cached={C: 0})
     engine.update({A: 42, B: 41}, rows=[B, A])
     engine.live = [B, C]
     engine.update({A: 43, B: 42, C: 40}, rows=[C, B, A], ends={A: "stop"})
@@ -504,7 +572,7 @@ def test_what_the_tap_does_not_understand_never_ends_the_engine(tmp_path: Path, 
     """A result of another shape is a call that is missing, and says so; requests that come later are recorded."""
     engine = _Fake(tmp_path, monkeypatch)
     engine.arrive(A)
-    engine.schedule({A: 3}, new=[A])
+    engine.schedule({A: 3}, cached={A: 0})
     engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}), ended=False)
     engine.tap.scheduled(SimpleNamespace())
     engine.tap.updated({0: SimpleNamespace()}, None, SimpleNamespace(requests={}), ended=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from replay.engines import loading
 from replay.engines.apart import Apart
 from replay.engines.base import Alternatives, Engine, Forced, Generated, Refused, Request, Scored
 from replay.engines.loading import check_version, parsed_options
-from replay.engines.openai import OpenAIEngine
+from replay.engines.openai import Answer, OpenAIEngine
 from replay.engines.recorded import RecordedEngine
 from replay.engines.vllm import VllmEngine
 from replay.fold import fold
@@ -25,7 +26,7 @@ from schemas.environment import classify, compare
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import item
-from schemas.requests.recorded import COMPLETIONS
+from schemas.requests.recorded import CHAT, COMPLETIONS
 from schemas.settings import GatewaySettings, Settings
 from schemas.sink import SessionContext, new_id
 from scripts.tiny_model import perturb
@@ -193,6 +194,7 @@ def test_a_fingerprint_tells_content_and_no_secrets(loaded: VllmEngine, vllm: Vl
     environment = loaded.fingerprint()
     keys = {pair.key for pair in environment.items}
 
+    assert {} == item(environment, "sampling.defaults")
     assert {"weights.sha256", "tokenizer.sha256", "chat_template.sha256", "model.vocabulary", "config.model_config.dtype"} <= keys
     assert {"version", "library.torch", "hardware.cpu", "engine.runner", "engine.attention_backends", "engine.threads"} <= keys
     assert {"config.scheduler_config.max_num_seqs", "engine.split_kv", "env.VLLM_CPU_KVCACHE_SPACE"} <= keys
@@ -251,6 +253,95 @@ def test_structured_output_is_forced_and_not_generated(loaded: VllmEngine) -> No
     refused = loaded.generate(request)
     assert isinstance(refused, Refused)
     assert "response_format" in refused.reason
+
+
+def test_what_a_request_does_not_name_is_what_the_model_s_files_say(loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `vllm serve` has it; what the request names goes before."""
+    document = {"messages": MESSAGES, "max_tokens": 12, "seed": 3}
+    greedy, drawn = (loaded.generate(Request(None, {**document, "temperature": temperature})) for temperature in (0, 1.0))
+    monkeypatch.setattr(loaded, "_set", {"temperature": 0.0})
+
+    assert greedy != drawn
+    assert greedy == loaded.generate(Request(None, document))
+    assert drawn == loaded.generate(Request(None, {**document, "temperature": 1.0}))
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "ü"]}'}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
+CALLED = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "tool_call_id": "c1", "content": "2"}]
+BEGUN = [*MESSAGES, {"role": "assistant", "content": "The first was"}]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"messages": MESSAGES},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]},
+        {"messages": CALLED},
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "x", "tool_calls": []}]},
+        {"messages": CALLED, "tools": [TOOL], "tool_choice": "auto"},
+        {"messages": BEGUN, "add_generation_prompt": False},
+        {"messages": BEGUN, "add_generation_prompt": False, "continue_final_message": True},
+        {"messages": MESSAGES, "chat_template_kwargs": {"tools": [TOOL], "enable_thinking": False}},
+        {"messages": MESSAGES, "add_special_tokens": True, "reasoning_effort": "low", "documents": [{"title": "t", "text": "x"}]},
+        {"messages": [{"role": "user", "content": "long " * 3000}]},
+        {"prompt": "a text", "add_special_tokens": False},
+    ],
+)
+def test_prompts_are_those_of_a_server(document: dict[str, Any], loaded: VllmEngine, vllm: VllmService) -> None:
+    """Each field that shapes one has its effect, and arguments of tool calls are what templates are written for."""
+    over_http = OpenAIEngine(vllm.url)
+    endpoint = COMPLETIONS if "prompt" in document else CHAT
+    theirs = over_http.render(Request(vllm.model, document, endpoint=endpoint))
+    over_http.close()
+
+    assert isinstance(theirs, tuple), theirs
+    assert theirs == loaded.render(Request(None, document, endpoint=endpoint))
+
+
+def test_what_a_request_tells_its_template_reaches_it(loaded: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of the template as the request names them, in a process as over HTTP; whoever asks is not changed by it."""
+    template = "{{ enable_thinking }}|{{ reasoning_effort }}|{{ documents or '' }}|{{ messages[0].content }}"
+    tokenizer = loaded._llm.get_tokenizer()
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    given = {"documents": [{"title": "t", "text": "x"}], "reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}
+    for fields, expected in (
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "False|||one"),
+        ({"reasoning_effort": "none"}, "False|none||one"),
+        (given, "True|none|[{'title': 't', 'text': 'x'}]|one"),
+    ):
+        document = {"messages": [{"role": "user", "content": "one"}], **fields}
+        asked: list[dict[str, Any]] = []
+        over_http = OpenAIEngine("http://127.0.0.1:1")
+        monkeypatch.setattr(over_http, "_post", lambda path, sent, asked=asked: asked.append(sent) or Answer(200, {"tokens": [1]}))
+        before = json.dumps(document)
+        rendered = loaded.render(Request(None, document))
+
+        assert isinstance(rendered, tuple), rendered
+        assert expected == tokenizer.decode(rendered)
+        assert (1,) == over_http.render(Request(None, document))
+        told = {name: asked[0]["chat_template_kwargs"].get(name, "") for name in ("enable_thinking", "reasoning_effort", "documents")}
+        assert expected == f"{told['enable_thinking']}|{told['reasoning_effort']}|{told['documents']}|one"
+        assert before == json.dumps(document)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"chat_template": "x"}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template"),
+        ({"mm_processor_kwargs": {"fps": 1}}, "mm_processor_kwargs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x"}}]}]}, "image_url"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"type": "custom"}]}]}, "function"),
+    ],
+)
+def test_a_prompt_that_is_not_rendered_here_is_refused_by_name(fields: dict[str, Any], named: str, loaded: VllmEngine) -> None:
+    """Templates of a request's own, and media, which would be fetched; what no template takes is said in vLLM's words."""
+    refused = loaded.render(Request(None, {"messages": MESSAGES, **fields}))
+
+    assert isinstance(refused, Refused)
+    assert named in refused.reason
+    assert "\n" not in refused.reason
 
 
 def test_both_go_on_from_token_ids(loaded: VllmEngine, vllm: VllmService) -> None:

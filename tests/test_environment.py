@@ -127,6 +127,38 @@ class TestCapture:
 
         assert {"models", "tokenizer", "probe"} <= set(event.unknown)
 
+    @pytest.mark.parametrize(
+        ("answers", "expected"),
+        [
+            ({}, None),
+            (
+                {"/v1/completions/render": [{"sampling_params": {"repetition_penalty": 1.05, "temperature": 1.0, "max_tokens": 16}}]},
+                (1.05,),
+            ),
+            ({"/v1/completions/render": [{"sampling_params": {"stop": []}}]}, ()),
+            ({"/v1/completions/render": b"{}"}, None),
+            ({"/server_info": {"vllm_config": {"model_config": {"generation_config": "auto"}}}}, None),
+            ({"/server_info": {"vllm_config": {"model_config": {"generation_config": "vllm"}}}}, ()),
+            (
+                {
+                    "/server_info": {
+                        "vllm_config": {
+                            "model_config": {"generation_config": "vllm", "override_generation_config": {"repetition_penalty": 1.1}}
+                        }
+                    }
+                },
+                (1.1,),
+            ),
+        ],
+    )
+    def test_what_a_server_sets_for_all(self, answers: dict[str, Any], expected: tuple[float, ...] | None) -> None:
+        """Told by the endpoint that renders, or by a configuration that reads no file of the model; else it is named as unknown."""
+        event = answered({**VLLM, **answers})
+        told = item(event, "sampling.defaults")
+
+        assert (None if expected is None else dict(zip(("repetition_penalty",), expected, strict=False))) == told
+        assert ("sampling" in event.unknown) is (expected is None)
+
     def test_noise_does_not_change_the_environment(self) -> None:
         """Scores that moved by noise keep the earlier ones; those that moved by more are another environment."""
         before = answered(VLLM)
@@ -169,6 +201,12 @@ class TestDigests:
             kind for kind in ("semantic", "numeric", "scheduling") if getattr(a, kind) != getattr(b, kind)
         }
         assert (a.environment_id == b.environment_id) == (not keys)
+
+    def test_a_dtype_is_one_whoever_tells_it(self) -> None:
+        """Facts of an engine name it without the module that vLLM's own configuration puts before it."""
+        engine, process = (capture([("config.model_config.dtype", value)], origin=value) for value in ('"bfloat16"', '"torch.bfloat16"'))
+
+        assert [] == compare(engine, process)
 
     @pytest.mark.parametrize(
         ("key", "kind"),

@@ -52,7 +52,7 @@ def _likeliest(data: Path) -> list[list[Any]]:
 
 @pytest.mark.timeout(900)
 def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> None:
-    """Twelve requests with caching, preemption, priorities, n > 1, stop strings and an abort; whole, up to one of them, and forced."""
+    """Twelve requests with caching, preemption, priorities, n > 1, stop strings and an abort; whole, in part, forced, compared."""
     model, data, out = tmp_path / "model", tmp_path / "data", tmp_path / "got.json"
     make_model(model, hidden=256, layers=2, intermediate=704)
     env = {name: value for name, value in os.environ.items() if not name.startswith("TOKENTAPE_")}
@@ -67,7 +67,10 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     wanted = run.requests[6].place[0]
     replay = ["replay-batch", "--exact", "--format", "json", "--engine-run", run.engine_run.hex()]
     roomier = ["--forced", "--engine-arg", "max_num_seqs=16"]
-    outcome, part, forced = again(env, replay, [*replay, "--until", wanted.hex(), "--debug"], [*replay, *roomier])
+    compare = ["replay-batch", "--where", "workflow = 'engine'", "--engine", f"vllm:{model}", "--format", "json"]
+    alike = [word for option in ("dtype=bfloat16", "max_model_len=640") for word in ("--engine-option", option)]
+    commands = (replay, [*replay, "--until", wanted.hex(), "--debug"], [*replay, *roomier], [*compare, *alike])
+    outcome, part, forced, compared = again(env, *commands)
     preempted = [call for step in run.steps for call in step.calls if isinstance(call, Preempt)]
     taped = [list(said.token_ids) for said in run.said.values()]
 
@@ -81,4 +84,6 @@ def test_a_run_is_reproduced_bit_for_bit(tmp_path: Path, vllm: VllmService) -> N
     assert f"{part['tokens_equal']:,} tokens and {part['logprobs_equal']:,} logprobs bit for bit" in part["reason"]
     assert sum(len(run.said[place].token_ids) for place in run.places_of(wanted)) <= part["tokens_equal"] <= outcome["tokens"]
     assert ["config.scheduler_config.max_num_seqs"] == [other["key"] for other in forced["differences"]]
+    assert {"identical": 1} == compared["verdicts"] or {"numeric_drift": 1} == compared["verdicts"], compared
+    assert outcome["tokens"] == compared["tokens"]
     assert ("reproduced", outcome["tokens"]) == (forced["verdict"], forced["logprobs_equal"]), forced["reason"]

@@ -24,6 +24,7 @@ from schemas.enginerun.decisions import Decision, Differences, Place
 from schemas.enginerun.sessions import steps_session
 from schemas.environment import capture
 from schemas.errors import InvalidEvent, TokentapeError
+from schemas.requests.recorded import ENGINE
 from schemas.settings import Settings
 from schemas.sink import SessionContext, new_id
 
@@ -224,7 +225,7 @@ class Scribe(_Calls):
             self._owner,
             e.RequestSubmitted(
                 generation_id=generation.generation_id,
-                endpoint="engine",
+                endpoint=ENGINE,
                 model=self._model,
                 seed=parameters.get("seed"),
                 temperature=parameters.get("temperature"),

@@ -28,6 +28,7 @@ from typing import Any
 
 from ingest.coalesce import ALTERNATIVES_MAX
 from schemas.enginerun.decisions import admitted, preempted
+from schemas.enginerun.facts import GRAMMAR
 
 FRAME_CALLS = 64
 """Calls in one frame at most …"""
@@ -362,7 +363,7 @@ def _unrepeatable(request: Any) -> list[str]:
     parameters = request.sampling_params
     said = {
         "a pooling request": request.pooling_params is not None,
-        "structured output, whose grammar becomes ready by the clock": getattr(parameters, "structured_outputs", None) is not None,
+        GRAMMAR: getattr(parameters, "structured_outputs", None) is not None,
         "images or other inputs that are no text": bool(getattr(request, "mm_features", None)),
         "prompt embeddings": getattr(request, "prompt_embeds", None) is not None,
         "a LoRA adapter": request.lora_request is not None,

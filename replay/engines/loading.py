@@ -25,6 +25,8 @@ CONTEXT_ON_CPU = 4096
 REASON_CHARACTERS = 300
 CONFIGURATION = ("config.json", "params.json")
 """One of these lies in every model's folder."""
+COUNTED = re.compile(r"\d+ validation errors? for ")
+"""How pydantic begins, before it says what is wrong."""
 OPTION = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -116,6 +118,6 @@ def _context(folder: Path) -> int:
 
 def said(error: BaseException) -> str:
     """An error's own words on one line; pydantic's begin with the fields, so the first line that names the fault is taken."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "pydantic.dev" not in line]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "pydantic.dev" not in line and not COUNTED.match(line)]
     told = next((line for line in lines if "error" in line.lower() or "not" in line.lower()), lines[0] if lines else type(error).__name__)
     return shorten(printable(told), REASON_CHARACTERS)

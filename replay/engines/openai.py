@@ -26,7 +26,7 @@ from replay.words import printable, shorten
 from schemas.errors import EngineUnavailable, RequestFailed, UsageError
 from schemas.events import EnvironmentCaptured
 from schemas.probe import questions
-from schemas.requests.recorded import CHAT, COMPLETIONS, as_chat, as_generation
+from schemas.requests.recorded import CHAT, COMPLETIONS, SHAPING, as_chat, as_generation
 
 CONNECT_TIMEOUT_S = 10.0
 """An address that takes longer to connect is no engine that could be replayed against."""
@@ -44,6 +44,8 @@ BUSY = (429, 503)
 """Statuses with which a server may say when to come again (Retry-After)."""
 AGAIN_S_MIN, PATIENCE_S = 0.1, 65.0
 """What is waited at least, and in all, for a server that says so: limits of gateways are by the minute."""
+CUTTING = ("truncate_prompt_tokens",)
+"""Fields that shape a chat's prompt and that vLLM's /tokenize does not take."""
 SEEDED_CRASH = "vLLM on a CPU ends when a seeded request's prompt is split by chunked prefill: start it with --no-enable-chunked-prefill"
 
 T = TypeVar("T")
@@ -162,13 +164,14 @@ class OpenAIEngine:
         Raises:
             EngineUnavailable: the server does not answer.
         """
-        kept = ("messages", "prompt", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
         try:
             asked = as_generation(request.endpoint, request.document)
         except UsageError as error:
             return Refused(str(error.fault))
-        document = {name: value for name, value in asked.items() if name in kept}
-        answer = self._post("/tokenize", {"model": self._model or request.model, **document})
+        if cut := [name for name in CUTTING if asked.get(name) is not None]:
+            return Refused(f"/tokenize cuts no prompt, as {cut[0]} asks for")
+        document = {name: value for name, value in asked.items() if name in ("prompt", *SHAPING)}
+        answer = self._post("/tokenize", {"model": self._model or request.model, **_for_tokenize(document)})
         tokens = answer.value.get("tokens") if isinstance(answer.value, dict) else None
         if answer.status == 200 and isinstance(tokens, list):
             return tuple(tokens)
@@ -341,6 +344,15 @@ def _base(url: str) -> SplitResult:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     path = parts.path.rstrip("/").removesuffix("/v1")
     return SplitResult(parts.scheme, host if port is None else f"{host}:{port}", path, "", "")
+
+
+def _for_tokenize(document: dict[str, Any]) -> dict[str, Any]:
+    """What shapes a chat's prompt in the words of /tokenize, which takes as arguments of the template what a chat names itself."""
+    own: dict[str, Any] = {name: document.pop(name) for name in ("documents", "reasoning_effort") if document.get(name) is not None}
+    given = document.get("chat_template_kwargs") or {}
+    if "reasoning_effort" in own and "enable_thinking" not in given:
+        own["enable_thinking"] = own["reasoning_effort"] != "none"
+    return {**document, "chat_template_kwargs": {**given, **own}} if own else document
 
 
 def _words(value: Any) -> str:

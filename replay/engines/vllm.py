@@ -10,10 +10,12 @@ seeded request is split.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -24,10 +26,11 @@ import numpy.typing as npt
 
 from replay.engines.base import Alternatives, Forced, Generated, Refused, Request, Scored, Spoken
 from replay.engines.loading import ALTERNATIVES_MAX, check_version, said, start
+from replay.sampling import effective
 from schemas.errors import EngineUnavailable, UsageError
 from schemas.events import EnvironmentCaptured
-from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed
-from schemas.requests.recorded import as_generation
+from schemas.probe import PROBE_MESSAGES, PROBE_TEXT, probed, sampling_defaults
+from schemas.requests.recorded import SHAPING, as_generation, media_of
 from store.digests import FileDigests
 from store.fingerprint import environment_of, worker_facts
 
@@ -77,6 +80,7 @@ class VllmEngine:
         self._held: deque[tuple[str, _Asked]] = deque()
         self._held_steps = 0
         self._begun: dict[str, Callable[[Any], Callable[[], Scored]]] = {}
+        self._set = sampling_defaults(config.get_diff_sampling_param())  # what `vllm serve` puts in for what a request does not name
         self._vocabulary: int = config.get_vocab_size()
         self.context: int = config.max_model_len
 
@@ -109,23 +113,38 @@ class VllmEngine:
             document, tokenizer = as_generation(request.endpoint, request.document), self._llm.get_tokenizer()
         except UsageError as error:
             return Refused(str(error.fault))
-        prompt = document.get("prompt")
+        prompt, messages = document.get("prompt"), document.get("messages")
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
             return tuple(prompt)
         if isinstance(prompt, str):
             try:
-                return tuple(tokenizer.encode(prompt))
+                return tuple(tokenizer.encode(prompt, add_special_tokens=document.get("add_special_tokens") is not False))
             except Exception as error:  # tokenizers are programs of the model's author
                 return Refused(f"the tokenizer does not take this prompt: {said(error)}")
-        messages = document.get("messages")
         if not isinstance(messages, list) or not messages:
             return Refused("the request has neither messages nor a prompt")
-        kept = {"tools": document["tools"]} if document.get("tools") else {}
+        if strange := _not_rendered(document):
+            return Refused(f"prompts with {strange} are not rendered in this process")
         try:
-            text = tokenizer.apply_chat_template([_plain(m) for m in messages], tokenize=False, add_generation_prompt=True, **kept)
-            return tuple(tokenizer.encode(text, add_special_tokens=False))
+            return self._rendered(document)
         except Exception as error:  # templates are programs of the model's author
             return Refused(f"the chat template does not take these messages: {said(error)}")
+
+    def _rendered(self, document: dict[str, Any]) -> tuple[int, ...]:
+        """The ids that vLLM's server makes of these messages, by its own code, which is the same in each supported version."""
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+        config = self._llm.llm_engine.vllm_config.model_config
+        fields = {name: document[name] for name in SHAPING if document.get(name) is not None}
+        asked = ChatCompletionRequest.model_validate(copy.deepcopy(fields))  # it changes what it is given
+        tools = [tool.model_dump() for tool in asked.tools] if asked.tools else None
+        ids_at_once = getattr(type(self._llm.get_tokenizer()), "IS_MISTRAL_TOKENIZER", False) or config.enable_prompt_embeds
+        told = asked.build_chat_params(None, "auto").with_defaults({"tools": tools, "tokenize": ids_at_once})
+        length = asked.build_tok_params(config)
+        if length.truncate_prompt_tokens is None:
+            length = replace(length, max_total_tokens=None)  # whether it fits is for who sends it to say
+        _, (prompt,) = self._llm.renderer.render_chat([asked.messages], told, length)
+        return tuple(prompt["prompt_token_ids"])
 
     def render_all(self, requests: Sequence[Request]) -> list[tuple[int, ...] | Refused]:
         """As `render`, for several."""
@@ -157,7 +176,7 @@ class VllmEngine:
         document = as_generation(request.endpoint, request.document)
         if found := [name for name in NOT_FREE if document.get(name)]:
             return Refused(f"free generation in this process does not carry out {found[0]}")
-        fields = {name: document[name] for name in PASSED_ON if document.get(name) is not None}
+        fields = {name: value for name, value in effective(document, self._set).items() if name in PASSED_ON}
         fields.setdefault("max_tokens", document.get("max_completion_tokens") or self.context - len(prompt))
         try:
             return self._allowed(prompt, fields["max_tokens"]) or (prompt, _parameters(**fields, logprobs=0, detokenize=True))
@@ -285,12 +304,13 @@ def _parameters(**fields: Any) -> Any:
     return SamplingParams(**{"detokenize": False, **fields}, flat_logprobs=True)
 
 
-def _plain(message: Any) -> Any:
-    """A message whose text parts are one text, as vLLM gives it to templates that take texts."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))}
+def _not_rendered(document: dict[str, Any]) -> str | None:
+    """What of a chat's prompt is not rendered here: a template of the request's own, which a server takes only if told to, and media."""
+    given = document.get("chat_template_kwargs")
+    if isinstance(given, dict) and given.get("chat_template") is not None:
+        return "a chat_template of their own"
+    found = [name for name in ("chat_template", "mm_processor_kwargs", "media_io_kwargs") if document.get(name) is not None]
+    return next(iter([*found, *media_of(document)]), None)
 
 
 class _Told(NamedTuple):

@@ -9,9 +9,8 @@ from unittest import mock
 
 from replay.exact.run import Request, Run
 from replay.exact.scheduler import replaying
-from replay.exact.script import Script
+from replay.exact.script import Script, decisions
 from schemas.enginerun import facts, versions
-from schemas.enginerun.calls import Cached
 from schemas.errors import ConflictError, EngineUnavailable, UsageError
 
 _OPERATION = "exact replay"
@@ -116,9 +115,9 @@ def check(run: Run, *, forced: bool) -> None:
 def _cut_while_seeded(run: Run) -> int | None:
     """The first seeded request of which a step computed only a part of the prompt."""
     left = {number: len(request.prompt) for number, request in run.requests.items() if request.parameters.get("seed") is not None}
-    for step in run.steps:
-        for number, tokens in step.rows.items():
-            if left.get(number, 0) > tokens > 1 and not any(isinstance(c, Cached) and c.number == number for c in step.calls):
+    for decided in decisions(run):
+        for number, tokens in decided.rows.items():
+            if left.get(number, 0) > tokens > 1 and number not in decided.cached:
                 return number
             left.pop(number, None)
     return None

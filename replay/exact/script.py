@@ -50,7 +50,8 @@ class Script:
         self._calls = deque(_numbered(run.steps[begin.step :]))
         for _ in range(begin.call):
             self._calls.popleft()
-        self.imposed: deque[Imposed] = deque(map(_imposed, run.steps[begin.step :]))
+        before = [call for step in run.steps[: begin.step] for call in step.calls] + list(run.steps[begin.step].calls[: begin.call])
+        self.imposed = deque(decisions(run)[sum(isinstance(call, calls.Schedule) for call in before) :])
         self.step = begin.step
 
     def next_is(self, kind: type[calls.Schedule] | type[calls.Update]) -> bool:
@@ -90,10 +91,22 @@ def _numbered(steps: tuple[Step, ...]) -> Iterator[tuple[int, calls.Call]]:
     return ((step.number, call) for step in steps for call in step.calls)
 
 
-def _imposed(step: Step) -> Imposed:
-    cached = {call.number: call.tokens for call in step.calls if isinstance(call, calls.Cached)}
-    preempted = tuple(number for call in step.calls if isinstance(call, calls.Preempt) for number in call.numbers)
-    return Imposed(step.rows, cached, preempted)
+def decisions(run: Run) -> list[Imposed]:
+    """What the engine decided at each of its schedules, in their order.
+
+    An engine that schedules ahead has decided on the next step when it takes one in, so that the decision's calls stand in the record
+    of the step before. Rows stand in the record of their own step; there are none of what an engine that died had not taken in.
+    """
+    found: list[tuple[dict[int, int], list[int]]] = []
+    for call in (call for step in run.steps for call in step.calls):
+        if isinstance(call, calls.Schedule):
+            found.append(({}, []))
+        elif isinstance(call, calls.Cached):
+            found[-1][0][call.number] = call.tokens
+        elif isinstance(call, calls.Preempt):
+            found[-1][1].extend(call.numbers)
+    rows = [step.rows for step in run.steps]
+    return [Imposed(rows[at] if at < len(rows) else {}, cached, tuple(gone)) for at, (cached, gone) in enumerate(found)]
 
 
 def _beginning(run: Run, until: bytes | None) -> _Moment:

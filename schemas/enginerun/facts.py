@@ -55,6 +55,9 @@ VARIABLES = (
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 """Files of a model folder that hold weights."""
 
+GRAMMAR = "structured output, whose grammar becomes ready by the clock"
+"""Of what keeps a request from being repeated exactly the one that does not keep its tokens from being scored again."""
+
 _CHUNK = 1 << 22
 
 
