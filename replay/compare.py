@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
 from replay.calibration import FALSE_ALARM, Calibration, Calibrations
@@ -20,7 +21,17 @@ from replay.fold import Until, fold
 from replay.measurement import alternatives_for
 from replay.memory import Memory
 from replay.prompts import needs_rendering, prompt_of
-from replay.sampling import PENALTIES, Sampler, astray_beyond_penalties, defaults_of, effective, is_greedy, sampler_of
+from replay.sampling import (
+    PENALTIES,
+    Sampler,
+    astray_beyond_penalties,
+    defaults_of,
+    effective,
+    has_grammar,
+    is_greedy,
+    sampler_of,
+    takes_processed,
+)
 from replay.state import Generation, Sequence, SessionState
 from replay.taped import taped
 from replay.words import count, uuid
@@ -28,6 +39,7 @@ from schemas import events as e
 from schemas.enginerun.facts import GRAMMAR
 from schemas.environment import compare as compare_environments
 from schemas.errors import EngineUnavailable, UnknownSession, UsageError
+from schemas.probe import item
 from schemas.requests.recorded import CHAT, ENGINE, media_of, sampled_as
 from schemas.sink import EventSink, SessionContext, new_id
 from store.rows import StoredEvent
@@ -35,6 +47,10 @@ from store.rows import StoredEvent
 T = TypeVar("T")
 Asking: TypeAlias = Generator[Forced | Rendering, Any, T]
 """What comes to a T by asking an engine: it yields what is to be forced or rendered, and is sent the answer."""
+
+
+LOGPROBS_MODE = "config.model_config.logprobs_mode"
+"""The item of an environment that says which numbers a server gives as logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +299,7 @@ class _Run:
                 rendered = yield Rendering(request)
             prompt = prompt_of(generation, rendered)
             why = self._down or _of_an_engine(generation, sequence, edited)
+            why = why or _other_logprobs(self._mode(generation), document)
             if why := why or hindrance(document, prompt.token_ids, tape.token_ids, tape.missing):
                 return _inconclusive(sequence, why)
             calibration = self._calibration if self._calibration and self._calibration.reaches(len(tape.token_ids)) else None
@@ -292,7 +309,10 @@ class _Run:
             if isinstance(scored, Refused):
                 return _inconclusive(sequence, scored.reason)
             greedy, alarm = is_greedy(document), self._false_alarm
-            judgement = judge(tape.logprobs, scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
+            judged = partial(judge, scored=scored, floor=floor, greedy=greedy, calibration=calibration, false_alarm=alarm)
+            judgement = judged(tape.logprobs)
+            if judgement.verdict == "model_differs" and has_grammar(document):
+                judgement = _beside_grammar(judgement, judged(_raised_aside(tape.logprobs, scored)))
             if greedy and (untold := _untold(named, defaults)):
                 judgement = yield from _whatever_was_set(judgement, untold, forced, astray_nats(floor, calibration))
         except EngineUnavailable as error:
@@ -310,6 +330,12 @@ class _Run:
             judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, self._calibration, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
+
+    def _mode(self, generation: Generation) -> str | None:
+        """What the server gave as logprobs; None where nobody knows."""
+        environment = self.state.environment_of(generation)
+        told = item(environment.event, LOGPROBS_MODE) if environment else None
+        return None if told is None else str(told).rpartition(".")[2].lower()
 
     def _defaults(self, generation: Generation) -> dict[str, Any] | None:
         """What the server puts in for sampling parameters that a request does not name; None where nobody knows.
@@ -398,6 +424,26 @@ def hindrance(document: dict[str, Any] | None, prompt: tuple[int, ...], ids: tup
         return "the recording has no prompt token ids"
     parts = media_of(document or {})
     return f"its prompt holds {', '.join(parts)}, which token ids do not carry" if parts else None
+
+
+def _other_logprobs(mode: str | None, document: dict[str, Any] | None) -> str | None:
+    """Why a server's numbers are none of the model's own distribution, which is what an engine scores; None if they are."""
+    if mode in (None, "raw_logprobs") or (mode == "processed_logprobs" and not takes_processed(document)):
+        return None
+    return f"the server gave {mode.replace('_', ' ')} (--logprobs-mode), and an engine scores by the model's own logprobs"
+
+
+def _raised_aside(recorded: Iterable[float | None], scored: Scored) -> list[float | None]:
+    """Recorded logprobs, but for those that are higher than the engine's: they count as equal."""
+    return [min(r, s) if r is not None and s is not None else r for r, s in zip(recorded, scored.logprobs, strict=False)]
+
+
+def _beside_grammar(judgement: Judgement, lowered: Judgement) -> Judgement:
+    """A grammar takes tokens away before logprobs are taken, which raises the others: only what is lower than noise explains tells."""
+    if lowered.verdict == "model_differs":
+        return lowered
+    reason = "a grammar left tokens out before logprobs were taken, which raises those of the others, and none is lower than noise explains"
+    return replace(judgement, verdict="inconclusive", reason=reason, first_telling=None)
 
 
 def _untold(named: dict[str, Any] | None, defaults: dict[str, Any] | None) -> list[str]:

@@ -32,6 +32,8 @@ NOT_BENDING: dict[str, tuple[Any, ...]] = {
 }
 """Parameters that change the distribution by what was said before or by rules that are not computed here, so that even greedy decoding
 may take another token than the bare model's likeliest; and the values that do not."""
+GRAMMARS = frozenset({"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"})
+"""Those of them by which a grammar says what may come next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,21 @@ def bent_by(document: Mapping[str, Any]) -> str | None:
     form = document.get("response_format")
     formed = form is not None and not (isinstance(form, dict) and form.get("type") in (None, "text"))
     return "structured output" if formed or document.get("tool_choice") not in (None, "auto", "none") else None
+
+
+def has_grammar(document: Mapping[str, Any] | None) -> bool:
+    """Whether a grammar left tokens out. vLLM takes logprobs after that, of what was left, and before all else that bends."""
+    plain = {name: value for name, value in (document or {}).items() if name not in NOT_BENDING or name in GRAMMARS}
+    return bent_by(plain) is not None
+
+
+def takes_processed(document: Mapping[str, Any] | None) -> bool:
+    """Whether logprobs of the distribution that was drawn from are others than the model's own."""
+    asked = document or {}
+    masked = [
+        name for name, plain in (("top_k", (None, 0, -1)), ("top_p", (None, 1)), ("min_p", (None, 0))) if asked.get(name) not in plain
+    ]
+    return bent_by(asked) is not None or (asked.get("temperature") not in (0, 1, None) or bool(masked and asked.get("temperature") != 0))
 
 
 def is_greedy(document: Mapping[str, Any] | None) -> bool:

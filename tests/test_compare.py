@@ -99,10 +99,12 @@ class Scorer:
         """Nothing."""
 
 
-def taped(logprobs: list[float], *, temperature: float | None = 0.0, ids: bool = True, **fields: Any) -> Tape:
+def taped(
+    logprobs: list[float], *, temperature: float | None = 0.0, ids: bool = True, told: e.EnvironmentCaptured | None = None, **fields: Any
+) -> Tape:
     """A session of one generation with these logprobs; token i has id i."""
     tape = Tape()
-    first = environment()
+    first = told or environment()
     tape.add(first)
     parameters = {"model": "tiny", "temperature": temperature, **fields}
     g = tape.request("g", [QUESTION], 0, environment_id=first.environment_id, parameters=parameters)
@@ -289,6 +291,53 @@ def test_a_penalty_of_the_server_is_not_held_against_greedy_tokens(
 
     assert verdict == outcome.verdict
     assert ("what it sets is not told" in outcome.reason) is (verdict == "inconclusive")
+
+
+FORMS = ({"response_format": {"type": "json_object"}}, {"tool_choice": "required"}, {"structured_outputs": {"choice": ["a", "b"]}})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_grammar_left_out_is_not_held_against_the_model(form: dict[str, Any]) -> None:
+    """It raises the logprobs of what is left, to 0 where nothing else is: nothing is told by that, and all by one that is lower."""
+    own, raised = [-9.0, -4.0, -2.0, -0.5], [0.0, -4.0, -0.3, -0.5]
+
+    def verdict(present: list[float]) -> tuple[str, str]:
+        found = run_compare(taped(raised, temperature=1.0, **form).events, Scorer(lambda _: scored(present)), Sink())
+        return found.verdict, found.reason
+
+    assert "inconclusive" == verdict(own)[0]
+    assert "a grammar left tokens out" in verdict(own)[1]
+    assert "identical" == verdict(raised)[0]
+    assert "model_differs" == verdict([-9.0, -0.01, -2.0, -0.5])[0]
+
+
+def test_without_a_grammar_a_raised_logprob_is_another_model() -> None:
+    """What bends the choice after logprobs were taken does not excuse them."""
+    for more in ({}, {"presence_penalty": 1.0}, {"logit_bias": {"5": 3}}, {"response_format": {"type": "text"}}):
+        tape = taped([0.0, -1.0], temperature=1.0, **more)
+
+        assert "model_differs" == run_compare(tape.events, Scorer(lambda _: scored([-9.0, -1.0])), Sink()).verdict
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "expected"),
+    [
+        ("raw_logprobs", {"temperature": 0.5}, "model_differs"),
+        ("processed_logprobs", {"temperature": 0.5}, "inconclusive"),
+        ("LogprobsMode.processed_logprobs", {"temperature": 1.0, "top_k": 5}, "inconclusive"),
+        ("processed_logprobs", {"temperature": 1.0, "presence_penalty": 1.0}, "inconclusive"),
+        ("processed_logprobs", {"temperature": 1.0, "top_k": -1, "top_p": 1.0}, "model_differs"),
+        ("processed_logprobs", {"temperature": 0.0, "top_k": 5}, "model_differs"),
+        ("raw_logits", {"temperature": 1.0}, "inconclusive"),
+    ],
+)
+def test_other_numbers_than_logprobs_of_the_model_are_not_compared(mode: str, asked: dict[str, Any], expected: str) -> None:
+    """A server may give what it drew from, or logits; where that is the same as the model's own logprobs it counts."""
+    told = environment(**{"config.model_config.logprobs_mode": mode})
+    found = run_compare(taped([-3.0, -3.0], told=told, **asked).events, Scorer(lambda _: scored([-1.0, -1.0]), told), Sink())
+
+    assert expected == found.verdict
+    assert ("--logprobs-mode" in found.reason) == (expected == "inconclusive")
 
 
 def test_what_differs_outweighs_what_could_not_be_told() -> None:
