@@ -44,6 +44,7 @@ from schemas.events import (
     TokenChunk,
 )
 from schemas.sink import new_id
+from scripts.native.tools import ROOT
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of, runs_of
 from tests.test_compare import Scorer, Sink, scored
@@ -617,6 +618,25 @@ def test_what_cannot_be_sent_ends_the_record_by_its_name(tmp_path: Path, monkeyp
     ]
     assert 2 == len(_losses(events))
     assert "nothing more of this engine run is recorded: unmarshallable object" in capfd.readouterr().err
+
+
+def test_an_engine_that_is_killed_right_after_its_last_answer(tmp_path: Path) -> None:
+    """What it said is on the tape to its end."""
+    program = f"""
+import os, pathlib, pytest, signal
+from tests.test_enginerun import A, _Fake
+engine = _Fake(pathlib.Path({str(tmp_path)!r}), pytest.MonkeyPatch())
+engine.arrive(A)
+engine.step(first=True)
+engine.step(ends=(A,))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False)
+    await_end(tmp_path)
+    run, events = _run(tmp_path)
+
+    assert -signal.SIGKILL == killed.returncode
+    assert _answers(run, events) == {"a": ([40, 40], [-0.5, -0.5], "stop")}
 
 
 def test_a_recorder_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_what_cannot_be_forked_is_one_line(traffic: tuple[Traffic, str]) -> None
         ([session], 2, "nothing is left to say: the request allowed 24 tokens, and 24 stand"),
         ([session, "--token", "3", "--engine", "recorded"], 2, "the tape says only what was said"),
         ([session, "--token", "3", "--engine", "http://127.0.0.1:9"], 8, "does not answer"),
-        ([session, "--token", "3", "--model", "nobody"], 7, "it refused model"),
+        ([session, "--token", "3", "--model", "nobody"], 2, "serves no model 'nobody'"),
     ):
         assert fault in made.complaint("fork", *words, code=code), words
     assert before == made.sql("SELECT count(*) AS n FROM sessions")

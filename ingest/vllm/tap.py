@@ -39,6 +39,8 @@ WAITING_BYTES_MAX = 512 * 1024 * 1024
 the recorder take to begin, for it reads all weights once."""
 RESTART_S, RESTART_MAX_S = 1.0, 600.0
 """A recorder that ended is followed by another: at once, or where each ends soon after its start, each time after twice as long."""
+HANDOVER_S = 0.01
+"""How long an engine that has nothing more to do waits until what it said is out of its hands; it takes a fiftieth of that."""
 CLOSE_S = 5.0
 """How long the end of an engine waits until all that it said is handed over; vLLM kills an engine that takes longer."""
 PIPE_BYTES = 1 << 20
@@ -131,7 +133,10 @@ class Tap:
             self._calls.append(("update", now_ns, *said, state))
         except Exception as error:  # whatever it is, the engine goes on
             self._lose([], error)
-        if len(self._calls) >= FRAME_CALLS or now_ns - self._sent_ns > FRAME_NS or not scheduler.requests:
+        if not scheduler.requests:
+            self._send()
+            self.pipe.await_handover()  # vLLM kills an engine core right after its last answer, if it is to stop
+        elif len(self._calls) >= FRAME_CALLS or now_ns - self._sent_ns > FRAME_NS:
             self._send()
 
     def close(self) -> None:
@@ -232,6 +237,8 @@ class Pipe:
         self.epoch = 0
         """How many recorders have ended: the one of now knows the first frame, and what was put in its own epoch or in none."""
         self._packed = self._written = 0  # bytes, each counted by one thread
+        self._put = self._done = 0  # frames
+        self._counting = threading.Lock()
         self._calls: queue.SimpleQueue[tuple[int | None, list[Call]] | None] = queue.SimpleQueue()
         self._frames: queue.SimpleQueue[tuple[int | None, bytes] | None] = queue.SimpleQueue()
         self._patience_s = RESTART_S
@@ -246,8 +253,16 @@ class Pipe:
         if not self.over:
             if self._packed - self._written > WAITING_BYTES_MAX and not room:
                 return False
+            with self._counting:
+                self._put += 1
             self._calls.put((epoch, calls))
         return True
+
+    def await_handover(self) -> None:
+        """Return when all that was put is in the pipe, which outlives this process; a recorder that takes nothing is not waited for."""
+        deadline = time.monotonic() + HANDOVER_S
+        while self._done < self._put and not self.over and time.monotonic() < deadline:
+            time.sleep(HANDOVER_S / 100)
 
     def close(self) -> None:
         """Hand over what waits; the recorder then ends by itself. Safe to call twice."""
@@ -283,6 +298,7 @@ class Pipe:
                 except OSError as error:
                     self._restart(first, error)
             self._written += len(frame) - SIZE.size
+            self._done += 1
         with suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait()
