@@ -623,7 +623,7 @@ def test_what_cannot_be_sent_ends_the_record_by_its_name(tmp_path: Path, monkeyp
 def test_an_engine_that_is_killed_right_after_its_last_answer(tmp_path: Path) -> None:
     """What it said is on the tape to its end."""
     program = f"""
-import os, pathlib, pytest, signal
+import msgspec, os, pathlib, pytest, signal
 from tests.test_enginerun import A, _Fake
 engine = _Fake(pathlib.Path({str(tmp_path)!r}), pytest.MonkeyPatch())
 engine.arrive(A)
