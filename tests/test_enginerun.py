@@ -52,6 +52,9 @@ from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of, runs_of
 from tests.engine_replay import Nowhere
 from tests.test_compare import Scorer, Sink, scored
+from tokentape.config import load as load_settings
+from tokentape.engineruns import RUNS
+from tokentape.installation import Installation
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -617,6 +620,47 @@ def test_a_model_is_told_by_content(tmp_path: Path) -> None:
     check(run, forced=False, model="some/name-on-a-hub")
 
 
+def _state(data: Path) -> tuple[Any, Any]:
+    """What `engine-runs` shows of the one run: its state, and whether it has an end."""
+    with Installation(load_settings(), source="test") as installation:
+        installation.freshen()
+        (row,) = installation.sql.query(RUNS).table.to_pylist()
+    return row["state"], row["ended"] is not None
+
+
+def test_how_a_run_ended_is_on_the_tape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that says that it ends has ended; one of which nothing more comes was cut off."""
+    found = {}
+    for name in ("ended", "killed"):
+        engine = _Fake(tmp_path / name, monkeypatch)
+        engine.arrive(A)
+        engine.step(first=True)
+        engine.tap._send()
+        engine.tap.close() if name == "ended" else engine.tap.pipe.close()
+        await_end(tmp_path / name)
+        run = _run(tmp_path / name)[0]
+        found[name] = (run.closed, run.known, *_state(tmp_path / name))
+
+    assert {
+        "ended": (ENDED, None, "ended", True),
+        "killed": (CUT_OFF, "the engine was cut off, and is known up to step 0", "cut off", True),
+    } == found
+
+
+def test_a_program_that_ends_without_ending_its_engine(tmp_path: Path) -> None:
+    """What the engine had not handed over yet is handed over, and the run has ended."""
+    program = (
+        "import pathlib, pytest, sys; from tests.test_enginerun import A, _Fake; f = _Fake(pathlib.Path(sys.argv[1]), pytest.MonkeyPatch())"
+    )
+    subprocess.run(
+        [sys.executable, "-c", f"{program}; f.arrive(A); f.schedule({{A: 3}}, cached={{A: 0}})", str(tmp_path)], check=True, timeout=120
+    )
+    await_end(tmp_path)
+    run, _ = _run(tmp_path)
+
+    assert (ENDED, 1) == (run.closed, len(run.requests))
+
+
 def test_missing_steps_and_requests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape with a gap is refused with the gap."""
     _, events = _recorded(tmp_path, monkeypatch)
@@ -643,6 +687,7 @@ def test_a_frame_cut_short_is_left_out(tmp_path: Path) -> None:
     events = events_of(tmp_path)
     kinds = [event.kind for event in events]
 
+    assert [CUT_OFF] * 2 == [event.payload.reason for event in events if isinstance(event.payload, SessionClosed)]
     assert 1 == kinds.count("request_submitted")
     assert 2 == kinds.count("session_closed")
     assert json.dumps(kinds).count("engine_step") == 1

@@ -29,7 +29,10 @@ MISSING_MAX = 10
 @format_option
 @with_installation
 def engine_runs(installation: Installation, fmt: str) -> None:
-    """The engine runs on the tape, newest first: what `replay-batch --exact` can play again."""
+    """The engine runs on the tape, newest first: what `replay-batch --exact` can play again.
+
+    `state` is recording, ended or, where the engine died, cut off.
+    """
     installation.freshen()
     with installation.accessing("engine-runs", "engine-runs") as access:
         answer = installation.sql.query(RUNS)
