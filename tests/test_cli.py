@@ -122,6 +122,7 @@ NONSENSE = [
     (["replay", "SESSION", "--mode", "fast", "--to", "breakpoint"], 2, "no breakpoint"),
     (["replay", "SESSION", "--engine", "http://127.0.0.1:9"], 8, "127.0.0.1:9"),
     (["replay", "SESSION", "--engine", "ftp://nowhere"], 2, "ftp://nowhere"),
+    (["replay-batch", "--exact", "--engine-run", "ff", "--at-once", "3"], 2, "--exact replays an engine run, not sessions"),
     (["compare", "SESSION", "--generation", "ffff"], 2, "no generation 'ffff' with tokens"),
     (["kv", "ffffffff-0000-7000-8000-000000000000"], 3, "no call of a KV connector is on the tape"),
     (["kv", "not-an-id"], 2, "'not-an-id' is no id"),

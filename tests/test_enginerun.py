@@ -12,10 +12,11 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -25,12 +26,14 @@ from ingest.vllm.names import named, request_name
 from ingest.vllm.tap import SIZE, Tap, marshal_safe
 from replay.compare import Outcome, run_compare
 from replay.engines.base import Refused, Scored
-from replay.exact.engine import check, refuse_differences
-from replay.exact.run import Run, load
-from replay.exact.script import Script
+from replay.exact import replay as exact
+from replay.exact.engine import _config, check, check_room, refuse_differences
+from replay.exact.run import Request, Run, Said, Step, describe, load
+from replay.exact.scheduler import replaying
+from replay.exact.script import Diverged, Script
 from schemas.enginerun import calls, facts, versions
 from schemas.enginerun.decisions import Decision, Differences
-from schemas.enginerun.sessions import steps_session
+from schemas.enginerun.sessions import CUT_OFF, ENDED, steps_session
 from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageError
 from schemas.events import (
     PLATFORM_TENANT,
@@ -43,11 +46,15 @@ from schemas.events import (
     SessionClosed,
     TokenChunk,
 )
-from schemas.sink import new_id
+from schemas.sink import SessionContext, new_id
 from scripts.native.tools import ROOT
 from store.rows import StoredEvent
 from tests.engine_log import await_end, events_of, runs_of
+from tests.engine_replay import Nowhere
 from tests.test_compare import Scorer, Sink, scored
+from tokentape.config import load as load_settings
+from tokentape.engineruns import RUNS
+from tokentape.installation import Installation
 
 NUMBER = st.integers(0, 100_000)
 CALL = st.one_of(
@@ -393,6 +400,267 @@ def test_a_difference_is_named_before_anything_starts(tmp_path: Path, monkeypatc
     assert [("config.cache_config.blocks", 10, 20)] == refuse_differences(run, present, forced=True)
 
 
+def _made(*sequences: tuple[int, int, float], steps: int, idle: Iterable[int] = (), closed: str | None = ENDED) -> Run:
+    """A run of sequences that each come in a step, say a token in each of so many steps and have this temperature."""
+    requests, said = {}, {}
+    for number, (_, tokens, temperature) in enumerate(sequences):
+        place = (bytes([number]) * 16, 0)
+        requests[number] = Request(number, place, {"request_id": str(number), "sampling_params": {"temperature": temperature}}, (5, 6))
+        said[place] = Said(array("q", [40] * tokens), array("f", [-0.5] * tokens), "stop")
+    made = []
+    for at in range(steps):
+        came = [calls.Arrive() for begun, _, _ in sequences if begun == at]
+        rows = {number: 2 if begun == at else 1 for number, (begun, tokens, _) in enumerate(sequences) if begun <= at < begun + tokens}
+        made.append(Step(at, (*[calls.Idle()] * (at in idle), *came, calls.Schedule(), calls.Update()), b"", rows))
+    return Run(bytes(16), {"version": "0.32.0"}, {}, None, requests, tuple(made), said, (), closed)
+
+
+class _Engine:
+    """An engine that computes what was recorded, but for sequences that it loses; each says so much at the most."""
+
+    version = "0.32.0"
+
+    def __init__(self, run: Run, script: Script, limits: dict[int, int]) -> None:
+        self.run, self.script, self.limits = run, script, limits
+
+    def __enter__(self) -> _Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self.run.facts)
+
+    def outputs(self) -> Iterator[tuple[int, str, list[int], list[float]]]:
+        left = dict(self.limits)
+        while not self.script.over:
+            list(self.script.between())
+            self.script.take(calls.Schedule)
+            step = self.script.take(calls.Update)
+            for number in step.rows:
+                left[number] = left.get(number, 1000) - 1
+                if left[number] >= 0:
+                    yield step.number, str(number), [40], [-0.5]
+
+
+def _played(
+    run: Run, monkeypatch: pytest.MonkeyPatch, limits: dict[int, int] | None = None, *, forced: bool = True, until: int | None = None
+) -> exact.Outcome:
+    """What a replay says whose engine gives of some sequences only so many tokens."""
+    monkeypatch.setattr(exact, "ExactEngine", lambda run, script, **_: _Engine(run, script, limits or {}))
+    context = SessionContext(new_id(), "default", "replay")
+    generation = None if until is None else bytes([until]) * 16
+    return exact.ExactReplay(run, Nowhere(), context, generation, forced).execute()
+
+
+def test_a_sequence_that_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recorded sequence must come out: of one that is left out, and of one that ends early, it is said how much and from where."""
+    run = _made((0, 4, 0), (1, 3, 0), (2, 6, 0), steps=9)
+    whole, less = _played(run, monkeypatch), _played(run, monkeypatch, {1: 0, 2: 2})
+    first, second = (str(UUID(bytes=bytes([n]) * 16)) for n in (1, 2))
+
+    assert ("reproduced", []) == (whole.verdict, whole.document()["missing"])
+    assert ("diverged", 3, 1, 13) == (less.verdict, *(less.document()[name] for name in ("sequences", "sequences_reproduced", "tokens")))
+    assert [(first, 3, 1), (second, 4, 4)] == [(m["generation"], m["tokens"], m["from_step"]) for m in less.document()["missing"]]
+    assert "2 sequences of 3 otherwise" in less.reason
+    assert {1: 0, 2: 2} == {one.place[0][0]: one.first_telling for one in less.missing}
+
+
+def test_up_to_a_generation_only_what_ended_before_must_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was under way still is no fault, one that should have been over is; and one that came later is no part of it."""
+    run = _made((0, 4, 0), (0, 2, 0), (1, 8, 0), (6, 2, 0), steps=9)
+    part = _played(run, monkeypatch, until=0)
+
+    assert ("reproduced", 4, 3) == (part.verdict, part.steps, len(part.sequences))
+    assert "diverged" == _played(run, monkeypatch, {1: 1}, until=0).verdict
+
+
+def test_how_far_a_run_is_known_is_told_with_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that was killed, or is recorded still, the verdict holds up to a step; a generation that had ended is whole."""
+    cut, still = (_made((0, 4, 0), (3, 9, 0), steps=6, closed=closed) for closed in (CUT_OFF, None))
+    cut.said[bytes([1]) * 16, 0] = Said(array("q", [40] * 3), array("f", [-0.5] * 3))
+
+    assert _played(cut, monkeypatch).reason.endswith("; the engine was cut off, and is known up to step 5")
+    assert _played(cut, monkeypatch).document()["known"] == "the engine was cut off, and is known up to step 5"
+    assert "cut off" in _played(cut, monkeypatch, until=1).reason
+    assert _played(cut, monkeypatch, until=0).reason.endswith("in 4 steps")
+    assert "still being recorded" in describe(still)
+
+
+@pytest.mark.parametrize(
+    ("draws", "wanted", "first", "last"),
+    [
+        ((), 2, 6, 7),
+        ((5,), 2, 6, 7),  # after it
+        ((4,), 2, 6, 7),  # never computed
+        ((0,), 2, 6, 7),  # before the engine held nothing
+        ((2,), 2, 0, 7),  # itself
+        ((3,), 2, 0, 7),  # beside it
+        ((5,), 0, 0, 1),
+    ],
+)
+def test_who_draws_from_the_engine_s_seed_decides_where_a_replay_begins(draws: tuple[int, ...], wanted: int, first: int, last: int) -> None:
+    """Only where the generation or one that it shared steps with was drawn from it are all draws before needed."""
+    begun = ((0, 2), (3, 2), (6, 2), (7, 2), (7, 0), (10, 2))
+    run = _made(*((at, tokens, 1.0 if n in draws else 0.0) for n, (at, tokens) in enumerate(begun)), steps=12, idle=(0, 3, 6, 10))
+    script = Script(run, until=bytes([wanted]) * 16)
+
+    assert (first, last) == (script.first_step, script.run.steps[-1].number)
+
+
+def test_a_generation_that_was_never_computed_is_refused() -> None:
+    """There is no step with which it could end."""
+    run = _made((0, 2, 0), (1, 0, 0), steps=3)
+    with pytest.raises(ConflictError, match="never computed anything of generation 01010101"):
+        Script(run, until=bytes([1]) * 16)
+
+
+def test_what_has_no_room_is_refused_before_anything_starts() -> None:
+    """Fewer sequences or tokens at once, or shorter ones, than were recorded cannot be imposed; only what is replayed counts."""
+    run = _made((0, 2, 0), (0, 2, 0), (4, 5, 0), steps=9, idle=(4,))
+    for name, least, what in (
+        ("max_num_seqs", 2, "2 sequences in one step"),
+        ("max_num_batched_tokens", 4, "4 tokens in one step"),
+        ("max_model_len", 7, "7 tokens in one sequence"),
+    ):
+        check_room(Script(run), {name: least})
+        with pytest.raises(ConflictError, match=f"{name}={least - 1} is too little: the recorded engine had {what}"):
+            check_room(Script(run), {name: least - 1})
+
+    check_room(Script(run, until=bytes([2]) * 16), {"max_num_seqs": 1})
+
+
+def test_an_engine_argument_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that vLLM does not have, given now, is named with those like it; one of the record is what its version tells of."""
+    made: dict[str, Any] = {}
+    arguments = type("EngineArgs", (), {"__dataclass_fields__": {"max_num_seqs": None}, "create_engine_config": lambda _: made})
+    for name in ("vllm", "vllm.engine"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", SimpleNamespace(EngineArgs=lambda **given: made.update(given) or arguments()))
+    sys.modules["vllm.engine.arg_utils"].EngineArgs.__dataclass_fields__ = {"max_num_seqs": None}
+    with pytest.raises(UsageError, match="vLLM has no engine argument max_num_sequences") as refused:
+        _config({"max_num_sequences": 1}, {"max_num_sequences": 1})
+
+    assert "max_num_seqs" in str(refused.value.hint)
+    assert {"max_num_seqs": 2} == _config({"max_num_seqs": 2, "of_another_version": 1}, {"max_num_seqs": 2})
+
+
+class _Base:
+    """As much of a scheduler as imposing needs. It takes `wide` at once at the most, whatever it is told."""
+
+    policy = "fcfs"
+    max_num_scheduled_tokens = 100
+    max_num_running_reqs = 1
+    wide = 8
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.running: list[Any] = []
+        self.waiting: Any = _Queue()
+        self.kv_cache_manager = SimpleNamespace(get_computed_blocks=lambda _: (None, 0))
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def schedule(self) -> Any:
+        while self.waiting and len(self.running) < min(self.max_num_running_reqs, self.wide):
+            self.running.append(self.waiting.pop(0))
+        cached = SimpleNamespace(resumed_req_ids=set(), req_ids=[], num_computed_tokens=[])
+        scheduled = {request.request_id: 2 for request in self.running}
+        return SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_new_reqs=[], scheduled_cached_reqs=cached, preempted_req_ids=None)
+
+
+class _Queue(list[Any]):
+    add_request = list.append
+
+
+def test_a_decision_that_cannot_be_imposed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that leaves one out after all is no replay; its own limit on those that run does not leave any out."""
+    for name in ("vllm", "vllm.v1", "vllm.v1.core", "vllm.v1.core.sched"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "vllm.v1.request", SimpleNamespace(RequestStatus={}))
+    monkeypatch.setitem(sys.modules, "vllm.v1.core.sched.request_queue", SimpleNamespace(create_request_queue=lambda _: _Queue()))
+    run = _made((0, 2, 0), (0, 2, 0), steps=2)
+
+    def made(request: Request) -> Any:
+        return SimpleNamespace(request_id=str(request.number), number=request.number)
+
+    scheduler = replaying(_Base, Script(run), made, forced=True)()
+    scheduler.schedule()
+
+    assert ["0", "1"] == [request.request_id for request in scheduler.running]
+    assert 1 == scheduler.max_num_running_reqs
+    scheduler = replaying(type("Narrow", (_Base,), {"wide": 1}), Script(run), made, forced=True)()
+    with pytest.raises(
+        Diverged, match="step 0: the recorded decision cannot be imposed on this engine: other requests in the step: missing 1"
+    ):
+        scheduler.schedule()
+
+
+def test_a_model_is_told_by_content(tmp_path: Path) -> None:
+    """The same bytes in another folder are the recorded model; a folder that is not there is said before anything starts."""
+    run = _made((0, 1, 0), steps=1)
+    run.facts.update({"config.model_config.model": "/a", "config.model_config.weights": "5f"})
+    run.arguments["model"] = str(tmp_path / "a")
+    elsewhere = {**run.facts, "config.model_config.model": "/b"}
+
+    assert [] == refuse_differences(run, elsewhere, forced=False)
+    for digest in ("60", None):
+        with pytest.raises(ConflictError, match=r"model_config\.model: recorded /a, now /b"):
+            refuse_differences(run, {**elsewhere, "config.model_config.weights": digest}, forced=False)
+    for model in (None, "tiny", "/nope"):
+        with pytest.raises(UsageError, match=f"no model lies at {model or run.arguments['model']}") as refused:
+            check(run, forced=False, model=model)
+        assert "--model FOLDER" in str(refused.value.hint)
+    (tmp_path / "config.json").write_text("{}")
+    check(run, forced=False, model=str(tmp_path))
+    run.facts["config.model_config.weights"] = None
+    check(run, forced=False, model="some/name-on-a-hub")
+
+
+def _state(data: Path) -> tuple[Any, Any]:
+    """What `engine-runs` shows of the one run: its state, and whether it has an end."""
+    with Installation(load_settings(), source="test") as installation:
+        installation.freshen()
+        (row,) = installation.sql.query(RUNS).table.to_pylist()
+    return row["state"], row["ended"] is not None
+
+
+def test_how_a_run_ended_is_on_the_tape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that says that it ends has ended; one of which nothing more comes was cut off."""
+    found = {}
+    for name in ("ended", "killed"):
+        engine = _Fake(tmp_path / name, monkeypatch)
+        engine.arrive(A)
+        engine.step(first=True)
+        engine.tap._send()
+        engine.tap.close() if name == "ended" else engine.tap.pipe.close()
+        await_end(tmp_path / name)
+        run = _run(tmp_path / name)[0]
+        found[name] = (run.closed, run.known, *_state(tmp_path / name))
+
+    assert {
+        "ended": (ENDED, None, "ended", True),
+        "killed": (CUT_OFF, "the engine was cut off, and is known up to step 0", "cut off", True),
+    } == found
+
+
+def test_a_program_that_ends_without_ending_its_engine(tmp_path: Path) -> None:
+    """What the engine had not handed over yet is handed over, and the run has ended."""
+    program = (
+        "import pathlib, pytest, sys; from tests.test_enginerun import A, _Fake; f = _Fake(pathlib.Path(sys.argv[1]), pytest.MonkeyPatch())"
+    )
+    subprocess.run(
+        [sys.executable, "-c", f"{program}; f.arrive(A); f.schedule({{A: 3}}, cached={{A: 0}})", str(tmp_path)], check=True, timeout=120
+    )
+    await_end(tmp_path)
+    run, _ = _run(tmp_path)
+
+    assert (ENDED, 1) == (run.closed, len(run.requests))
+
+
 def test_missing_steps_and_requests_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape with a gap is refused with the gap."""
     _, events = _recorded(tmp_path, monkeypatch)
@@ -416,8 +684,10 @@ def test_a_frame_cut_short_is_left_out(tmp_path: Path) -> None:
     sent = SIZE.pack(len(frame)) + frame + SIZE.pack(1000) + b"cut"
     subprocess.run(program, input=sent, env={"TOKENTAPE_DATA": str(tmp_path), "PATH": ""}, check=True, timeout=120)
     await_end(tmp_path)
-    kinds = [event.kind for event in events_of(tmp_path)]
+    events = events_of(tmp_path)
+    kinds = [event.kind for event in events]
 
+    assert [CUT_OFF] * 2 == [event.payload.reason for event in events if isinstance(event.payload, SessionClosed)]
     assert 1 == kinds.count("request_submitted")
     assert 2 == kinds.count("session_closed")
     assert json.dumps(kinds).count("engine_step") == 1

@@ -172,6 +172,7 @@ def test_steps_of_an_engine(api: Api) -> None:
     shared = [[entry["generation_id"] for entry in step["entries"]] for step in some["steps"]]
 
     assert (run["engine_run"], run["steps"], run["generations"]) == (RUN, 240, 4)
+    assert (run["state"], run["ended"]) == ("recording", None)
     assert (len(whole["step"]), whole["every"], max(whole["running"])) == (240, 1, 3)
     assert sum(whole["preempted"]) == 1
     assert shared == [[str(uuid.UUID(bytes=ident(name))) for name in ("e2", "e3")]] * 2

@@ -15,16 +15,25 @@ from tokentape.installation import Installation
 
 RUNS = """
     WITH steps AS (
-        SELECT engine_run, count(*) AS steps, min(recorded_at) AS began, max(recorded_at) AS ended, sum(preempted) AS preempted,
+        SELECT engine_run, count(*) AS steps, min(recorded_at) AS began, max(recorded_at) AS last, sum(preempted) AS preempted,
             max(running) AS running_max
         FROM engine_steps GROUP BY engine_run
     ), stepped AS (
         SELECT uuid_text(session_id) AS run, count(DISTINCT request_submitted.generation_id) AS generations,
             any_value(request_submitted.model) AS model
         FROM events WHERE kind = 'request_submitted' AND source = 'engine' GROUP BY session_id
+    ), opened AS (
+        SELECT session_id, uuid_text(session_opened.parent_session) AS run FROM events
+        WHERE kind = 'session_opened' AND session_opened.purpose = 'engine steps'
+    ), closed AS (
+        SELECT run, any_value(session_closed.reason) AS reason FROM events JOIN opened USING (session_id)
+        WHERE kind = 'session_closed' GROUP BY run
     )
-    SELECT s.engine_run, s.began, s.ended, coalesce(t.generations, 0) AS generations, s.steps, s.running_max, s.preempted, t.model
-    FROM steps s LEFT JOIN stepped t ON t.run = s.engine_run ORDER BY s.began DESC"""
+    SELECT s.engine_run, CASE c.reason WHEN 'engine ended' THEN 'ended' WHEN 'engine was cut off' THEN 'cut off' ELSE
+            coalesce(c.reason, 'recording') END AS state,
+        s.began, CASE WHEN c.reason IS NOT NULL THEN s.last END AS ended, coalesce(t.generations, 0) AS generations, s.steps,
+        s.running_max, s.preempted, t.model
+    FROM steps s LEFT JOIN stepped t ON t.run = s.engine_run LEFT JOIN closed c ON c.run = s.engine_run ORDER BY s.began DESC"""
 OVERVIEW = """
     SELECT engine_step.step // {every} * {every} AS step, epoch_us(min(recorded_at)) AS at, count(*) AS steps,
         sum(engine_step.duration_us) / 1000 AS duration_ms, max(len(engine_step.entries)) AS batch_max,

@@ -21,7 +21,7 @@ from ingest.vllm.tap import Logprobs
 from schemas import events as e
 from schemas.enginerun import calls, facts
 from schemas.enginerun.decisions import Decision, Differences, Place
-from schemas.enginerun.sessions import steps_session
+from schemas.enginerun.sessions import CUT_OFF, ENDED, steps_session
 from schemas.environment import capture
 from schemas.errors import InvalidEvent, TokentapeError
 from schemas.requests.recorded import ENGINE
@@ -123,7 +123,7 @@ class Scribe(_Calls):
         self._model: str | None = None
         self._environment: bytes | None = None
         self._kv: KvScribe | None = None
-        self._reason = "engine ended"
+        self._reason = CUT_OFF
 
     def close(self) -> None:
         """The engine has ended: what was still open stays as it is, and the last calls are written down."""
@@ -181,6 +181,9 @@ class Scribe(_Calls):
         self._open = still_open
         self._decided = deque([(0, _NOBODY)] * still_open)
         self._last, self._outputs, self._rows = _NOBODY, [], []
+
+    def _on_end(self) -> None:
+        self._reason = ENDED
 
     def _on_over(self, why: str) -> None:
         self._reason = f"no longer recorded: {why}"
@@ -422,7 +425,7 @@ class WorkerScribe(_Calls):
 
     def __init__(self, recorder: Recorder, settings: Settings, engine_id: str) -> None:
         self._kv = KvScribe(recorder, settings, engine_id, None, content=content_allowed(settings))
-        self._reason = "engine ended"
+        self._reason = ENDED  # of a worker nobody asks whether it ended by itself
 
     def close(self) -> None:
         """The process has ended."""

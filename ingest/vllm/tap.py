@@ -86,6 +86,7 @@ class Tap:
         self._calls: list[Call] = [("header", marshal_safe(header))]
         self._begun_ns = self._sent_ns = time.monotonic_ns()
         self.pipe, self._epoch = Pipe(), 0
+        atexit.register(self.close)  # for a program that ends without ending its engine
         self._send()
 
     def arrived(self, request: Any, *, idle: bool) -> None:
@@ -140,10 +141,13 @@ class Tap:
             self._send()
 
     def close(self) -> None:
-        """The engine ends: hand over all of it, or say that it is missing."""
+        """The engine ends: hand over all of it, or say that it is missing, and that this was all. Safe to call twice."""
+        atexit.unregister(self.close)
         self._send()
         if self._calls:
             self.pipe.put(self._calls, epoch=self._epoch, room=True)
+        self.pipe.put([("end",)], room=True)
+        self._calls = []
         self.pipe.close()
 
     def _schedule(self, output: Any) -> Call:

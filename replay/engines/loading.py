@@ -67,16 +67,25 @@ def parsed_options(texts: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def check_model(model: str, *, operation: str, hub: bool = True, hint: str = "name the folder that holds config.json") -> None:
+    """Return where a model may be: in this folder or file, or on a hub of that name, unless `hub` is false.
+
+    Raises:
+        UsageError: there is no such folder, or no model in it.
+    """
+    folder = Path(model)
+    named = hub and model.count("/") <= 1 and not model.startswith((".", "/")) and not folder.exists()  # a name on a hub, not a folder
+    if not named and not any((folder / name).exists() for name in CONFIGURATION) and not folder.is_file():
+        raise UsageError(f"no model lies at {model}", operation=operation, hint=hint)
+
+
 def start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
     """The engine, and whether it can replay traces.
 
     Raises:
         UsageError: vLLM does not take the model or an option.
     """
-    folder = Path(model)
-    named = model.count("/") <= 1 and not model.startswith((".", "/")) and not folder.exists()  # a name on a hub, not a folder
-    if not named and not any((folder / name).exists() for name in CONFIGURATION) and not folder.is_file():
-        raise UsageError(f"no model lies at {model}", operation="start engine", hint="name the folder that holds config.json")
+    check_model(model, operation="start engine")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine core in this process: one to watch, one to end
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -84,7 +93,7 @@ def start(model: str, options: dict[str, Any]) -> tuple[Any, bool]:
         from vllm import LLM  # takes seconds, and is not there on every machine
         from vllm.platforms import current_platform
 
-        arguments = {**_defaults(current_platform.is_cpu(), folder, options), **options}
+        arguments = {**_defaults(current_platform.is_cpu(), Path(model), options), **options}
         if not current_platform.is_cpu():
             try:
                 return LLM(model, **arguments, enable_trace_replay=True), True

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from replay.engines.loading import check_model
 from replay.exact.run import Request, Run
 from replay.exact.scheduler import replaying
 from replay.exact.script import Script, decisions
@@ -14,6 +16,7 @@ from schemas.enginerun import facts, versions
 from schemas.errors import ConflictError, EngineUnavailable, UsageError
 
 _OPERATION = "exact replay"
+_MODEL, _WEIGHTS = "config.model_config.model", "config.model_config.weights"
 _SEEDED_CHUNK = "CPU Generator does not use offset"
 
 
@@ -30,7 +33,7 @@ class ExactEngine:
         arguments = {**run.arguments, **({"model": model, "tokenizer": model} if model else {}), **(changed or {})}
         self.model = arguments["model"]
         try:
-            self.config = _config(arguments)
+            self.config = _config(arguments, changed or {})
             chosen = self.config.scheduler_config.get_scheduler_cls()
             base = next(c for c in chosen.__mro__ if c.__module__.startswith("vllm."))
             self._core = _core(self.config, replaying(base, script, self._request, forced=forced))
@@ -48,7 +51,7 @@ class ExactEngine:
         """What this engine is built of, under the keys of the tape."""
         workers = self._core.model_executor.collective_rpc(facts.worker_facts)
         found = facts.facts_of(self.config, version=self.version, workers=workers)
-        found["config.model_config.weights"] = facts.weights_digest(Path(self.model))
+        found[_WEIGHTS] = facts.weights_digest(Path(self.model))
         return found
 
     def outputs(self) -> Iterator[tuple[int, str, list[int], list[float]]]:
@@ -92,16 +95,20 @@ class ExactEngine:
         return self._core.preprocess_add_request(made)[0]
 
 
-def check(run: Run, *, forced: bool) -> None:
+def check(run: Run, *, forced: bool, model: str | None = None) -> None:
     """Say what keeps a run from being replayed before anything is built.
 
     Raises:
         ConflictError: it has what cannot be done again.
+        UsageError: no model lies where it is to be loaded from.
     """
     if run.hindrances:
         raise ConflictError(
             f"this run cannot be replayed exactly: {'; '.join(run.hindrances)}", operation=_OPERATION, hint="`tokentape replay` compares it"
         )
+    by_content = run.facts.get(_WEIGHTS) is not None  # so it was a folder, whatever its name looks like
+    if lies_at := model or run.arguments.get("model"):
+        check_model(lies_at, operation=_OPERATION, hub=not by_content, hint="--model FOLDER says where it is")
     on_cpu = str(run.facts.get("config.device_config.device")) == "cpu"
     chunked = run.facts.get("config.scheduler_config.enable_chunked_prefill")
     if on_cpu and chunked and (cut := _cut_while_seeded(run)) is not None:
@@ -110,6 +117,31 @@ def check(run: Run, *, forced: bool) -> None:
             operation=_OPERATION,
             hint="record with enable_chunked_prefill=False, or without seeds",
         )
+
+
+def check_room(script: Script, changed: dict[str, Any]) -> None:
+    """An engine has room for as much as its arguments say: decisions that need more cannot be imposed on it.
+
+    Raises:
+        ConflictError: these arguments leave too little, and are named.
+    """
+    steps = script.run.steps[script.first_step :]
+    live = [request for number, request in script.run.requests.items() if number >= script.first_request]
+    needed = {
+        "max_num_seqs": (max(len(step.rows) for step in steps), "sequences in one step"),
+        "max_num_batched_tokens": (max(sum(step.rows.values()) for step in steps), "tokens in one step"),
+        "max_model_len": (max((len(r.prompt) + len(_said(script.run, r)) for r in live), default=0), "tokens in one sequence"),
+    }
+    for name, (least, what) in needed.items():
+        given = changed.get(name)
+        if isinstance(given, int) and given < least:
+            fault = f"{name}={given} is too little: the recorded engine had {least:,} {what}, which cannot be imposed on that"
+            raise ConflictError(fault, operation=_OPERATION, hint=f"--engine-arg {name}={least} at the least")
+
+
+def _said(run: Run, request: Request) -> Sequence[int]:
+    said = run.said.get(request.place)
+    return said.token_ids if said is not None else ()
 
 
 def _cut_while_seeded(run: Run) -> int | None:
@@ -129,7 +161,9 @@ def refuse_differences(run: Run, present: dict[str, Any], *, forced: bool) -> li
     Raises:
         ConflictError: what would move the numbers is.
     """
-    found = [(key, run.facts[key], present.get(key)) for key in sorted(run.facts) if run.facts[key] != present.get(key)]
+    same = {_MODEL} if run.facts.get(_WEIGHTS) is not None and run.facts[_WEIGHTS] == present.get(_WEIGHTS) else set()  # wherever it lies
+    keys = sorted(run.facts.keys() - same)
+    found = [(key, run.facts[key], present.get(key)) for key in keys if run.facts[key] != present.get(key)]
     mine = [each for each in found if not (forced and each[0].startswith(("config.cache_config.", "config.scheduler_config.")))]
     if mine:
         said = "; ".join(f"{key.removeprefix('config.')}: recorded {before}, now {after}" for key, before, after in mine)
@@ -155,10 +189,14 @@ def _vllm() -> Any:
     return vllm
 
 
-def _config(arguments: dict[str, Any]) -> Any:
+def _config(arguments: dict[str, Any], changed: dict[str, Any]) -> Any:
+    """A configuration. Of what was recorded another version may not know all, which the facts tell; what is asked for now it must know."""
     from vllm.engine.arg_utils import EngineArgs
 
     known = EngineArgs.__dataclass_fields__
+    if unknown := sorted(changed.keys() - known.keys()):
+        hint = ", ".join(get_close_matches(unknown[0], known)) or "vLLM's own names, such as max_num_seqs=16"
+        raise UsageError(f"vLLM has no engine argument {', '.join(unknown)}", operation=_OPERATION, hint=hint)
     return EngineArgs(**{name: value for name, value in arguments.items() if name in known}).create_engine_config()
 
 

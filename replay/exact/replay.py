@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from replay.exact.engine import ExactEngine, check, refuse_differences
+from replay.exact.engine import ExactEngine, check, check_room, refuse_differences
 from replay.exact.run import Run, Said
 from replay.exact.script import Diverged, Script
 from replay.words import count, uuid
@@ -35,6 +35,8 @@ class Compared:
     tokens_equal: int = 0
     logprobs_equal: int = 0
     first_telling: int | None = None
+    missing_from: int | None = None
+    """The recorded step from which on nothing came of it any more, though more was recorded."""
 
     def take(self, token_ids: list[int], logprobs: list[float]) -> str | None:
         """Compare the next tokens; in words what is not alike, None if all is."""
@@ -63,9 +65,9 @@ class Compared:
         return len(self.recorded.logprobs) == len(self.recorded.token_ids)
 
     @property
-    def complete(self) -> bool:
-        """Whether all that was recorded came."""
-        return self.tokens >= len(self.recorded.token_ids)
+    def missing(self) -> int:
+        """Tokens that were recorded and did not come."""
+        return max(0, len(self.recorded.token_ids) - self.tokens)
 
     @property
     def reproduced(self) -> bool:
@@ -93,6 +95,11 @@ class Outcome:
     divergence: Diverged | None
     duration_us: int
 
+    @property
+    def missing(self) -> tuple[Compared, ...]:
+        """Sequences that did not come, or not to their recorded end, though they should have."""
+        return tuple(one for one in self.sequences if one.missing_from is not None)
+
     def document(self) -> dict[str, Any]:
         """The outcome as JSON types."""
         return {
@@ -109,6 +116,11 @@ class Outcome:
             "logprobs": sum(len(c.recorded.logprobs) for c in self.sequences if c.scored),
             "logprobs_equal": sum(c.logprobs_equal for c in self.sequences),
             "diverged_at_step": self.divergence.step if self.divergence else None,
+            "missing": [
+                {"generation": uuid(c.place[0]), "sequence": c.place[1], "tokens": c.missing, "from_step": c.missing_from}
+                for c in self.missing
+            ],
+            "known": self.run.known or "to its end",
             "differences": [{"key": k, "recorded": before, "present": after} for k, before, after in self.differences],
             "duration_us": self.duration_us,
         }
@@ -135,9 +147,10 @@ class ExactReplay:
             ConflictError: the run or the engine is not such that it could be reproduced; nothing is recorded then.
             EngineUnavailable: vLLM cannot be built or fails.
         """
-        check(self.run, forced=self.forced)
+        check(self.run, forced=self.forced, model=self.model)
         began = time.perf_counter_ns()
         script = Script(self.run, until=self.until)
+        check_room(script, self.changed)
         with ExactEngine(self.run, script, model=self.model, changed=self.changed, forced=self.forced) as engine:
             differences = refuse_differences(self.run, engine.facts(), forced=self.forced)
             replay_id = self._start(engine, differences)
@@ -154,24 +167,39 @@ class ExactReplay:
     def _compare(self, engine: ExactEngine, script: Script) -> tuple[list[Compared], Diverged | None]:
         places = {request.document["request_id"]: request.place for request in self.run.requests.values()}
         compared: dict[Place, Compared] = {}
-        wanted = self.run.places_of(self.until) if self.until else None
-        last = self.run.steps[-1].number
+        came: dict[Place, int] = {}
+        last = script.run.steps[-1].number
+        divergence, through = None, last
         if self.before:
             self.before()
         try:
             for step, name, token_ids, logprobs in engine.outputs():
                 place = places[name]
+                came[place] = step
                 one = compared.get(place) or compared.setdefault(place, Compared(place, self.run.said.get(place, Said())))
                 fault = one.take(token_ids, logprobs)
                 if fault and not self.forced:
                     raise Diverged(f"generation {uuid(place[0])}, sequence {place[1]}: {fault}", step)
                 if self.on_step:
                     self.on_step(step, last)
-                if wanted and wanted <= compared.keys() and all(compared[p].complete for p in wanted):
-                    break
-        except Diverged as divergence:
-            return list(compared.values()), divergence
-        return list(compared.values()), None
+        except Diverged as error:
+            divergence, through = error, script.step - 1
+        self._miss(compared, came, script, through)
+        return [compared[request.place] for request in self.run.requests.values() if request.place in compared], divergence
+
+    def _miss(self, compared: dict[Place, Compared], came: dict[Place, int], script: Script, through: int) -> None:
+        """Mark what should have come whole by a step: no output says that a sequence is missing."""
+        computed: dict[int, list[int]] = {}
+        for step in self.run.steps[script.first_step :]:
+            for number in step.rows:
+                computed.setdefault(number, []).append(step.number)
+        for number, steps in computed.items():
+            place = self.run.requests[number].place
+            one = compared.get(place) or Compared(place, self.run.said.get(place, Said()))
+            if one.missing and steps[-1] <= through:
+                compared[place] = one
+                one.missing_from = next((step for step in steps if step > came.get(place, -1)), steps[-1])
+                one.first_telling = one.tokens if one.first_telling is None else one.first_telling
 
     def _judge(self, compared: list[Compared], divergence: Diverged | None, steps: int) -> tuple[str, str]:
         if divergence is not None:
@@ -180,12 +208,22 @@ class ExactReplay:
             c for c in compared if not c.reproduced and (self.until is None or c.place[0] == self.until or c.first_telling is not None)
         ]
         if other:
-            place = other[0].place
-            return DIVERGED, f"{count(len(other), 'sequence')} of {len(compared)} otherwise, first generation {uuid(place[0])}, {place[1]}"
+            first = other[0]
+            said = (
+                f"{count(len(other), 'sequence')} of {len(compared):,} otherwise, first generation {uuid(first.place[0])}, {first.place[1]}"
+            )
+            if first.missing_from is not None:
+                said += f", of which {count(first.missing, 'token')} did not come, from step {first.missing_from:,} on"
+            return DIVERGED, said
         scored = sum(c.logprobs_equal for c in compared)  # of sequences that were still under way at `until` only what came
         tokens = sum(c.tokens_equal for c in compared)
         said = f"{count(len(compared), 'sequence')}, {count(tokens, 'token')} and {count(scored, 'logprob')}"
-        return REPRODUCED, f"{said} bit for bit in {count(steps, 'step')}"
+        known = f"; {self.run.known}" if self.run.known and not self._ended(compared) else ""
+        return REPRODUCED, f"{said} bit for bit in {count(steps, 'step')}{known}"
+
+    def _ended(self, compared: list[Compared]) -> bool:
+        """Whether what was asked for had ended on the tape."""
+        return self.until is not None and all(c.recorded.finish_reason is not None for c in compared if c.place[0] == self.until)
 
     def _start(self, engine: ExactEngine, differences: list[tuple[str, Any, Any]]) -> bytes:
         replay_id = new_id()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from replay.words import count, uuid
 from schemas import events as e
 from schemas.enginerun import calls
 from schemas.enginerun.decisions import Differences, Place
+from schemas.enginerun.sessions import CUT_OFF, ENDED
 from schemas.errors import ConflictError, UnknownSession
 from store.rows import StoredEvent
 
@@ -78,6 +79,16 @@ class Run:
     steps: tuple[Step, ...]
     said: dict[Place, Said]
     hindrances: tuple[str, ...]
+    closed: str | None = None
+    """Why its session was closed; None: it is still being recorded."""
+
+    @property
+    def known(self) -> str | None:
+        """In words, up to where it is on the tape; None: to its end."""
+        if self.closed == ENDED:
+            return None
+        why = {None: "the engine is still being recorded", CUT_OFF: "the engine was cut off"}.get(self.closed, self.closed)
+        return f"{why}, and is known up to step {self.steps[-1].number:,}"
 
     def number_of(self, place: Place) -> int:
         """The number of a sequence's request."""
@@ -90,6 +101,22 @@ class Run:
             hint = "`tokentape engine-runs` lists the runs; the generation must be of that run"
             raise UnknownSession(f"generation {uuid(generation_id)} is not in this run", operation=_OPERATION, hint=hint)
         return found
+
+    def up_to(self, generation_id: bytes) -> Run:
+        """Its part that ends with the last step of a generation: what came later had no part in it.
+
+        Raises:
+            UnknownSession: there is no such generation in this run.
+            ConflictError: no step ever computed it.
+        """
+        wanted = {self.number_of(place) for place in self.places_of(generation_id)}
+        last = max((step.number for step in self.steps if not wanted.isdisjoint(step.rows)), default=None)
+        if last is None:
+            fault = f"the engine never computed anything of generation {uuid(generation_id)}"
+            raise ConflictError(fault, operation=_OPERATION, hint="leave --until out")
+        steps = self.steps[: last + 1]
+        arrived = sum(isinstance(call, calls.Arrive | calls.ArriveBeside) for step in steps for call in step.calls)
+        return replace(self, steps=steps, requests={n: request for n, request in self.requests.items() if n < arrived})
 
 
 def load(engine_run: bytes, owned: Iterable[StoredEvent], stepped: Iterable[StoredEvent]) -> Run:
@@ -105,6 +132,8 @@ def load(engine_run: bytes, owned: Iterable[StoredEvent], stepped: Iterable[Stor
     for stored in stepped:
         if isinstance(stored.event.payload, e.EngineStep):
             reader.step(stored.event.payload)
+        elif isinstance(stored.event.payload, e.SessionClosed):
+            reader.closed = stored.event.payload.reason
     return reader.run()
 
 
@@ -122,6 +151,7 @@ class _Reader:
         self.steps: list[Step] = []
         self.said: dict[Place, Said] = {}
         self.hindrances: list[str] = []
+        self.closed: str | None = None
         self.differences = Differences(engine_run)
 
     def own(self, event: e.Event) -> None:
@@ -193,9 +223,11 @@ class _Reader:
             tuple(self.steps),
             self.said,
             tuple(self.hindrances),
+            self.closed,
         )
 
 
 def describe(run: Run) -> str:
     """A run in one line."""
-    return f"{count(len(run.requests), 'request')} in {count(len(run.steps), 'step')}, vLLM {run.facts.get('version')}"
+    known = f"; {run.known}" if run.known else ""
+    return f"{count(len(run.requests), 'request')} in {count(len(run.steps), 'step')}, vLLM {run.facts.get('version')}{known}"

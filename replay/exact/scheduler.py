@@ -46,7 +46,11 @@ class _Replaying:
         self.script.take(calls.Schedule)
         imposed = self.script.imposed.popleft()
         output = self._imposed(imposed, *args, **kwargs) if self.forced else super().schedule(*args, **kwargs)  # type: ignore[misc]
-        self.decided.append(decision_of(output, self.numbers))
+        decision = decision_of(output, self.numbers)
+        if self.forced and imposed.rows != dict(zip(decision.numbers, decision.tokens, strict=True)):
+            fault = f"the recorded decision cannot be imposed on this engine: {_why(self.script.run, decision, imposed.rows, [])}"
+            raise Diverged(fault, self.script.step)
+        self.decided.append(decision)
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -118,7 +122,8 @@ class _Replaying:
         limits = ("max_num_scheduled_tokens", "max_num_running_reqs", "max_num_active_reqs")
         saved = {name: getattr(self, name) for name in limits if hasattr(self, name)}
         self.max_num_scheduled_tokens = sum(imposed.rows.values())
-        self.max_num_active_reqs = saved["max_num_running_reqs"]
+        # Who waits only for a result that is under way runs beside those of the step.
+        self.max_num_running_reqs = self.max_num_active_reqs = max(saved["max_num_running_reqs"], len(running) + len(admit))
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         for name, value in saved.items():
             setattr(self, name, value)

@@ -43,10 +43,11 @@ class Script:
     """The calls of a run from a moment on. The replaying scheduler takes them one by one."""
 
     def __init__(self, run: Run, *, until: bytes | None = None) -> None:
-        """`until` is a generation: the script begins at the last moment from which it can be had, as late as that is."""
-        self.run = run
+        """`until` is a generation: the script ends with it, and begins at the last moment from which it can be had."""
+        self.run = run = run.up_to(until) if until else run
         begin = _beginning(run, until)
-        self.first_step, self._arrived = begin.step, begin.arrived
+        self.first_step, self.first_request = begin.step, begin.arrived
+        self._arrived = begin.arrived
         self._calls = deque(_numbered(run.steps[begin.step :]))
         for _ in range(begin.call):
             self._calls.popleft()
@@ -112,7 +113,9 @@ def decisions(run: Run) -> list[Imposed]:
 def _beginning(run: Run, until: bytes | None) -> _Moment:
     """Where to begin for a generation: the last idle moment before it, if nothing was cached then.
 
-    It is the start of the run where something later hangs on the engine's own seed, which the requests before have used up.
+    It is the start of the run where something from there on hangs on the engine's own seed, of which the requests before have drawn: the
+    generation itself, or one beside it, whose tokens decide how long it shares the steps. What came before that moment, or comes when
+    the run is over, may draw as it likes.
     """
     start = found = _Moment(0, 0, 0)
     if until is None:
@@ -125,7 +128,8 @@ def _beginning(run: Run, until: bytes | None) -> _Moment:
                 found = _Moment(step.number, at, arrived)
             elif isinstance(call, calls.Arrive | calls.ArriveBeside):
                 if arrived == wanted:
-                    hangs = any(r.depends_on_engine_seed for n, r in run.requests.items() if n >= found.arrived)
+                    computed = {number for later in run.steps[found.step :] for number in later.rows}
+                    hangs = any(request.depends_on_engine_seed for number, request in run.requests.items() if number in computed)
                     return start if hangs else found
                 arrived += 1
     return start

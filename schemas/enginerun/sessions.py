@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+ENDED, CUT_OFF = "engine ended", "engine was cut off"
+"""Reasons with which the sessions of a run are closed: the engine said that it ends, or nothing more came of it."""
+
 
 def steps_session(engine_run: bytes) -> bytes:
     """The platform session of a run's steps; its requests and tokens are in the session whose id is the run's own."""

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from replay.exact.replay import REPRODUCED, ExactReplay, Outcome
 from replay.exact.run import describe, load
-from replay.words import uuid
+from replay.words import count, uuid
 from schemas.enginerun.sessions import steps_session
 from schemas.errors import TokentapeError, UsageError
 from schemas.sink import SessionContext, new_id
@@ -21,12 +21,18 @@ from tokentape.engineruns import RUNS
 from tokentape.installation import Installation
 from tokentape.output import err, out, write_json, write_table
 
+MISSING_MAX = 10
+"""Sequences that did not come whole, of which a text tells at most."""
+
 
 @click.command("engine-runs")
 @format_option
 @with_installation
 def engine_runs(installation: Installation, fmt: str) -> None:
-    """The engine runs on the tape, newest first: what `replay-batch --exact` can play again."""
+    """The engine runs on the tape, newest first: what `replay-batch --exact` can play again.
+
+    `state` is recording, ended or, where the engine died, cut off.
+    """
     installation.freshen()
     with installation.accessing("engine-runs", "engine-runs") as access:
         answer = installation.sql.query(RUNS)
@@ -76,7 +82,9 @@ def play_again(installation: Installation, asked: ExactOptions, fmt: str) -> Non
             outcome = replay.execute()
     _print(outcome, fmt)
     if outcome.verdict != REPRODUCED:
-        raise _Diverged(outcome.reason, operation="exact replay", hint="the steps before it came bit for bit as recorded")
+        before = outcome.divergence is not None and not asked.forced
+        hint = "the steps before it came bit for bit as recorded" if before else "--format json names each that did not come"
+        raise _Diverged(outcome.reason, operation="exact replay", hint=hint)
 
 
 class _Diverged(TokentapeError):
@@ -91,6 +99,12 @@ def _print(outcome: Outcome, fmt: str) -> None:
         return
     style = "bold green" if outcome.verdict == REPRODUCED else "bold red"
     out.print(f"[{style}]{outcome.verdict}[/{style}]  {outcome.reason}")
+    missing = outcome.missing
+    for one in missing[:MISSING_MAX]:
+        came = f"{count(one.missing, 'token')} of {len(one.recorded.token_ids):,} did not come"
+        out.print(f"  generation {uuid(one.place[0])}, sequence {one.place[1]}: {came}, from step {one.missing_from:,} on")
+    if len(missing) > MISSING_MAX:
+        out.print(f"  … and {len(missing) - MISSING_MAX:,} more")
     for key, before, after in outcome.differences:
         out.print(f"  [dim]{key.removeprefix('config.')}: recorded {before}, now {after}[/dim]")
     out.print(f"[dim]replay {uuid(outcome.replay_id)}, recorded in session {uuid(outcome.session_id)}[/dim]")

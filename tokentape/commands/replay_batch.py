@@ -41,7 +41,9 @@ ON_SERVER, OF_ITS_OWN = 32, 768
     "--engine", "engines", multiple=True, metavar="URL|vllm:MODEL", help="An engine; repeat a URL option for several at work at once."
 )
 @click.option("--engine-option", "options", multiple=True, metavar="NAME=VALUE", help="vllm: an engine argument, e.g. dtype=float32.")
-@click.option("--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: its folder.")
+@click.option(
+    "--model", help="URL: the name under which the model is served, if it is another than recorded; --exact: where its folder is."
+)
 @click.option(
     "--at-once",
     type=click.IntRange(1, 1024),
@@ -85,10 +87,11 @@ def replay_batch(
 
     With --exact a whole engine run is played again instead, in this process: the same traffic between the same calls of the
     engine. Needs vLLM and the recorded model here. Refused before it starts, with the difference named: another model,
-    version, number of threads or schedule. Exit code 6 when it diverges; the first step that did is named.
+    version, number of threads or schedule. Exit code 6 when it diverges; the first step that did is named, and each sequence
+    that did not come whole.
     """
     if exact:
-        if where or engines or options or run or ray or actors or not run_id:
+        if where or engines or options or at_once or run or ray or actors or not run_id:
             hint = "--exact goes with --engine-run, --until, --model, --forced, --engine-arg and --debug"
             fault = "--exact needs --engine-run" if not run_id else "--exact replays an engine run, not sessions"
             raise UsageError(fault, operation="replay-batch", hint=hint)
