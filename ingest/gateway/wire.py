@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import ssl
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -40,6 +40,10 @@ class Wire:
     """The connections to one server. Use from one event loop."""
 
     def __init__(self, url: str, connect_timeout_s: float) -> None:
+        self.on_connect: Callable[[float | None], None] = lambda oldest: None
+        """Told of each new connection, with the time since which the oldest of the others is open, None where there is none."""
+        self.on_cut: Callable[[], None] = lambda: None
+        """Told that the server ended a connection which was idle or in the middle of an answer."""
         server = URL(url)
         self._host, self._port = server.host or "", server.port or _PORTS.get(server.scheme, 80)
         self._name = server.raw_authority.rpartition("@")[2]
@@ -49,6 +53,11 @@ class Wire:
         self._idle: deque[_Connection] = deque()
         self._open: set[_Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the oldest connection stands, None where there is none."""
+        return min((each.since for each in self._open), default=None)
 
     async def post(self, target: str, headers: Sequence[tuple[str, str]], body: bytes) -> Reply:
         """Send a request and return its answer once the head is there; the caller MUST close it.
@@ -78,11 +87,14 @@ class Wire:
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._drop_idle)
 
-    def lost(self, connection: _Connection) -> None:
-        """A connection is gone."""
+    def lost(self, connection: _Connection, *, unfinished: bool) -> None:
+        """A connection is gone, `unfinished` where that is in the middle of an answer."""
         self._open.discard(connection)
-        with contextlib.suppress(ValueError):
+        idle = connection in self._idle
+        if idle:
             self._idle.remove(connection)
+        if idle or unfinished:
+            self.on_cut()
 
     def _head(self, target: str, headers: Sequence[tuple[str, str]], length: int) -> bytes:
         lines = [f"POST {target} HTTP/1.1", f"host: {self._name}", f"content-length: {length}"]
@@ -102,7 +114,9 @@ class Wire:
         except OSError as error:  # a time-out is one
             detail = str(error) or f"no connection to {self._name} within {self._connect_timeout_s:g} s"
             raise Failure(errors.UNREACHABLE, "The upstream does not answer.", detail=detail) from error
+        oldest = self.oldest
         self._open.add(connection)
+        self.on_connect(oldest)
         return connection
 
     def _drop_idle(self) -> None:
@@ -117,6 +131,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self.since = time.monotonic()
         self.idle_since = 0.0
         self._transport: asyncio.Transport
         self._reply: Reply | None = None
@@ -139,9 +154,10 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of the connection is the end of an answer that has no other."""
-        self.wire.lost(self)
-        if self._reply is not None:
-            self._reply.cut(exc)
+        reply = self._reply
+        if reply is not None:
+            reply.cut(exc)
+        self.wire.lost(self, unfinished=reply is not None and not reply.complete)
 
     def pause(self) -> None:
         """The upstream has to wait."""
@@ -170,6 +186,8 @@ class Reply:
 
     def __init__(self, connection: _Connection) -> None:
         self.status = 0
+        self.since = connection.since
+        """Since when the connection is open over which it comes, by the monotonic clock."""
         self.headers: list[tuple[bytes, bytes]] = []
         self.content_type = ""
         self.complete = False
