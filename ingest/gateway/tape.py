@@ -232,7 +232,7 @@ class Tape:
         """The request goes to another upstream than `submitted` named."""
         self._upstream = upstream
 
-    def answered(self, status: int, environment: Callable[[], EnvironmentCaptured | None] | None = None) -> None:
+    def answered(self, status: int, environment: Callable[[], EnvironmentCaptured | None]) -> None:
         """The upstream answered with this status; `environment` is asked whose answer it is when the first of it is recorded."""
         self._status, self._environment = status, environment
 
