@@ -167,6 +167,8 @@ def _server_info(answer: Answer, items: dict[str, Any]) -> set[str]:
     items.update(flat("config", info.get("vllm_config"), 2))
     for section in ("vllm_env", "system_env"):
         items.update(flat(section, info.get(section), 1))
+    if isinstance(lines := items.get("system_env.env_vars"), str):
+        items["system_env.env_vars"] = "".join(line for line in lines.splitlines(keepends=True) if not is_secret(line.partition("=")[0]))
     return set()
 
 

@@ -22,7 +22,7 @@ from ingest.gateway import upstream as gateway_upstream
 from replay.fold import fold
 from schemas.environment import capture, classify, compare
 from schemas.errors import EngineUnavailable
-from schemas.events import EnvironmentCaptured
+from schemas.events import EnvironmentCaptured, Pair
 from schemas.probe import PROBE_TEXT, VERSION, Ask, item, kind_of, questions
 from schemas.requests import load
 from scripts.native.processes import free_port
@@ -150,6 +150,34 @@ class TestCapture:
         assert noisy == before
         assert [(d.key, d.digest) for d in compare(before, other)] == [("probe.logprobs", "numeric")]
         assert [(d.key, d.digest) for d in compare(before, model)] == [("probe.choices", "semantic")]
+
+    def test_the_same_engine_started_again(self) -> None:
+        """What vLLM draws anew at each start is no item, and none of a tape that has it; secrets among variables are left out."""
+
+        def info(drawn: str) -> dict[str, Any]:
+            shared = f"vllm_mm_{drawn}"
+            lines = f"VLLM_NO_USAGE_STATS=1\nVLLM_OBJECT_STORAGE_SHM_BUFFER_NAME={shared}\nNVIDIA_X_KEY=s1\nOMP_NUM_THREADS=2\n"
+            config = {"instance_id": drawn, "kv_transfer_config": {"kv_connector": "C", "engine_id": drawn}, "model_config": {"dtype": "x"}}
+            return {
+                "vllm_config": config,
+                "vllm_env": {"VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": shared, "VLLM_USE_V1": "1"},
+                "system_env": {"env_vars": lines},
+            }
+
+        first, second = (answered({**VLLM, "/server_info": info(drawn)}) for drawn in ("1", "2"))
+        drawn = [
+            Pair(key="config.instance_id", value='"1"'),
+            Pair(key="system_env.env_vars", value='"VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME=3\\nA=é"'),
+        ]
+        old, present = (
+            EnvironmentCaptured(environment_id=bytes(32), origin="http", items=drawn),
+            capture([("system_env.env_vars", '"A=é"')], origin="http"),
+        )
+
+        assert first == second
+        assert "VLLM_NO_USAGE_STATS=1\nOMP_NUM_THREADS=2\n" == item(first, "system_env.env_vars")
+        assert '"C"' == {pair.key: pair.value for pair in first.items}["config.kv_transfer_config.kv_connector"]
+        assert [] == compare(old, present)
 
     def test_questions_carry_the_fixed_inputs(self) -> None:
         """The generator asks in one order, whoever drives it."""
