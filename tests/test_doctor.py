@@ -53,7 +53,9 @@ def driven(folder: Path, name: str, module: str | None = BROKEN, **more: Any) ->
         ("Nobody", None, "module", "ExampleConnector"),
         ("Example", "nowhere.at_all", "module", "nowhere"),
         ("Nobody", BROKEN, "class", "has no class Nobody"),
+        ("path", "os", "class", "os:path is not a class"),
         ("Abstract", BROKEN, "class", "does not implement"),
+        ("Silent", BROKEN, "connector", r"AssertionError: assert .* \(at .*kv_connectors.py:\d+, while: built\)"),
         ("TwoArguments", BROKEN, "class", "2-argument"),
         ("Casting", BROKEN, "dtype", "dtype"),
         ("Rounding", BROKEN, "dtype", "another dtype than bfloat16"),
@@ -70,6 +72,18 @@ def test_a_broken_connector_is_told_by_its_fault(tmp_path: Path, name: str, modu
     assert "bad" == findings[-1].state
     assert re.search(word, findings[-1].detail), findings[-1].detail
     assert findings[-1].cure
+
+
+@needs_vllm
+@loads_vllm
+@pytest.mark.parametrize("name", ["OffloadingConnector", "SimpleCPUOffloadConnector"])
+def test_what_a_connector_needs_of_an_engine_is_no_fault_of_its_own(tmp_path: Path, name: str) -> None:
+    """A drive by hand has no model and no tensors of an engine: it says so, where the connector asks for them."""
+    found = driven(tmp_path, name, None)[-1]
+
+    assert ("set-up", "warn") == (found.check, found.state)
+    assert re.search(r"\.py:\d+, while: built", found.detail)
+    assert "doctor builds neither" in found.cure
 
 
 @needs_vllm
