@@ -280,6 +280,14 @@ class TestARestart:
             start(0, "first")
             assert [None, None] == [served(rig, 0), served(rig, 0)]
 
+    def test_a_connection_is_held_that_tells(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a vLLM that does not say which start of it this is, a connection tells over which nothing is asked, until it ends."""
+        monkeypatch.setattr(gateway_upstream, "SOON_S", 0.0)
+        with restarts(b'{"version": "1"}', keeps=False) as start, running(tmp_path, start(0)) as rig:
+            assert ["first", "first"] == [served(rig, 0), served(rig, 0)]
+            start(0)
+            assert served(rig, 0) is None
+
     def test_an_older_connection_tells(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """While a connection stands that is as old as what the server told, nobody is asked who answers over the next one."""
         both = threading.Barrier(2)

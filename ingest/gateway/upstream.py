@@ -56,8 +56,9 @@ class Upstream:
     """One upstream. Use from one event loop, between `open` and `close`.
 
     Another server may stand behind the same address at any time. What an environment was told by ends when its connections do, so a
-    connection is known to lead to it if it is as old as what it told, or was opened while an older one stood. Where none stands, vLLM is
-    asked beside the request which start of it answers. Of an upstream of another kind no process is known, only what it serves.
+    connection is known to lead to it if it is as old as what it told, or was opened while an older one stood: one is held for that.
+    Where none stands, vLLM is asked beside the request which start of it answers. Of an upstream of another kind no process is known,
+    only what it serves. Several servers behind one address that are not the same should be upstreams of their own.
     """
 
     def __init__(self, settings: GatewaySettings, entry: UpstreamSettings) -> None:
@@ -191,11 +192,12 @@ class Upstream:
         try:
             instance = await instance_http(self.client, self.url)
             if instance is not None and instance == told.instance:
+                await self.wire.stand()
                 told.until, told.doubted = time.monotonic(), False
             else:
                 told.doubted |= instance is not None
                 self._refresh_if_due(unsure=True)
-        except EngineUnavailable as error:
+        except (EngineUnavailable, Failure) as error:
             log.info("upstream not asked whether it is the same", upstream=self.name, error=str(error))
         finally:
             self._check = None
@@ -219,12 +221,15 @@ class Upstream:
     async def _refresh(self, authorization: str | None) -> None:
         headers = self.headers(authorization)
         try:
-            instance = await instance_http(self.client, self.url) if self.kind == "vllm" else None
+            instance = None
+            if self.kind == "vllm":
+                await self.wire.stand()
+                instance = await instance_http(self.client, self.url)
             event = await capture_http(self.client, self.url, kind=self.kind or "", headers=headers, previous=self._previous)
             self._previous, self._captured_at = event, time.monotonic()
             self._told = _Told(event, instance, until=self._captured_at)
             self.fingerprint = item(event, "system_fingerprint") or self.fingerprint
-        except EngineUnavailable as error:
+        except (EngineUnavailable, Failure) as error:
             self.doubt()
             log.warning("environment not captured", upstream=self.name, error=str(error))
         except Exception:

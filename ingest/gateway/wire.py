@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import ssl
 import time
 import zlib
@@ -32,6 +33,12 @@ HEAD_BYTES_MAX = 1 << 16
 _WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _PORTS = {"http": 80, "https": 443}
 
+_LIVENESS = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name), 5) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT") if hasattr(socket, name)),
+]
+"""After 5 s without a word the server's machine is asked whether it is there, five times."""
+
 Take = Callable[[bytes], bool]
 """Is given a piece of a body; returns True where no more is wanted for now."""
 
@@ -43,7 +50,7 @@ class Wire:
         self.on_connect: Callable[[float | None], None] = lambda oldest: None
         """Told of each new connection, with the time since which the oldest of the others is open, None where there is none."""
         self.on_cut: Callable[[], None] = lambda: None
-        """Told that the server ended a connection which was idle or in the middle of an answer."""
+        """Told that the server ended a connection which was idle, in the middle of an answer or there as a sign."""
         server = URL(url)
         self._host, self._port = server.host or "", server.port or _PORTS.get(server.scheme, 80)
         self._name = server.raw_authority.rpartition("@")[2]
@@ -53,6 +60,7 @@ class Wire:
         self._idle: deque[_Connection] = deque()
         self._open: set[_Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._sign: _Connection | None = None
 
     @property
     def oldest(self) -> float | None:
@@ -72,6 +80,16 @@ class Wire:
         except BaseException:
             connection.abort()
             raise
+
+    async def stand(self) -> None:
+        """Hold a connection over which nothing is asked: it stands as long as the server does, where a used one is dropped soon.
+
+        Raises:
+            Failure: no connection.
+        """
+        if self._sign is None or self._sign not in self._open:
+            self._sign = await self._connect()
+            self._sign.stay()
 
     def close(self) -> None:
         """Cut all connections."""
@@ -93,7 +111,7 @@ class Wire:
         idle = connection in self._idle
         if idle:
             self._idle.remove(connection)
-        if idle or unfinished:
+        if idle or unfinished or connection is self._sign:
             self.on_cut()
 
     def _head(self, target: str, headers: Sequence[tuple[str, str]], length: int) -> bytes:
@@ -158,6 +176,12 @@ class _Connection(asyncio.Protocol):
         if reply is not None:
             reply.cut(exc)
         self.wire.lost(self, unfinished=reply is not None and not reply.complete)
+
+    def stay(self) -> None:
+        """Nothing will be asked for long: a server that is gone without a word is found out all the same."""
+        carrier = self._transport.get_extra_info("socket")
+        for level, option, value in _LIVENESS if carrier is not None else ():
+            carrier.setsockopt(level, option, value)
 
     def pause(self) -> None:
         """The upstream has to wait."""
