@@ -9,7 +9,7 @@ import aiohttp
 
 from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
-from schemas.probe import VERSION, Ask, kind_of, questions
+from schemas.probe import INSTANCE, VERSION, Ask, instance_of, kind_of, questions
 
 _OPERATION = "capture environment"
 
@@ -54,6 +54,15 @@ async def capture_http(
     except StopIteration as end:
         event: EnvironmentCaptured = end.value
         return event
+
+
+async def instance_http(client: aiohttp.ClientSession, url: str, *, timeout_s: float = 10.0) -> bytes | None:
+    """Which start of the vLLM at `url` (without /v1) answers there now; None where it does not tell.
+
+    Raises:
+        EngineUnavailable: nothing listens there.
+    """
+    return instance_of(await _ask(client, url, INSTANCE, {}, timeout_s))
 
 
 async def _ask(client: aiohttp.ClientSession, url: str, ask: Ask, headers: Mapping[str, str], timeout_s: float) -> bytes | None:

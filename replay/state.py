@@ -343,14 +343,15 @@ class SessionState:
         return sum(generation.recording.tokens for generation in self.generations.values() if generation.recording)
 
     def environment_of(self, generation: Generation) -> Environment | None:
-        """The environment that a generation names, where it started or else where it was asked for; else the last one captured."""
-        named = generation.request.environment_id if generation.request else None
-        if generation.recording and generation.recording.started:
-            named = generation.recording.started.environment_id or named
-        for environment in reversed(list(self.environments)):
-            if named in (None, environment.event.environment_id):
-                return environment
-        return self.environments[-1] if len(self.environments) else None
+        """The environment that a generation names, where it started or else where it was asked for; None where it is not known which.
+
+        Where no generation of the session says which is its own, it is the last one captured.
+        """
+        if not any(any(_answered_by(each)) for each in self.generations.values()):
+            return self.environments[-1] if len(self.environments) else None
+        _, named = _answered_by(generation)
+        found = (each for each in reversed(list(self.environments)) if each.event.environment_id == named)
+        return next(found, None)
 
     def messages_of(self, generation: Generation) -> list[e.Message]:
         """The messages of a request in order, bodies resolved from earlier requests; role "?" where the session never had one."""
@@ -382,6 +383,15 @@ class SessionState:
             except ValueError:
                 return None
         return document if isinstance(document, dict) else None
+
+
+def _answered_by(generation: Generation) -> tuple[str | None, bytes | None]:
+    """The other upstream that answered, None where it was the one asked, and the environment that the generation names."""
+    named = generation.request.environment_id if generation.request else None
+    started = generation.recording.started if generation.recording else None
+    if started is None:
+        return None, named
+    return started.upstream, started.environment_id if started.upstream else started.environment_id or named
 
 
 def body_of(message: e.Message) -> Any:

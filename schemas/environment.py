@@ -3,11 +3,13 @@
 semantic: what the model is (weights, tokenizer, template, dtype); another value may mean another answer.
 numeric: what computes it (versions, hardware, kernels); another value may move logprobs a little.
 scheduling: how work is packed (batch sizes, caches); it moves numbers only through the composition of batches.
+What an engine draws anew each time it starts (ids, ports, times) is no item: the same engine started again is the same environment.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Literal
 
@@ -66,6 +68,32 @@ _PREFIXES: tuple[tuple[str, Class], ...] = (
 NOT_ALWAYS_TOLD = frozenset({"sampling.defaults"})
 """Items that captures of one server may tell or not, as older ones never did: only where both tell can they differ."""
 
+DRAWN = frozenset(
+    (
+        "config.instance_id", "config.kv_transfer_config.engine_id", "config.ec_transfer_config.engine_id",
+        "config.parallel_config.data_parallel_master_port", "config.parallel_config._data_parallel_master_port_list",
+        "config.parallel_config.placement_group", "config.compilation_config.compilation_time",
+        "config.compilation_config.encoder_compilation_time", "vllm_env.VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
+        "env.VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME",
+    )
+)  # fmt: skip
+"""Items that differ between two starts of one engine. They stand on tapes of earlier versions, and count nowhere."""
+
+_VARIABLES = "system_env.env_vars"
+"""All of vLLM's variables as one text of lines; those drawn at each start are among them."""
+
+
+def lasting(items: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The items that are the same each time the same engine starts."""
+    return {key: _undrawn(value) if key == _VARIABLES else value for key, value in items if key not in DRAWN}
+
+
+def _undrawn(value: str) -> str:
+    text = json.loads(value)
+    lines = text.splitlines(keepends=True) if isinstance(text, str) else []
+    kept = [line for line in lines if f"env.{line.partition('=')[0]}" not in DRAWN]
+    return json.dumps("".join(kept), ensure_ascii=False) if len(kept) < len(lines) else value
+
 
 def classify(key: str) -> Class:
     """The digest that an item belongs to."""
@@ -74,7 +102,7 @@ def classify(key: str) -> Class:
 
 def capture(items: Iterable[tuple[str, str]], *, origin: str, unknown: Iterable[str] = ()) -> EnvironmentCaptured:
     """The event of these items: key to JSON text, in any order, keys unique."""
-    pairs = [Pair(key=key, value=value) for key, value in sorted(items)]
+    pairs = [Pair(key=key, value=value) for key, value in sorted(lasting(items).items())]
     parts = {kind: digest([pair for pair in pairs if classify(pair.key) == kind]) for kind in CLASSES}
     return EnvironmentCaptured(environment_id=digest(pairs), origin=origin, items=pairs, unknown=sorted(unknown), **parts)
 
@@ -87,11 +115,11 @@ def digest(pairs: Iterable[Pair]) -> bytes:
 def compare(recorded: EnvironmentCaptured, present: EnvironmentCaptured) -> list[Difference]:
     """What differs, ordered by key; an item that only one side could ask is a difference with None on the other.
 
-    Between captures of different origins only what both tell can differ: the one tells more than the other by its nature. So it is
-    with items that are not always told.
+    What differs between any two starts of an engine is no difference, also where an earlier version took it for an item. Between
+    captures of different origins only what both tell can differ: the one tells more than the other by its nature. So it is with
+    items that are not always told.
     """
-    before = {pair.key: pair.value for pair in recorded.items}
-    after = {pair.key: pair.value for pair in present.items}
+    before, after = (lasting((pair.key, pair.value) for pair in side.items) for side in (recorded, present))
     for key in before.keys() ^ after.keys():
         if recorded.origin != present.origin or key in NOT_ALWAYS_TOLD:
             before.pop(key, None)

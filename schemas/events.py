@@ -340,7 +340,8 @@ class GenerationContent(Record):
 class GenerationStarted(Payload):
     """The upstream answered. `authoritative` is the source whose events views use for this generation.
 
-    `upstream` and `environment_id` stand here where another upstream than that of `request_submitted` answered;
+    `upstream` and `environment_id` stand here where another upstream or environment than those of `request_submitted` answered: with
+    an `upstream` and no `environment_id` it is not known which, whatever the request named;
     `queued_us` is how long the request waited for its turn, before offset 0.
     """
 

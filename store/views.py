@@ -122,7 +122,8 @@ _GENERATIONS = f"""
         coalesce(started.upstream, asked.upstream) AS upstream, started.queued_us / 1000 AS queued_ms, asked.priority AS priority,
         started.upstream_id AS upstream_id, asked.trace_id AS trace_id, asked.client_request_id AS client_request_id,
         asked.api_key_id AS api_key_id, asked.client_address AS client_address,
-        lower(hex(coalesce(started.environment_id, asked.environment_id))) AS environment_id,
+        lower(hex(CASE WHEN started.upstream IS NULL THEN coalesce(started.environment_id, asked.environment_id)
+            ELSE started.environment_id END)) AS environment_id,
         uuid_text(asked.parent_generation) AS parent_generation_id
     FROM joined"""
 

@@ -201,6 +201,7 @@ class BrokenUpstream:
     paths: list[str] = field(default_factory=list)
     left: threading.Event = field(default_factory=threading.Event)
     version: bytes | None = None
+    instance: int | None = None  # of vLLM's kind: which start of it this is
     models: tuple[str, ...] = ()
     port: int = 0
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
@@ -214,6 +215,8 @@ class BrokenUpstream:
                 if not peer.path.startswith(RECORDED):
                     if peer.path == "/version" and self.version:
                         await peer.whole(b"200 OK", b"application/json", self.version)
+                    elif peer.path == "/metrics" and self.instance:
+                        await peer.whole(b"200 OK", b"text/plain", b"process_start_time_seconds %d\n" % self.instance)
                     elif peer.path == "/v1/models" and self.models:
                         listed = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
                         await peer.whole(b"200 OK", b"application/json", orjson.dumps(listed))

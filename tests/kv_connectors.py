@@ -63,6 +63,14 @@ class Stumbling(ExampleConnector):  # type: ignore[misc]
         raise ConnectionRefusedError("the store at nowhere refused the connection")
 
 
+class Silent(ExampleConnector):  # type: ignore[misc]
+    """Asserts what is not so, without a word."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        assert kv_cache_config is None
+
+
 class Abstract(KVConnectorBase_V1):  # type: ignore[misc]
     """Implements nothing."""
 

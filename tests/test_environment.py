@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingest.environment import capture_http, detect_kind
+from ingest.gateway import upstream as gateway_upstream
+from replay.fold import fold
 from schemas.environment import capture, classify, compare
 from schemas.errors import EngineUnavailable
-from schemas.events import EnvironmentCaptured
+from schemas.events import EnvironmentCaptured, Pair
 from schemas.probe import PROBE_TEXT, VERSION, Ask, item, kind_of, questions
+from schemas.requests import load
 from scripts.native.processes import free_port
+from store.rows import StoredEvent
 from tests.conftest import VllmService
-from tests.gateway_rig import HELLO, Peer, broken, chunk, running
+from tests.gateway_rig import DONE, HELLO, Peer, Rig, broken, chunk, running
 from tests.program import until
 
 ITEMS = st.dictionaries(st.sampled_from(["models", "version", "cache.block_size", "probe.choices", "kind"]), st.text(max_size=4))
@@ -174,6 +183,34 @@ class TestCapture:
         assert [(d.key, d.digest) for d in compare(before, other)] == [("probe.logprobs", "numeric")]
         assert [(d.key, d.digest) for d in compare(before, model)] == [("probe.choices", "semantic")]
 
+    def test_the_same_engine_started_again(self) -> None:
+        """What vLLM draws anew at each start is no item, and none of a tape that has it; secrets among variables are left out."""
+
+        def info(drawn: str) -> dict[str, Any]:
+            shared = f"vllm_mm_{drawn}"
+            lines = f"VLLM_NO_USAGE_STATS=1\nVLLM_OBJECT_STORAGE_SHM_BUFFER_NAME={shared}\nNVIDIA_X_KEY=s1\nOMP_NUM_THREADS=2\n"
+            config = {"instance_id": drawn, "kv_transfer_config": {"kv_connector": "C", "engine_id": drawn}, "model_config": {"dtype": "x"}}
+            return {
+                "vllm_config": config,
+                "vllm_env": {"VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": shared, "VLLM_USE_V1": "1"},
+                "system_env": {"env_vars": lines},
+            }
+
+        first, second = (answered({**VLLM, "/server_info": info(drawn)}) for drawn in ("1", "2"))
+        drawn = [
+            Pair(key="config.instance_id", value='"1"'),
+            Pair(key="system_env.env_vars", value='"VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME=3\\nA=é"'),
+        ]
+        old, present = (
+            EnvironmentCaptured(environment_id=bytes(32), origin="http", items=drawn),
+            capture([("system_env.env_vars", '"A=é"')], origin="http"),
+        )
+
+        assert first == second
+        assert "VLLM_NO_USAGE_STATS=1\nOMP_NUM_THREADS=2\n" == item(first, "system_env.env_vars")
+        assert '"C"' == {pair.key: pair.value for pair in first.items}["config.kv_transfer_config.kv_connector"]
+        assert [] == compare(old, present)
+
     def test_questions_carry_the_fixed_inputs(self) -> None:
         """The generator asks in one order, whoever drives it."""
         asking = questions()
@@ -249,3 +286,100 @@ class TestInTheGateway:
         assert (asked, again) == (1, 1)
         assert b'"system_fingerprint":"f-2"' in answer.content
         assert b'"usage"' not in answer.content
+
+
+class TestARestart:
+    """Behind the address of one server another one: what the gateway files its generations under."""
+
+    @pytest.mark.parametrize(
+        ("version", "keeps"),
+        [(b'{"version": "1"}', True), (b'{"version": "1"}', False), (None, True)],
+        ids=["connections kept", "one for each request", "no vLLM"],
+    )
+    def test_no_generation_names_the_server_before(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: bytes | None, keeps: bool
+    ) -> None:
+        """The first answers of another server name no environment, or its own already; then all name its own."""
+        monkeypatch.setattr(gateway_upstream, "AGAIN_AFTER_S", 0.0)
+        monkeypatch.setattr(gateway_upstream, "SOON_S", 0.0)
+        with restarts(version, keeps=keeps) as start, running(tmp_path, start(1)) as rig:
+            until(lambda: served(rig, 1) == "first")
+            start(2, "second")
+            assert served(rig, 2) in (None, "second")
+            until(lambda: served(rig, 2) == "second")
+            start(3, "second")  # the same again
+            assert served(rig, 3) in (None, "second")
+
+    def test_who_answers_is_asked_beside_the_request(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An answer does not wait for the server to say which start of it this is, and where it did not say so names no environment."""
+        with restarts(b'{"version": "1"}', keeps=False) as start, running(tmp_path, start(1)) as rig:
+            assert "first" == served(rig, 1)
+            monkeypatch.setattr(gateway_upstream, "SOON_S", 0.0)
+            start(0, "first")
+            assert [None, None] == [served(rig, 0), served(rig, 0)]
+
+    def test_a_connection_is_held_that_tells(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a vLLM that does not say which start of it this is, a connection tells over which nothing is asked, until it ends."""
+        monkeypatch.setattr(gateway_upstream, "SOON_S", 0.0)
+        with restarts(b'{"version": "1"}', keeps=False) as start, running(tmp_path, start(0)) as rig:
+            assert ["first", "first"] == [served(rig, 0), served(rig, 0)]
+            start(0)
+            assert served(rig, 0) is None
+
+    def test_an_older_connection_tells(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """While a connection stands that is as old as what the server told, nobody is asked who answers over the next one."""
+        both = threading.Barrier(2)
+
+        async def act(peer: Peer) -> None:
+            if b"wait" in orjson.dumps(load(peer.body)):
+                await asyncio.to_thread(both.wait, 20)
+            await peer.whole(b"200 OK", b"application/json", orjson.dumps({"id": "x", "model": "m", "choices": []}))
+
+        with broken(act, version=b'{"version": "1"}', instance=1) as upstream, running(tmp_path, upstream.url) as rig:
+            for _ in range(2):
+                rig.post({"model": "m", "messages": HELLO})
+            monkeypatch.setattr(gateway_upstream, "SOON_S", 0.0)
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda _: rig.post({"model": "m", "messages": HELLO, "user": "wait"}), range(2)))
+
+        assert 4 == len(upstream.bodies)
+        assert 2 == upstream.paths.count("/metrics")
+
+
+def served(rig: Rig, start: int) -> str | None:
+    """Ask for a stream; the model of the environment that the generation is filed under, None where it is filed under none."""
+    answer = rig.post({"model": "m", "messages": HELLO, "stream": True})
+    generation = uuid.UUID(answer.headers["x-tokentape-generation"]).bytes
+    session = uuid.UUID(answer.headers["x-tokentape-session"]).bytes
+    own = [event for event in rig.events() if event.session_id == session]
+    state = fold(StoredEvent(event, "log", 0, at, 0) for at, event in enumerate(own))
+    found = state.environment_of(next(each for each in state.generations.values() if each.generation_id == generation))
+
+    assert f"answer {start}".encode() in answer.content
+    return str(item(found.event, "models")[0]["id"]) if found else None
+
+
+@contextlib.contextmanager
+def restarts(version: bytes | None, *, keeps: bool) -> Iterator[Callable[..., str]]:
+    """Servers behind one port, one after the other: each is started by its number and what it serves, and returns the address."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+
+        def start(number: int, model: str = "first") -> str:
+            stack.close()
+
+            async def act(peer: Peer) -> None:
+                said = chunk(f"answer {number}", finish="stop") + DONE
+                await asyncio.sleep(0.05)  # as an engine's first token takes a moment
+                if keeps:
+                    await peer.begin_chunked()
+                    await peer.chunk(said)
+                    await peer.chunk(b"")
+                    peer.kept = True
+                else:
+                    await peer.begin_stream()
+                    await peer.send(said)
+
+            return stack.enter_context(broken(act, version=version, models=(model,), port=port, instance=number)).url
+
+        yield start

@@ -16,7 +16,7 @@ from replay.state import EMPTY, Generation, SessionState
 from schemas import events as e
 from schemas.errors import CorruptStore, UsageError
 from store.rows import StoredEvent
-from tests.tape import FOLLOW_UP, QUESTION, START, SYSTEM, TEXT, Tape, finish, ident, incident
+from tests.tape import FOLLOW_UP, QUESTION, START, SYSTEM, TEXT, Tape, environment, finish, ident, incident
 
 INCIDENT = incident().events
 
@@ -387,3 +387,28 @@ def test_maps_keep_order_and_old_versions(pairs: list[tuple[int, int]], collide:
     assert list(expected.items()) == [(int(key), value) for key, value in mapping.items()]
     if pairs:
         assert list(half.items()) == [(int(key), value) for key, value in versions[len(pairs) // 2 + 1].items()]
+
+
+def test_whose_answer_it_was() -> None:
+    """A generation has the environment that it names, none where that is not known; where no generation says so, the last one."""
+    tape = Tape()
+    first, second = environment(), environment("0.33.0")
+    named, other, unknown, silent = (
+        tape.request(name, [QUESTION], at, environment_id=first.environment_id if asked else None)
+        for at, (name, asked) in enumerate([("named", True), ("other", True), ("unknown", True), ("silent", False)])
+    )
+    tape.add(first)
+    tape.started(other, 5, 1, upstream="u", environment_id=second.environment_id)
+    tape.add(second)
+    tape.started(unknown, 6, 1, upstream="u")
+    state = fold(tape.events)
+    found = {each.generation_id: state.environment_of(each) for each in state.generations.values()}
+    lone = Tape()
+    lone.request("silent", [QUESTION], 0)
+    lone.add(first)
+    alone = fold(lone.events)
+    fallback = alone.environment_of(next(iter(alone.generations.values())))
+
+    assert [first, second, None, None] == [each and each.event for each in map(found.get, (named, other, unknown, silent))]
+    assert fallback is not None
+    assert first == fallback.event

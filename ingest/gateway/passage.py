@@ -112,6 +112,8 @@ class Passage:
         """The upstream answered the request with this status."""
         if self.lane:
             self.lane.answered(status)
+        if status in ELSEWHERE:
+            self.upstream.doubt()
 
     def spare(self, status: int) -> bool:
         """Whether an answer of this status can be left alone, since another upstream can be asked."""
@@ -129,7 +131,7 @@ class Passage:
             raise failure
         self._leave(failure, again=True)
         kind = await self._kind()
-        tape.moved(self.upstream.name, self.upstream.environment)
+        tape.moved(self.upstream.name)
         return kind
 
     async def _kind(self) -> str:

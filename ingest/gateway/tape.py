@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -104,7 +104,9 @@ class Tape:
         self.started = False
         self.queued_us = 0
         self._prompt_tokens = 0
-        self._moved: dict[str, Any] = {}  # the upstream that answers, if it is another one than was asked first
+        self._named: tuple[str | None, bytes | None] = (None, None)  # the upstream and the environment that the request named
+        self._upstream: str | None = None  # the one that answers
+        self._environment: Callable[[], EnvironmentCaptured | None] | None = None
         self._attempt = 1
         self._status = 200
         self._begun_ns = time.monotonic_ns()
@@ -170,6 +172,8 @@ class Tape:
             messages.append(read)
             taken.update(redacted)
         facts = self._cleaned(facts, taken)
+        self._upstream = facts.get("upstream")
+        self._named = self._upstream, facts.get("environment_id")
         new = [message for message in messages if self.session.first_seen(message.message_id)]
         ids = [message.message_id for message in messages]
         before = self.session.history.continued(self.generation_id, ids)
@@ -224,14 +228,22 @@ class Tape:
         self._attempt = attempt
         self._begun_ns = time.monotonic_ns()
 
-    def moved(self, upstream: str, environment: EnvironmentCaptured | None) -> None:
+    def moved(self, upstream: str) -> None:
         """The request goes to another upstream than `submitted` named."""
-        self.environment(environment)
-        self._moved = {"upstream": upstream, "environment_id": environment.environment_id if environment else None}
+        self._upstream = upstream
 
-    def answered(self, status: int) -> None:
-        """The upstream answered with this status."""
-        self._status = status
+    def answered(self, status: int, environment: Callable[[], EnvironmentCaptured | None]) -> None:
+        """The upstream answered with this status; `environment` is asked whose answer it is when the first of it is recorded."""
+        self._status, self._environment = status, environment
+
+    def _answering(self) -> dict[str, Any]:
+        """The upstream and the environment of an answer, where they are others than the request named."""
+        environment = self._environment() if self._environment else None
+        found = self._upstream, environment.environment_id if environment else None
+        if found == self._named:
+            return {}
+        self.environment(environment)
+        return dict(zip(("upstream", "environment_id"), found, strict=True))
 
     def chunk(self, chunk: dict[str, Any], offset_us: int) -> None:
         """A chunk of a stream.
@@ -373,6 +385,7 @@ class Tape:
 
     def _start(self, answer: dict[str, Any], offset_us: int) -> None:
         self.started = True
+        answering = self._answering()
         ids = answer.get("prompt_token_ids")
         self._prompt_tokens = len(ids) if ids else 0
         self._record(
@@ -387,7 +400,7 @@ class Tape:
                 offset_us=offset_us,
                 content=GenerationContent(prompt_token_ids=list(ids)) if ids and self._keep_prompt else None,
                 queued_us=self.queued_us or None,
-                **self._moved,
+                **answering,
             )
         )
 

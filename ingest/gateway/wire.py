@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import socket
 import ssl
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -32,6 +33,12 @@ HEAD_BYTES_MAX = 1 << 16
 _WINDOW_BITS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 _PORTS = {"http": 80, "https": 443}
 
+_LIVENESS = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *((socket.IPPROTO_TCP, getattr(socket, name), 5) for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT") if hasattr(socket, name)),
+]
+"""After 5 s without a word the server's machine is asked whether it is there, five times."""
+
 Take = Callable[[bytes], bool]
 """Is given a piece of a body; returns True where no more is wanted for now."""
 
@@ -40,6 +47,10 @@ class Wire:
     """The connections to one server. Use from one event loop."""
 
     def __init__(self, url: str, connect_timeout_s: float) -> None:
+        self.on_connect: Callable[[float | None], None] = lambda oldest: None
+        """Told of each new connection, with the time since which the oldest of the others is open, None where there is none."""
+        self.on_cut: Callable[[], None] = lambda: None
+        """Told that the server ended a connection which was idle, in the middle of an answer or there as a sign."""
         server = URL(url)
         self._host, self._port = server.host or "", server.port or _PORTS.get(server.scheme, 80)
         self._name = server.raw_authority.rpartition("@")[2]
@@ -49,6 +60,12 @@ class Wire:
         self._idle: deque[_Connection] = deque()
         self._open: set[_Connection] = set()
         self._sweep: asyncio.TimerHandle | None = None
+        self._sign: _Connection | None = None
+
+    @property
+    def oldest(self) -> float | None:
+        """Since when the oldest connection stands, None where there is none."""
+        return min((each.since for each in self._open), default=None)
 
     async def post(self, target: str, headers: Sequence[tuple[str, str]], body: bytes) -> Reply:
         """Send a request and return its answer once the head is there; the caller MUST close it.
@@ -64,6 +81,16 @@ class Wire:
             connection.abort()
             raise
 
+    async def stand(self) -> None:
+        """Hold a connection over which nothing is asked: it stands as long as the server does, where a used one is dropped soon.
+
+        Raises:
+            Failure: no connection.
+        """
+        if self._sign is None or self._sign not in self._open:
+            self._sign = await self._connect()
+            self._sign.stay()
+
     def close(self) -> None:
         """Cut all connections."""
         if self._sweep:
@@ -78,11 +105,14 @@ class Wire:
         if self._sweep is None:
             self._sweep = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._drop_idle)
 
-    def lost(self, connection: _Connection) -> None:
-        """A connection is gone."""
+    def lost(self, connection: _Connection, *, unfinished: bool) -> None:
+        """A connection is gone, `unfinished` where that is in the middle of an answer."""
         self._open.discard(connection)
-        with contextlib.suppress(ValueError):
+        idle = connection in self._idle
+        if idle:
             self._idle.remove(connection)
+        if idle or unfinished or connection is self._sign:
+            self.on_cut()
 
     def _head(self, target: str, headers: Sequence[tuple[str, str]], length: int) -> bytes:
         lines = [f"POST {target} HTTP/1.1", f"host: {self._name}", f"content-length: {length}"]
@@ -102,7 +132,9 @@ class Wire:
         except OSError as error:  # a time-out is one
             detail = str(error) or f"no connection to {self._name} within {self._connect_timeout_s:g} s"
             raise Failure(errors.UNREACHABLE, "The upstream does not answer.", detail=detail) from error
+        oldest = self.oldest
         self._open.add(connection)
+        self.on_connect(oldest)
         return connection
 
     def _drop_idle(self) -> None:
@@ -117,6 +149,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self.since = time.monotonic()
         self.idle_since = 0.0
         self._transport: asyncio.Transport
         self._reply: Reply | None = None
@@ -139,9 +172,16 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end of the connection is the end of an answer that has no other."""
-        self.wire.lost(self)
-        if self._reply is not None:
-            self._reply.cut(exc)
+        reply = self._reply
+        if reply is not None:
+            reply.cut(exc)
+        self.wire.lost(self, unfinished=reply is not None and not reply.complete)
+
+    def stay(self) -> None:
+        """Nothing will be asked for long: a server that is gone without a word is found out all the same."""
+        carrier = self._transport.get_extra_info("socket")
+        for level, option, value in _LIVENESS if carrier is not None else ():
+            carrier.setsockopt(level, option, value)
 
     def pause(self) -> None:
         """The upstream has to wait."""
@@ -170,6 +210,8 @@ class Reply:
 
     def __init__(self, connection: _Connection) -> None:
         self.status = 0
+        self.since = connection.since
+        """Since when the connection is open over which it comes, by the monotonic clock."""
         self.headers: list[tuple[bytes, bytes]] = []
         self.content_type = ""
         self.complete = False

