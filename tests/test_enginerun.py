@@ -629,13 +629,15 @@ def _state(data: Path) -> tuple[Any, Any]:
 
 
 def test_how_a_run_ended_is_on_the_tape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that says that it ends has ended; one of which nothing more comes was cut off."""
+    """An engine that says that it ends has ended, as has one that is killed without work; one that is killed over its work was cut off."""
     found = {}
-    for name in ("ended", "killed"):
+    for name in ("ended", "killed", "killed without work", "killed in a first step"):
         engine = _Fake(tmp_path / name, monkeypatch)
         engine.arrive(A)
-        engine.step(first=True)
+        engine.step(first=True, ends=() if name in ("ended", "killed") else (A,))
         engine.tap._send()
+        if name == "killed in a first step":
+            engine.arrive(B)
         engine.tap.close() if name == "ended" else engine.tap.pipe.close()
         await_end(tmp_path / name)
         run = _run(tmp_path / name)[0]
@@ -644,6 +646,8 @@ def test_how_a_run_ended_is_on_the_tape(tmp_path: Path, monkeypatch: pytest.Monk
     assert {
         "ended": (ENDED, None, "ended", True),
         "killed": (CUT_OFF, "the engine was cut off, and is known up to step 0", "cut off", True),
+        "killed without work": (ENDED, None, "ended", True),
+        "killed in a first step": (CUT_OFF, "the engine was cut off, and is known up to step 1", "cut off", True),
     } == found
 
 

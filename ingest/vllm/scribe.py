@@ -123,16 +123,18 @@ class Scribe(_Calls):
         self._model: str | None = None
         self._environment: bytes | None = None
         self._kv: KvScribe | None = None
-        self._reason = CUT_OFF
+        self._reason: str | None = None
 
     def close(self) -> None:
         """The engine has ended: what was still open stays as it is, and the last calls are written down."""
         if self._pending:
             self._record_step(self._decided[0][1] if self._decided else _NOBODY, [], 0, (0, 0, None))
+        working = self._open or self._places.keys() - self._ended
+        reason = self._reason or (CUT_OFF if working else ENDED)  # vLLM kills an engine that has no more work, too
         if self._kv is not None:
-            self._kv.close(self._reason)
+            self._kv.close(reason)
         for context in (self._owner, self._steps):
-            self._recorder.record(context, e.SessionClosed(reason=self._reason))
+            self._recorder.record(context, e.SessionClosed(reason=reason))
 
     def _on_header(self, header: dict[str, Any]) -> None:
         self._model = header["model"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 ENDED, CUT_OFF = "engine ended", "engine was cut off"
-"""Reasons with which the sessions of a run are closed: the engine said that it ends, or nothing more came of it."""
+"""Reasons with which the sessions of a run are closed: it said that it ends or had no more work, or nothing more came of it."""
 
 
 def steps_session(engine_run: bytes) -> bytes:

@@ -31,7 +31,7 @@ MISSING_MAX = 10
 def engine_runs(installation: Installation, fmt: str) -> None:
     """The engine runs on the tape, newest first: what `replay-batch --exact` can play again.
 
-    `state` is recording, ended or, where the engine died, cut off.
+    `state` is recording, ended or, where the engine died over its work, cut off.
     """
     installation.freshen()
     with installation.accessing("engine-runs", "engine-runs") as access:
