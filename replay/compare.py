@@ -327,7 +327,8 @@ class _Run:
         judgement = prompt.judged(judgement)
         if not greedy and judgement.verdict in ("identical", "numeric_drift"):
             drawn = _sampler(document, defaults, generation, sequence)
-            judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, self._calibration, alarm / 2)
+            noise = self._calibration or self._uncalibrated()
+            judgement = judged_by_draws(judgement, drawn, len(prompt.token_ids), tape.token_ids, scored, noise, alarm / 2)
         kept = replace(scored, alternatives=())  # a vocabulary per token is for the judgement alone
         return SequenceOutcome(sequence.index, _qualified(judgement, sequence, tape.missing), kept)
 
@@ -358,6 +359,14 @@ class _Run:
         alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
         found = calibrations.of(self.recorded[-1]) if calibrations and alike else None
         return found if found and all(found.fits(environment) for environment in self.recorded) else None
+
+    def _uncalibrated(self) -> str:
+        """Why there is no calibration to judge by."""
+        if not self.known:
+            return "the environment is not known on both sides, so that no calibration is known to be its own"
+        if not (same_kernels(self.differences) and same_precision(self.differences)):
+            return "the environment computes in another way than the recorded one"
+        return "the engine is not calibrated"
 
     def _floor(self, model: str | None, calibration: Calibration | None) -> Floor:
         """The noise floor for a model: calibrated, or measured, once, where the same kernels are at work as far as is told."""

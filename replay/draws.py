@@ -19,12 +19,12 @@ def judged_by_draws(
     prompt_tokens: int,
     token_ids: Sequence[int],
     scored: Scored,
-    calibration: Calibration | None,
+    calibration: Calibration | str,
     false_alarm: float,
 ) -> Judgement:
-    """The judgement after the seeded choices were made again, or with why they could not be. `sampler` is how, or why not."""
-    if calibration is None:
-        return _undrawn(judgement, "the engine is not calibrated")
+    """The judgement after the seeded choices were made again, or with why they could not be: `calibration` and `sampler` say it too."""
+    if isinstance(calibration, str):
+        return _undrawn(judgement, calibration)
     noise = named(calibration.noise)
     if noise is None:
         return _undrawn(judgement, unknown(calibration.environment))

@@ -290,6 +290,18 @@ def test_a_penalty_of_the_server_is_not_held_against_greedy_tokens(
     assert ("what it sets is not told" in outcome.reason) is (verdict == "inconclusive")
 
 
+def test_why_choices_are_not_made_again() -> None:
+    """An engine that is not known on both sides may well be calibrated."""
+    tape, known = taped([-1.0], temperature=1.0, seed=1), environment()
+
+    def reason(present: e.EnvironmentCaptured | None) -> str:
+        return run_compare(tape.events, Scorer(lambda _: scored([-1.0]), present), Sink()).reason
+
+    assert "the environment is not known on both sides" in reason(None)
+    assert "the engine is not calibrated" in reason(known)
+    assert "computes in another way" in reason(environment("0.31.0"))
+
+
 FORMS = ({"response_format": {"type": "json_object"}}, {"tool_choice": "required"}, {"structured_outputs": {"choice": ["a", "b"]}})
 
 
