@@ -18,13 +18,14 @@ from replay.calibration import Calibrations
 from replay.compare import Outcome, run_compare
 from replay.engines.base import Engine
 from replay.memory import Memory
+from replay.sampling import has_grammar
 from replay.state import Generation, SessionState
 from replay.taped import taped
 from replay.words import content_text, count, shorten, uuid
 from schemas import events as e
 from schemas.environment import capture
 from schemas.errors import DataError, UsageError
-from schemas.requests.recorded import as_generation
+from schemas.requests.recorded import as_generation, sampled_as
 from schemas.sink import EventSink, new_id
 from store.rows import StoredEvent
 
@@ -66,6 +67,14 @@ class Case(_Model):
     prompt_token_ids: list[int]
     environment: str | None
     sequences: list[Said]
+
+    @property
+    def under_grammar(self) -> bool:
+        """Whether a grammar shaped what was said, so that logprobs hardly ever tell the model."""
+        try:
+            return has_grammar(sampled_as(self.endpoint, self.request))
+        except UsageError:  # of an endpoint whose answers are not compared
+            return False
 
 
 class Captured(_Model):

@@ -178,6 +178,7 @@ class _Fake:
         self.tap = Tap(self.header, caching=False)
         self.live: list[str] = []
         self.logprobs: dict[str, float] = {}
+        self.first = 0
 
     def arrive(self, name: str, *, lora_request: str | None = None, **parameters: Any) -> None:
         said = _Struct({"temperature": 0.0, "seed": None, "max_tokens": 4, "logprobs": 1, **parameters})
@@ -220,7 +221,7 @@ class _Fake:
             for name, token in said.items()
         ]
         scores = numpy.tile(numpy.array([-0.5, -0.25, -2.0, -math.inf], dtype="f4"), (len(rows), 1))
-        ids = numpy.array([[said.get(name) or 0, 90, said.get(name) or 0, 91] for name in rows]).reshape(-1, 4)
+        ids = numpy.array([[self.first or said.get(name) or 0, 90, said.get(name) or 0, 91] for name in rows]).reshape(-1, 4)
         result = SimpleNamespace(logprobs=SimpleNamespace(logprobs=scores, logprob_token_ids=ids), req_ids=list(rows))
         for row, name in enumerate(rows):
             scores[row, 0] = self.logprobs.get(name, -0.5)
@@ -778,6 +779,22 @@ def test_rows_of_the_batch_in_another_order(tmp_path: Path, monkeypatch: pytest.
         "a": ([50, 51, 52, 53, 54, 55], [-0.25] * 6, "stop"),
         "b": ([60, 61, 62, 63, 64, 65], [-0.75] * 6, "length"),
     }
+
+
+def test_a_runner_whose_rows_begin_with_another_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was said is what the engine gave out, not what stands where the token of other runners does."""
+    engine = _Fake(tmp_path, monkeypatch)
+    engine.first = 7
+    engine.arrive(A)
+    engine.schedule({A: 3}, cached={A: 0})
+    for at in range(3):
+        engine.schedule({A: 1})
+        engine.update({A: 50 + at})
+    engine.live = []
+    engine.update({A: 53}, ends={A: "stop"})
+    run, events = engine.close()
+
+    assert _answers(run, events) == {"a": ([50, 51, 52, 53], [-0.5] * 4, "stop")}
 
 
 def test_a_step_of_nobody_after_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,12 +77,24 @@ def test_a_suite_is_red_after_the_weights_changed(recorded: tuple[Traffic, Path]
 
 
 def test_what_cannot_be_judged_is_an_error(recorded: tuple[Traffic, Path], tmp_path: Path) -> None:
-    """A model that the engine does not serve makes every case inconclusive, and that is not green."""
+    """A model that the engine does not serve makes every case inconclusive, and that is not green; a wrong --model is refused."""
     traffic, file = recorded
-    report = tmp_path / "out.xml"
-    traffic.complaint("suite", "run", str(file), "--model", "nobody", "--junit", str(report), code=6)
+    report, other = tmp_path / "out.xml", tmp_path / "other.json"
+    suite = json.loads(file.read_text())
+    other.write_text(json.dumps({**suite, "cases": [{**case, "model": "nobody"} for case in suite["cases"]]}))
+    assert "serves no model 'nobody'" in traffic.complaint("suite", "run", str(file), "--model", "nobody", code=2)
+    traffic.complaint("suite", "run", str(other), "--junit", str(report), code=6)
 
     assert ("0", "3") == tuple(ElementTree.parse(report).getroot()[0].attrib[name] for name in ("failures", "errors"))
+
+
+def test_cases_under_a_grammar_are_told(vllm: VllmService, tmp_path: Path) -> None:
+    """They are asked again by the other commands; their logprobs cannot pass for the model's own."""
+    traffic, file = Traffic(Settings(data=tmp_path / "data"), vllm), tmp_path / "suite.json"
+    traffic.record([ask("Which?", response_format={"type": "json_object"}), ask("Which?")])
+    said = traffic.run("suite", "record", "--where", "outcome = 'finished'", "-o", str(file))
+
+    assert "1 case under a grammar: suite run cannot judge and fails them" in " ".join(said.stderr.split())
 
 
 def test_files_that_are_no_suites_are_one_line(recorded: tuple[Traffic, Path], tmp_path: Path) -> None:

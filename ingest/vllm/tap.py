@@ -75,6 +75,7 @@ class Tap:
     def __init__(self, header: dict[str, Any], *, caching: bool) -> None:
         self._caching = caching
         self._speculative = "speculative decoding" in header["unrepeatable"]
+        self._by_row = not self._speculative
         self._clean = True
         self._open: deque[list[str]] = deque()  # names of those in the steps that are scheduled and not yet taken in
         self._numbers: dict[str, int] = {}  # of the live requests
@@ -165,10 +166,10 @@ class Tap:
     def _steady(self, step: list[str], outputs: Any, result: Any) -> tuple[Any, ...] | None:
         """What there is to say where all that are in the step say one token as in the step before: no output is looked at. None elsewhere.
 
-        The token that was sampled is the first of its row of logprobs (`vllm.v1.outputs.LogprobsLists`).
+        The token that was sampled is the first of its row of logprobs (`vllm.v1.outputs.LogprobsLists`), as the steps before have shown.
         """
         found = getattr(result, "logprobs", None)
-        if step is not self._outputs or found is None or self._speculative or len(outputs) != 1:
+        if step is not self._outputs or found is None or not self._by_row or len(outputs) != 1:
             return None
         (part,) = outputs.values()
         if not len(part.outputs) == len(step) == len(self._scored) == len(found.logprobs) or result.req_ids != self._scored:
@@ -188,6 +189,9 @@ class Tap:
         except ValueError:  # not one token each
             tokens, lengths = list(chain.from_iterable(lists)), list(map(len, lists))
         logprobs = self._logprobs(result, anew=rows is not None)
+        if logprobs is not None and logprobs[0] is not None and lengths is None:
+            first = result.logprobs.logprob_token_ids[:, 0].tolist()
+            self._by_row &= tokens == [first[row] for row in logprobs[0]]
         ended = [output for output in said if output.finish_reason is not None]
         return rows, array("q", tokens).tobytes(), lengths, self._ends(ended, requests) if ended else None, logprobs
 

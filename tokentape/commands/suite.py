@@ -65,6 +65,8 @@ def record(installation: Installation, where: str, out: Path, force: bool) -> No
     if not made.cases:
         raise UsageError("no answer makes a case", operation="suite record", hint="`tokentape sql` shows what the condition chooses")
     write_whole(out, dumps(made).encode())
+    if under := sum(case.under_grammar for case in made.cases):
+        warn(f"{count(under, 'case')} under a grammar: suite run cannot judge and fails them, determinism and grid ask them again")
     err.print(f"{count(len(made.cases), 'case')} in {out}", markup=False)
 
 
