@@ -58,14 +58,15 @@ class Wire:
         self._secure = ssl.create_default_context() if server.scheme == "https" else None
         self._connect_timeout_s = connect_timeout_s
         self._idle: deque[_Connection] = deque()
-        self._open: set[_Connection] = set()
+        self._open: dict[_Connection, None] = {}  # oldest first
         self._sweep: asyncio.TimerHandle | None = None
         self._sign: _Connection | None = None
 
     @property
     def oldest(self) -> float | None:
         """Since when the oldest connection stands, None where there is none."""
-        return min((each.since for each in self._open), default=None)
+        first = next(iter(self._open), None)
+        return first.since if first else None
 
     async def post(self, target: str, headers: Sequence[tuple[str, str]], body: bytes) -> Reply:
         """Send a request and return its answer once the head is there; the caller MUST close it.
@@ -107,7 +108,7 @@ class Wire:
 
     def lost(self, connection: _Connection, *, unfinished: bool) -> None:
         """A connection is gone, `unfinished` where that is in the middle of an answer."""
-        self._open.discard(connection)
+        self._open.pop(connection, None)
         idle = connection in self._idle
         if idle:
             self._idle.remove(connection)
@@ -133,7 +134,7 @@ class Wire:
             detail = str(error) or f"no connection to {self._name} within {self._connect_timeout_s:g} s"
             raise Failure(errors.UNREACHABLE, "The upstream does not answer.", detail=detail) from error
         oldest = self.oldest
-        self._open.add(connection)
+        self._open[connection] = None
         self.on_connect(oldest)
         return connection
 
