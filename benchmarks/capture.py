@@ -176,7 +176,7 @@ def hook_us(streams: int) -> float:
     )
     scheduler = SimpleNamespace(running=names, waiting=[], kv_cache_manager=SimpleNamespace(usage=0.5), requests=names)
     outputs = {0: SimpleNamespace(outputs=[SimpleNamespace(request_id=n, new_token_ids=[7], finish_reason=None) for n in names])}
-    logprobs = SimpleNamespace(logprobs=numpy.zeros((streams, 2), dtype="f4"), logprob_token_ids=numpy.zeros((streams, 2), dtype="i8"))
+    logprobs = SimpleNamespace(logprobs=numpy.zeros((streams, 2), dtype="f4"), logprob_token_ids=numpy.full((streams, 2), 7))
     result = SimpleNamespace(logprobs=logprobs, req_ids=names)
     took = []
     for _ in range(_STEPS):
