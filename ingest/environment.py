@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 
@@ -11,6 +11,8 @@ from schemas.errors import EngineUnavailable
 from schemas.events import EnvironmentCaptured
 from schemas.probe import INSTANCE, VERSION, Ask, instance_of, kind_of, questions
 
+ENVIRONMENT_AGE_MAX_S = 3600.0
+"""After this the environment is asked for again: adapters come and go while a server runs."""
 _OPERATION = "capture environment"
 
 
@@ -44,13 +46,18 @@ async def capture_http(
     Raises:
         EngineUnavailable: nothing listens there.
     """
+    return await capture_by(lambda ask: _ask(client, url, ask, headers or {}, timeout_s), kind, previous=previous)
+
+
+async def capture_by(
+    ask: Callable[[Ask], Awaitable[bytes | None]], kind: str | None, *, previous: EnvironmentCaptured | None
+) -> EnvironmentCaptured:
+    """The environment of a server of which `ask` gets the body of a 200 answer, None for any other. Raises what that raises."""
     asking = questions(kind, previous=previous)
-    answer = None
     try:
-        ask = next(asking)
+        question = next(asking)
         while True:
-            answer = await _ask(client, url, ask, headers or {}, timeout_s)
-            ask = asking.send(answer)
+            question = asking.send(await ask(question))
     except StopIteration as end:
         event: EnvironmentCaptured = end.value
         return event

@@ -241,6 +241,7 @@ class _Run:
         self.replay_id = new_id()
         self.known = present is not None and bool(recorded)
         self.differences = _differences(recorded, present)
+        self._alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
         self.refused = strict and (bool(self.differences) or not self.known or any(r.origin != present.origin for r in recorded if present))
         self._false_alarm = FALSE_ALARM / max(tests, 1)
         self._run = run
@@ -356,15 +357,14 @@ class _Run:
 
     def _calibrated(self, calibrations: Calibrations | None) -> Calibration | None:
         """The calibration of the recorded environment, where nothing says that today's noise is another."""
-        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
-        found = calibrations.of(self.recorded[-1]) if calibrations and alike else None
+        found = calibrations.of(self.recorded[-1]) if calibrations and self._alike else None
         return found if found and all(found.fits(environment) for environment in self.recorded) else None
 
     def _uncalibrated(self) -> str:
         """Why there is no calibration to judge by."""
         if not self.known:
             return "the environment is not known on both sides, so that no calibration is known to be its own"
-        if not (same_kernels(self.differences) and same_precision(self.differences)):
+        if not self._alike:
             return "the environment computes in another way than the recorded one"
         return "the engine is not calibrated"
 
@@ -374,8 +374,7 @@ class _Run:
         if calibration:
             source = f"calibrated {calibration.made_at:%Y-%m-%d}: p99 over {calibration.tokens:,} tokens"
             return Floor(calibration.p99, source, default.dtype)
-        alike = self.known and same_kernels(self.differences) and same_precision(self.differences)
-        return self._memory.floor(self.engine, model, default) if alike else default
+        return self._memory.floor(self.engine, model, default) if self._alike else default
 
     def finish(self, generations: list[GenerationOutcome], skipped: int, duration_us: int) -> Outcome:
         """Record the verdict on the whole and close the replay's session."""

@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingest.vllm.kv.outlet import Outlet
 from ingest.vllm.names import named, request_name
 from ingest.vllm.tap import SIZE, Tap, marshal_safe
 from replay.compare import Outcome, run_compare
@@ -33,7 +34,7 @@ from replay.exact.scheduler import replaying
 from replay.exact.script import Diverged, Script
 from schemas.enginerun import calls, facts, versions
 from schemas.enginerun.decisions import Decision, Differences
-from schemas.enginerun.sessions import CUT_OFF, ENDED, steps_session
+from schemas.enginerun.sessions import CUT_OFF, ENDED, kv_session, steps_session
 from schemas.errors import ConflictError, InvalidEvent, UnknownSession, UsageError
 from schemas.events import (
     PLATFORM_TENANT,
@@ -166,13 +167,16 @@ def test_weights_are_told_by_content(tmp_path: Path) -> None:
 class _Fake:
     """An engine core that makes the calls it is told to make, through the real tap and the real recorder's process."""
 
-    def __init__(self, data: Path, monkeypatch: pytest.MonkeyPatch, *, unrepeatable: list[str] | None = None) -> None:
+    def __init__(
+        self, data: Path, monkeypatch: pytest.MonkeyPatch, *, unrepeatable: list[str] | None = None, kv_engine: str | None = None
+    ) -> None:
         monkeypatch.setenv("TOKENTAPE_DATA", str(data))
         self.header: dict[str, Any] = {
             "model": "none",
             "arguments": {"model": "none", "seed": 0},
             "facts": {"version": "0.32.0", "config.workers": [{"threads": 2}], "config.device_config.device": "cpu"},
             "unrepeatable": unrepeatable or [],
+            "kv_engine": kv_engine,
         }
         self.data = data
         self.tap = Tap(self.header, caching=False)
@@ -858,6 +862,21 @@ def test_a_loss_at_the_very_end_is_told(tmp_path: Path, monkeypatch: pytest.Monk
 
     assert _answers(run, events) == {"a": ([40], [-0.5], None)}
     assert sorted(_losses(events)) == [("engine_ahead", "own"), ("engine_ahead", "steps")]
+
+
+def test_operations_of_a_connector_that_found_no_room_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, in the session of the operations, though none comes after them."""
+    engine, outlet = _Fake(tmp_path, monkeypatch, kv_engine="one"), Outlet()
+    outlet.attach(engine.tap.pipe)
+    monkeypatch.setattr("ingest.vllm.tap.WAITING_BYTES_MAX", -1)
+    outlet.put({"operation": "lookup"})
+    outlet.put({"operation": "load"})
+    outlet.detach(engine.tap.pipe)
+    engine.tap.close()
+    await_end(tmp_path)
+    told = [event.payload for event in events_of(tmp_path) if event.session_id == kv_session("one")]
+
+    assert [("engine_ahead", 2)] == [(each.reason, each.count) for each in told if isinstance(each, RecordsLost)]
 
 
 def test_what_the_tap_does_not_understand_never_ends_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

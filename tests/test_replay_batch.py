@@ -6,7 +6,7 @@ import json
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -207,6 +207,20 @@ async def _fail(peer: Peer, status: bytes = b"500 Internal Server Error", more: 
     await peer.whole(status, b"application/json", b'{"error":{"message":"out of memory"}}', more)
 
 
+def _failing(fails: Callable[[int], bool], status: bytes | None) -> tuple[Callable[[Peer], Awaitable[None]], list[int]]:
+    """A server that fails at requests of some numbers, from 1 on, with a status or by hanging up; and the numbers that it was asked."""
+    asked: list[int] = []
+
+    async def act(peer: Peer) -> None:
+        asked.append(len(asked) + 1)
+        if not fails(asked[-1]):
+            await _score(peer)
+        elif status is not None:
+            await _fail(peer, status)
+
+    return act, asked
+
+
 def _is_bad(peer: Peer) -> bool:
     return len(json.loads(peer.body)["prompt"]) == LENGTH_BAD
 
@@ -215,15 +229,7 @@ def _is_bad(peer: Peer) -> bool:
 @pytest.mark.parametrize("how", ["status", "reset"])
 def test_one_request_that_fails_is_one_sessions(at_once: int, how: str) -> None:
     """Only its session is begun again, whatever else was asked with it, and the engine has all its places in the end."""
-    asked: list[int] = []
-
-    async def act(peer: Peer) -> None:
-        asked.append(1)
-        if len(asked) != 40:
-            await _score(peer)
-        elif how == "status":
-            await _fail(peer, b"503 Service Unavailable")
-
+    act, _ = _failing(lambda number: number == 40, b"503 Service Unavailable" if how == "status" else None)
     sink = Sink()
     batch = Batch([str(number) for number in range(200)], lambda names: dict.fromkeys(names, GOOD), sink, run="r")
     with broken(act) as upstream:
@@ -262,15 +268,7 @@ def test_a_session_at_which_engines_fail_is_inconclusive(sessions: int, bad: set
 @pytest.mark.parametrize("how", ["status", "reset"])
 def test_a_server_that_is_down_ends_a_run(at_once: int, how: str) -> None:
     """Soon, in one line, without a verdict on what it was asked for last: that is done when the run goes on."""
-    asked: list[int] = []
-
-    async def act(peer: Peer) -> None:
-        asked.append(1)
-        if len(asked) <= 100:
-            await _score(peer)
-        elif how == "status":
-            await _fail(peer, b"502 Bad Gateway")
-
+    act, asked = _failing(lambda number: number > 100, b"502 Bad Gateway" if how == "status" else None)
     batch = Batch([str(number) for number in range(2000)], lambda names: dict.fromkeys(names, GOOD), Sink(), run="r")
     fault = "status 502: out of memory" if how == "status" else "does not answer"
     ended = f"no engine is left after 100 sessions, 1900 wait: ask engine: {fault}"

@@ -11,7 +11,7 @@ import aiohttp
 import structlog
 from yarl import URL
 
-from ingest.environment import capture_http, detect_kind, instance_http
+from ingest.environment import ENVIRONMENT_AGE_MAX_S, capture_http, detect_kind, instance_http
 from ingest.gateway import errors
 from ingest.gateway.errors import Failure
 from ingest.gateway.exchange import Exchange, Headers
@@ -23,9 +23,6 @@ from schemas.probe import item
 from schemas.settings import GatewaySettings, UpstreamSettings
 
 log = structlog.get_logger(__name__)
-
-ENVIRONMENT_AGE_MAX_S = 3600.0
-"""After this the environment is asked for again."""
 
 FIRST_CAPTURE_WAIT_S = 10.0
 """How long the first request waits for the environment; without it the request goes on and names none."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import structlog
 
+from ingest.environment import ENVIRONMENT_AGE_MAX_S, capture_by
 from ingest.gateway import errors
 from ingest.gateway.endpoints.base import Answer, Endpoint
 from ingest.gateway.endpoints.chat import Chat
@@ -30,7 +31,7 @@ from ingest.redaction import Redactor
 from ingest.vllm.names import REQUEST_HEADER, request_name
 from schemas.errors import UsageError
 from schemas.events import EnvironmentCaptured
-from schemas.probe import Ask, questions
+from schemas.probe import Ask
 from schemas.requests import load, splice
 from schemas.settings import Settings
 
@@ -39,8 +40,6 @@ log = structlog.get_logger(__name__)
 _ENDPOINTS: dict[str, Endpoint] = {endpoint.path: endpoint for endpoint in (Chat(), Completions())}
 _ODD = (TypeError, AttributeError, LookupError, ValueError)
 
-ENVIRONMENT_AGE_MAX_S = 3600.0
-"""After this the environment is asked for again: adapters come and go while a server runs."""
 FIRST_CAPTURE_WAIT_S = 2.0
 """How long the first request waits for the environment; where that takes longer it is named once the answer begins, or not."""
 ANSWER_WAIT_S = 60.0
@@ -69,13 +68,8 @@ class _Environment:
             await asyncio.wait([self._asking], timeout=FIRST_CAPTURE_WAIT_S)
 
     async def _ask_all(self, scope: Scope) -> None:
-        asking = questions("vllm", previous=self._told)
         try:
-            ask = next(asking)
-            while True:
-                ask = asking.send(await self._ask(scope, ask))
-        except StopIteration as end:
-            told: EnvironmentCaptured = end.value
+            told = await capture_by(lambda ask: self._ask(scope, ask), "vllm", previous=self._told)
             if "models" not in told.unknown:  # with a credential that the server does not take, nothing is told
                 self._told, self._asked_at = told, time.monotonic()
         except Exception:

@@ -199,9 +199,8 @@ class OpenAIEngine:
             served = self.models() if self._model else []
             if not served or self._model in served:
                 return
-            answer = self._post(
-                COMPLETIONS, {"model": self._model, "prompt": "a", "max_tokens": 1}
-            )  # some take names that they do not list
+            # Some take names that they do not list.
+            answer = self._post(COMPLETIONS, {"model": self._model, "prompt": "a", "max_tokens": 1})
             if answer.status == 404 and "model" in _words(answer.value).lower():
                 hint = f"it serves {', '.join(served)}; --model names one of them"
                 raise UsageError(f"{self.place} serves no model {self._model!r}", operation="read --model", hint=hint)

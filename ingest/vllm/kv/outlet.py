@@ -36,7 +36,6 @@ class Outlet:
         self._flushed: list[Callable[[], None]] = []
         self._profiles: list[Profile] = []
         self._sending = threading.Lock()
-        self._lost = 0
         self._thread: threading.Thread | None = None
 
     def opened(self, header: tuple[Any, ...], flush: Callable[[], None], profile: Profile | None = None) -> None:
@@ -118,10 +117,7 @@ class Outlet:
             while self._waiting:
                 operations.append(("kv", self._waiting.popleft()))
             if operations and not pipe.put(operations):
-                self._lost += len(operations)
-            elif operations and self._lost:
-                pipe.put([("kv_lost", self._lost)])
-                self._lost = 0
+                pipe.put([("kv_lost", len(operations))], room=True)
 
 
 outlet = Outlet()
